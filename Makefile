@@ -1,0 +1,45 @@
+# Verbs. `make demo` and `make test` set up what they need in $(VENV) the first time.
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test test-slow timm-contract lint format bench clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# timm's own model tests, on our models; downloads timm's source package
+timm-contract: $(VENV)/.installed-dev
+	$(BIN)/python scripts/timm_contract.py
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/internimage benchmark
+
+clean:
+	rm -rf build dist internimage.egg-info
+
+$(VENV)/.installed-torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "setuptools>=77" "torch>=2.10" torchvision timm
+	touch $@
+
+# without build isolation, so that the torch above is built against and none is downloaded twice
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
+	touch $@

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: MIT
+"""DCNv3 as a layer: projections, predicted offsets and mask, and the operator between them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_act_layer
+from torch import Tensor, nn
+
+from ..ops import dcnv3  # noqa: F401  (defines torch.ops.internimage.dcnv3)
+from ..ops.arguments import as_pair, check_channels, check_kernel
+from ..ops.sampling import Pair, num_points, sampling_locations
+from .format import create_norm
+
+
+def _query_padding(kernel: int, dilation: int, padding: int, dw_kernel: int) -> int:
+    """Padding that makes the depthwise convolution's window concentric with the sampling window, on one axis."""
+    twice = 2 * padding + dw_kernel - 1 - dilation * (kernel - 1)
+    if twice < 0 or twice % 2:
+        raise ValueError(
+            f"dw_kernel_size {dw_kernel} cannot be centred on a kernel of {kernel} with dilation {dilation} and "
+            f"padding {padding}; choose it so that 2 * padding + dw_kernel_size - 1 - dilation * (kernel_size - 1) is "
+            f"even and not negative"
+        )
+    return twice // 2
+
+
+class DCNv3(nn.Module):
+    """Deformable convolution v3 with its projections (Wang et al., CVPR 2023, section 3.1).
+
+    ::
+
+        query  = act(norm(depthwise_conv(x)))
+        y      = dcnv3(input_proj(x), offset(query), softmax(mask(query)))
+        y      = y * (1 - s) + input_proj(x) * s,  s = sigmoid(center_feature_scale(query))   (huge and giant only)
+        output = output_proj(y)
+
+    Offset and mask start at zero: a regular grid with equal weights.
+
+    Args:
+        channels: Channels C of input and output.
+        kernel_size, stride, padding, dilation: Sampling geometry, ints or (height, width) pairs.
+        groups: Number of groups; divides `channels`.
+        offset_scale: Factor on the kernel grid and on the offsets.
+        dw_kernel_size: Kernel of the depthwise convolution, `kernel_size` if None.
+        center_feature_scale: Mix the projected input back in, by group. Needs an output of the input's size.
+        remove_center: Leave out the kernel's centre point.
+        act_layer: Activation after the depthwise convolution, by timm's name.
+        norm_layer: "layernorm" or "batchnorm", the norm after the depthwise convolution.
+        device, dtype: Of the parameters.
+
+    Shapes:
+        (N, H, W, C) -> (N, Ho, Wo, C), with Ho, Wo as for a convolution.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range or does not fit another; the message names it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 4,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | Sequence[int] | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        act_layer: str = "gelu",
+        norm_layer: str = "layernorm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.channels = channels
+        self.kernel_size: Pair = as_pair(kernel_size, "kernel_size", 1)
+        self.stride: Pair = as_pair(stride, "stride", 1)
+        self.padding: Pair = as_pair(padding, "padding", 0)
+        self.dilation: Pair = as_pair(dilation, "dilation", 1)
+        self.groups = groups
+        self.offset_scale = float(offset_scale)
+        self.remove_center = bool(remove_center)
+        self.dw_kernel_size: Pair = self.kernel_size
+        if dw_kernel_size is not None:
+            self.dw_kernel_size = as_pair(dw_kernel_size, "dw_kernel_size", 1)
+        check_channels(channels, groups)
+        check_kernel(self.kernel_size, self.remove_center)
+        dw_padding = tuple(
+            _query_padding(*axis) for axis in zip(self.kernel_size, self.dilation, self.padding, self.dw_kernel_size)
+        )
+        self.center_feature_scale = center_feature_scale
+        if center_feature_scale:
+            same = tuple(2 * p == d * (k - 1) for k, p, d in zip(self.kernel_size, self.padding, self.dilation))
+            if self.stride != (1, 1) or same != (True, True):
+                raise ValueError(
+                    "center_feature_scale needs an output of the input's size: stride 1 and padding "
+                    f"dilation * (kernel_size - 1) / 2, got stride {self.stride}, padding {self.padding}"
+                )
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels, **dd))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups, **dd))
+
+        self.dw_conv = nn.Sequential(
+            nn.Conv2d(channels, channels, self.dw_kernel_size, self.stride, dw_padding, groups=channels, **dd),
+            create_norm(channels, norm_layer, in_format="NCHW", out_format="NHWC", **dd),
+            create_act_layer(act_layer),
+        )
+        points = num_points(self.kernel_size, self.remove_center)
+        self.offset = nn.Linear(channels, groups * points * 2, **dd)
+        self.mask = nn.Linear(channels, groups * points, **dd)
+        self.input_proj = nn.Linear(channels, channels, **dd)
+        self.output_proj = nn.Linear(channels, channels, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the layer's own parameters; the depthwise convolution and its norm keep torch's defaults."""
+        for linear in (self.offset, self.mask):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for linear in (self.input_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
+
+    def query(self, x: Tensor) -> Tensor:
+        """What offset and mask are predicted from: (N, H, W, C) -> (N, Ho, Wo, C)."""
+        return self.dw_conv(x.permute(0, 3, 1, 2))
+
+    @torch.jit.ignore
+    def sampling(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the layer looks for the input x, and how much each point weighs; for analysis and pictures.
+
+        Args:
+            x: (N, H, W, C).
+
+        Returns:
+            Locations (N, Ho, Wo, groups, P, 2) as (x, y) in pixels of the layer's input, and weights
+            (N, Ho, Wo, groups, P), which add up to 1 over P.
+        """
+        query = self.query(x)
+        location = sampling_locations(
+            self.offset(query),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.offset_scale,
+            self.remove_center,
+        )
+        return location, self.mask(query).view(location.shape[:-1]).softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = self.input_proj(x)
+        query = self.query(x)
+        # The operator itself and not the checking function: every shape is right by construction here, and the call
+        # stays visible to TorchScript, FX and export.
+        y = torch.ops.internimage.dcnv3(
+            projected,
+            self.offset(query),
+            self.mask(query),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.offset_scale,
+            self.remove_center,
+            True,
+        )
+        if self.center_feature_scale:
+            scale = F.linear(query, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias)
+            scale = scale.sigmoid().unsqueeze(-1)  # (N, H, W, groups, 1)
+            mixed = torch.lerp(y.unflatten(-1, (self.groups, -1)), projected.unflatten(-1, (self.groups, -1)), scale)
+            y = mixed.flatten(-2)
+        return self.output_proj(y)
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, groups={self.groups}, offset_scale={self.offset_scale}, "
+            f"center_feature_scale={self.center_feature_scale}, remove_center={self.remove_center}"
+        )

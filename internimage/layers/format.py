@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Layout changes as modules, and norms between layouts.
+
+The official checkpoints name a norm by its place in a small sequence of layout changes (`norm1.1.weight`), so these
+sequences are part of the state-dict keys.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class ToChannelsFirst(nn.Module):
+    """(N, H, W, C) -> (N, C, H, W), a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+class ToChannelsLast(nn.Module):
+    """(N, C, H, W) -> (N, H, W, C), a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+def create_norm(
+    channels: int,
+    norm_layer: str = "layernorm",
+    in_format: str = "NHWC",
+    out_format: str = "NHWC",
+    eps: float = 1e-6,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """A norm over channels with the layout changes around it.
+
+    Args:
+        channels: Number of channels C.
+        norm_layer: "layernorm" (over C, works channels last) or "batchnorm" (works channels first).
+        in_format: Layout of the input, "NHWC" or "NCHW".
+        out_format: Layout of the output, likewise.
+        eps: Epsilon of the layer norm; batch norm keeps torch's 1e-5, as upstream does.
+        device, dtype: Of the parameters.
+
+    Returns:
+        The sequence; the norm's place in it is the official one.
+
+    Raises:
+        ValueError: Unknown `norm_layer`.
+    """
+    if norm_layer == "layernorm":
+        norm: nn.Module = nn.LayerNorm(channels, eps=eps, device=device, dtype=dtype)
+        works_in = "NHWC"
+    elif norm_layer == "batchnorm":
+        norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        works_in = "NCHW"
+    else:
+        raise ValueError(f"norm_layer must be 'layernorm' or 'batchnorm', got {norm_layer!r}")
+    change: dict[str, type[nn.Module]] = {"NHWC": ToChannelsLast, "NCHW": ToChannelsFirst}
+    layers: list[nn.Module] = []
+    if in_format != works_in:
+        layers.append(change[works_in]())
+    layers.append(norm)
+    if out_format != works_in:
+        layers.append(change[out_format]())
+    return nn.Sequential(*layers)

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: MIT
+"""Models, registered with timm on import."""
+
+from .checkpoints import CheckpointError
+from .internimage import InternImage
+from .published import PUBLISHED, Published
+
+__all__ = ["PUBLISHED", "CheckpointError", "InternImage", "Published"]

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: MIT
+"""Weights from every format that InternImage exists in, into our model. Nothing else knows the old names.
+
+| source | key naming |
+| --- | --- |
+| official `.pth` | ours; wrapped in `model`, `model_ema` or `module`; sometimes behind `module.` or `student.` |
+| official Hub repositories | `model.` + ours, with `layer_scale1/2` for `gamma1/2` |
+| mmdetection, mmsegmentation | `backbone.` + ours, without the classifier's head |
+| ours | ours |
+
+The whole key set and every shape are compared before a single parameter is written.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.models._hub import download_cached_file
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor
+
+from .. import hub
+from .containers import CheckpointError, Entry, from_state_dict, open_checkpoint
+from .published import HUB_PTH_REPO, PUBLISHED
+
+if TYPE_CHECKING:
+    from .internimage import InternImage
+
+__all__ = ["CheckpointError", "load_pretrained", "resolve_source"]
+
+_logger = logging.getLogger(__name__)
+
+_FIRST_CONV = "patch_embed.conv1.weight"
+_ANCHORS = (_FIRST_CONV, "levels.0.blocks.0.dcn.offset.weight")  # where these stand, the model begins
+_PREFIX = re.compile(r"(?:(?:module|_orig_mod|student|model|backbone)\.)*")
+_CLASSIFIER = ("head.weight", "head.bias")
+_HEAD = ("conv_head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.", "head.")
+_OPTIONAL = "num_batches_tracked"  # counts training steps; without meaning for the model's output
+
+# ---- where weights come from
+
+
+def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = None) -> Path | dict[str, Tensor]:
+    """The local file or folder, or the state dict, that a timm pretrained cfg names; downloads it if need be.
+
+    Args:
+        variant: Model name, for messages.
+        cfg: A timm pretrained cfg as a dict.
+        cache_dir: For downloads.
+
+    Raises:
+        CheckpointError: The cfg names no weights.
+        internimage.hub.DownloadError: They could not be downloaded.
+    """
+    if cfg.get("source") == "hf-hub":  # create_model("hf-hub:...")
+        return hub.download(cfg["hf_hub_id"], cache_dir=cache_dir)
+    if cfg.get("state_dict"):
+        return cfg["state_dict"]
+    if cfg.get("file"):
+        return Path(cfg["file"])
+    if cfg.get("hf_hub_id"):
+        return _download_tag(variant, cfg, cache_dir)
+    if cfg.get("url"):
+        return Path(download_cached_file(cfg["url"], cache_dir=cache_dir))
+    name = f"{variant}.{cfg['tag']}" if cfg.get("tag") else variant
+    raise CheckpointError(f"no weights were released for '{name}'; use pretrained=False, or name a file of your own")
+
+
+def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> Path:
+    published = PUBLISHED.get(f"{variant}.{cfg.get('tag')}")
+    preferred = cfg.get("hf_hub_filename")
+    filenames = hub.WEIGHT_FILES
+    if preferred and preferred not in filenames:
+        filenames = (preferred,)
+    try:
+        return hub.download(cfg["hf_hub_id"], filenames, cache_dir)
+    except hub.DownloadError as error:
+        if published is None or published.hub_id != cfg["hf_hub_id"] or published.pth is None:
+            raise
+        _logger.info("%s; trying %s in %s", error, published.pth, HUB_PTH_REPO)
+        try:
+            return hub.download(HUB_PTH_REPO, (published.pth,), cache_dir)
+        except hub.DownloadError as second:
+            raise hub.DownloadError(f"{error}\nNor from the collected files: {second}") from second
+
+
+# ---- names
+
+
+def _own_names(entries: dict[str, Entry], origin: str) -> tuple[dict[str, Entry], list[str]]:
+    """The entries of the model under our names, and the names of what is beside it (a detector's neck, a teacher)."""
+    prefixes = {
+        key[: -len(anchor)]
+        for key in entries
+        for anchor in _ANCHORS
+        if key.endswith(anchor) and _PREFIX.fullmatch(key[: -len(anchor)])
+    }
+    if not prefixes:
+        raise CheckpointError(
+            f"{origin} holds no InternImage: no '{_ANCHORS[0]}' in it, with or without a known prefix. "
+            f"It has {len(entries)} tensors, beginning with {', '.join(list(entries)[:5])}"
+        )
+    if len(prefixes) > 1:
+        raise CheckpointError(f"{origin} holds several models: under {', '.join(map(repr, sorted(prefixes)))}")
+    prefix = prefixes.pop()
+    own = {key[len(prefix) :]: entry for key, entry in entries.items() if key.startswith(prefix)}
+    beside = [key for key in entries if not key.startswith(prefix)]
+    if beside and not ("backbone." in prefix or "student." in prefix):  # only these stand beside other modules
+        own.update({key: entries[key] for key in beside})
+        beside = []
+    return {re.sub(r"\.layer_scale([12])$", r".gamma\1", key): entry for key, entry in own.items()}, beside
+
+
+# ---- comparing and writing
+
+
+def load_pretrained(
+    model: "InternImage",
+    source: str | Path | dict[str, Tensor],
+    backbone_only: bool = False,
+    use_ema: bool = False,
+    pretrained_cfg: dict[str, Any] | None = None,
+) -> None:
+    """Load weights into a model, whole or not at all.
+
+    The classifier may be new, with a warning, if the model was asked for another number of classes than the weights'
+    cfg names; the first convolution is adapted if it was asked for another number of image channels (timm's rule). All
+    else must fit.
+
+    Args:
+        model: The model.
+        source: File or folder (see `containers.open_checkpoint`), or a state dict.
+        backbone_only: Only the stages matter: whatever the file has of the head is taken or left.
+        use_ema: Take the averaged weights of a file that has both.
+        pretrained_cfg: What the weights were made for (`num_classes`, `input_size`); the model's own cfg if None.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit; the message lists the first ten differences.
+        FileNotFoundError: There is no such file.
+    """
+    cfg = pretrained_cfg or getattr(model, "pretrained_cfg", None) or {}
+    if isinstance(source, dict):
+        origin, entries = "the state dict", from_state_dict(source)
+    else:
+        origin, entries = f"'{source}'", open_checkpoint(source, use_ema)
+    found, beside = _own_names(entries, origin)
+    if beside:
+        _logger.info("%s: left out %d tensors beside the backbone (%s, ...)", origin, len(beside), beside[0])
+    target = model.state_dict()
+    expected = {key: tuple(value.shape) for key, value in target.items()}
+    _drop_head(model, origin, found, expected, cfg, backbone_only)
+    read = {key: entry.read for key, entry in found.items()}
+
+    source_channels = (cfg.get("input_size") or (3,))[0]
+    first = found.get(_FIRST_CONV)
+    if first is not None and model.in_chans != source_channels and first.shape[1:2] != (model.in_chans,):
+        if first.shape[1:2] == (3,):
+            read[_FIRST_CONV] = lambda: adapt_input_conv(model.in_chans, first.read())
+            found[_FIRST_CONV] = Entry(expected[_FIRST_CONV], first.read)
+            _logger.info("%s: adapted the first convolution from 3 to %d channels", origin, model.in_chans)
+
+    differences = _differences(found, expected)
+    if differences:
+        listed = "\n".join(f"  {line}" for line in differences[:10])
+        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
+        hint = _hint(found, expected)
+        raise CheckpointError(
+            f"{origin} does not fit the model; nothing was loaded. {len(differences)} differences:\n"
+            f"{listed}{more}{hint}"
+        )
+    with torch.no_grad():
+        for key in expected:
+            if key in read:
+                target[key].copy_(read[key]())
+
+
+def _drop_head(
+    model: "InternImage",
+    origin: str,
+    found: dict[str, Entry],
+    expected: dict[str, tuple[int, ...]],
+    cfg: dict[str, Any],
+    backbone_only: bool,
+) -> None:
+    """Remove from both sides what need not fit; warns where that leaves initial values in the model."""
+    if backbone_only:
+        for key in [key for key in {**found, **expected} if key.startswith(_HEAD)]:
+            if key not in found or found[key].shape != expected.get(key):
+                found.pop(key, None)
+                expected.pop(key, None)
+        return
+    has_head = any(key.startswith(_HEAD) for key in found)
+    wants_head = any(key.startswith(_HEAD) for key in expected)
+    if not has_head and wants_head:
+        if model.num_classes > 0:
+            raise CheckpointError(
+                f"{origin} has a backbone and no head, so it cannot classify. Load it with features_only=True or "
+                f"num_classes=0; for a new classifier, call reset_classifier(N) on the latter"
+            )
+        new = sorted({key.split(".")[0] for key in expected if key.startswith(_HEAD)})
+        for key in [key for key in expected if key.startswith(_HEAD)]:
+            del expected[key]
+        _logger.warning(
+            "%s has no head: %s keep their initial, untrained values. forward_features and forward_intermediates do "
+            "not use %s",
+            origin,
+            " and ".join(new),
+            "it" if len(new) == 1 else "them",
+        )
+        return
+    if model.num_classes == 0:
+        for key in _CLASSIFIER:
+            found.pop(key, None)
+        return
+    in_file = found["head.weight"].shape[0] if "head.weight" in found and found["head.weight"].shape else 0
+    asked_for_other = cfg.get("num_classes") is not None and model.num_classes != cfg["num_classes"]
+    if asked_for_other and in_file != model.num_classes:
+        for key in _CLASSIFIER:
+            found.pop(key, None)
+            expected.pop(key, None)
+        _logger.warning(
+            "%s has %d classes and %d were asked for: the classifier is new and untrained",
+            origin,
+            in_file,
+            model.num_classes,
+        )
+
+
+def _differences(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    lines = [
+        f"missing: {key} {shape}" for key, shape in expected.items() if key not in found and not key.endswith(_OPTIONAL)
+    ]
+    lines += [
+        f"shape: {key} is {found[key].shape} in the file and {shape} in the model"
+        for key, shape in expected.items()
+        if key in found and found[key].shape != shape
+    ]
+    lines += [f"unexpected: {key} {entry.shape}" for key, entry in found.items() if key not in expected]
+    return lines
+
+
+def _hint(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) -> str:
+    """What to do about the commonest differences."""
+    head = found.get("head.weight")
+    if head is not None and "head.weight" in expected and head.shape[1:] == expected["head.weight"][1:]:
+        if head.shape[0] != expected["head.weight"][0]:
+            return f"\nThe file has {head.shape[0]} classes: create the model with num_classes={head.shape[0]}"
+    if any(key.endswith(".gamma1") for key in set(found) - set(expected)):
+        return "\nThe file has a layer scale (as the detectors' tiny has): create the model with layer_scale=1.0"
+    return ""

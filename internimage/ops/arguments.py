@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Checks of operator arguments, with messages that say what was wrong and what would be right."""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .sampling import Pair, num_points, output_size
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
+    """`value` as a (height, width) pair of ints.
+
+    Raises:
+        TypeError: It is neither an int nor a pair of ints.
+        ValueError: It has another length, or an entry is below `minimum`.
+    """
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2:
+        raise ValueError(f"{name} must be an int or a (height, width) pair, got {len(values)} values: {value!r}")
+    for entry in values:
+        # dynamo hands symbolic ints through `int`-typed variables, so ask for what an index can be, not for a type
+        if isinstance(entry, (bool, float)) or not hasattr(entry, "__index__"):
+            raise TypeError(f"{name} must be an int or a (height, width) pair of ints, got {value!r}")
+    height, width = operator.index(values[0]), operator.index(values[1])
+    if height < minimum or width < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return height, width
+
+
+def check_kernel(kernel_size: Pair, remove_center: bool) -> None:
+    """Whether the kernel has a centre to remove, and something beside it.
+
+    Raises:
+        ValueError: With `remove_center`, for an even kernel side or a kernel of one point.
+    """
+    if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
+        raise ValueError(
+            f"remove_center needs a kernel_size with odd sides (an even side has no centre), got {kernel_size}"
+        )
+    if num_points(kernel_size, remove_center) == 0:
+        raise ValueError("remove_center leaves no sampling point of a 1x1 kernel; take a larger kernel_size")
+
+
+def check_channels(channels: int, groups: int) -> None:
+    """Whether `channels` split into `groups`.
+
+    Raises:
+        TypeError: `groups` is no int.
+        ValueError: `groups` is not positive or does not divide `channels`.
+    """
+    if isinstance(groups, (bool, float)) or not hasattr(groups, "__index__"):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if channels % groups != 0:
+        raise ValueError(f"groups must divide the channels of input: {channels} channels, {groups} groups")
+
+
+def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
+    """Whether the named tensors are floating tensors of rank 4 on one device.
+
+    Args:
+        tensors: Name -> tensor.
+        same_dtype: Ask for one dtype (autocast gives them one later).
+
+    Raises:
+        TypeError: One is no tensor, or its dtype is not supported or not that of the first.
+        ValueError: One has another rank or another device.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions, (batch, height, width, channels), "
+                f"got {tensor.dim()}: {tuple(tensor.shape)}"
+            )
+        if same_dtype and tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def check_shapes(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    remove_center: bool,
+) -> None:
+    """Whether offset and mask have the shapes that input and geometry ask for.
+
+    Raises:
+        ValueError: The kernel does not fit the padded input, or a shape differs from the one named in the message.
+    """
+    n, height, width, _ = input.shape
+    ho, wo = output_size((height, width), kernel_size, stride, padding, dilation)
+    if ho < 1 or wo < 1:
+        raise ValueError(
+            f"input of {height} x {width} pixels with padding {padding} is smaller than the kernel: "
+            f"kernel_size {kernel_size}, dilation {dilation}"
+        )
+    points = num_points(kernel_size, remove_center)
+    for name, tensor, channels, formula in (
+        ("offset", offset, groups * points * 2, "groups * points * 2"),
+        ("mask", mask, groups * points, "groups * points"),
+    ):
+        expected = (n, ho, wo, channels)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{name} must have shape {expected} = (batch, output height, output width, {formula}), "
+                f"got {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+"""The DCNv3 operator: schema, reference, fake kernels, autograd, vmap, autocast and the public function.
+
+`torch.ops.internimage.dcnv3` and `torch.ops.internimage.dcnv3_backward` are defined here. The plain-torch reference
+serves every device; a compiled kernel, once loaded, takes over its device. All that is not arithmetic stays here, so
+that it is the same for every backend.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import as_pair, check_channels, check_kernel, check_shapes, check_tensors
+from .sampling import output_size
+
+# ---- schema and reference
+
+_GEOMETRY = (
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
+    "bool remove_center, bool softmax"
+)
+
+_library = torch.library.Library("internimage", "DEF")
+_library.define(
+    f"dcnv3(Tensor input, Tensor offset, Tensor mask, {_GEOMETRY}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+_library.define(
+    f"dcnv3_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor mask, {_GEOMETRY}, bool deterministic, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.impl("dcnv3", reference.dcnv3, "CompositeExplicitAutograd")
+_library.impl("dcnv3_backward", reference.dcnv3_backward, "CompositeExplicitAutograd")
+
+_dcnv3 = torch.ops.internimage.dcnv3.default
+_dcnv3_backward = torch.ops.internimage.dcnv3_backward.default
+
+# ---- fake kernels: shapes without data
+
+
+@torch.library.register_fake("internimage::dcnv3", lib=_library)
+def _fake(input, offset, mask, kernel_size, stride, padding, dilation, *_) -> Tensor:
+    n, height, width, channels = input.shape
+    ho, wo = output_size((height, width), kernel_size, stride, padding, dilation)
+    return input.new_empty(n, ho, wo, channels)
+
+
+@torch.library.register_fake("internimage::dcnv3_backward", lib=_library)
+def _fake_backward(grad_output, input, offset, mask, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = arguments[-1]
+    return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip((input, offset, mask), wanted))
+
+
+# ---- autograd
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.geometry = *inputs[:3], inputs[3:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_output: Tensor):
+    needed = list(ctx.needs_input_grad[:3])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads = _dcnv3_backward(grad_output, *ctx.saved_tensors, *ctx.geometry, deterministic, needed)
+    return *(grad if need else None for grad, need in zip(grads, needed)), *[None] * len(ctx.geometry)
+
+
+def _setup_context_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.arguments = *inputs[:4], inputs[4:]
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *grad_grads):
+    """Double backward, in differentiable torch operations whatever kernel computed the backward pass."""
+    *geometry, deterministic, output_mask = ctx.arguments
+    tensors = ctx.saved_tensors
+    given = [
+        g if g is not None and wanted else torch.zeros_like(t)
+        for g, t, wanted in zip(grad_grads, tensors[1:], output_mask)
+    ]
+    grads = reference.dcnv3_double_backward(*given, *tensors, *geometry, deterministic)
+    return *grads, *[None] * len(ctx.arguments)
+
+
+torch.library.register_autograd("internimage::dcnv3", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "internimage::dcnv3_backward", _double_backward, setup_context=_setup_context_backward, lib=_library
+)
+
+# ---- vmap: the mapped axis becomes part of the batch
+
+
+def _fold(tensors: Sequence[Tensor], axes: Sequence[int | None], size: int) -> list[Tensor]:
+    moved = [t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in zip(tensors, axes)]
+    return [t.flatten(0, 1) for t in moved]
+
+
+@torch.library.register_vmap("internimage::dcnv3", lib=_library)
+def _vmap(info, in_dims, input, offset, mask, *geometry):
+    output = _dcnv3(*_fold((input, offset, mask), in_dims, info.batch_size), *geometry)
+    return output.unflatten(0, (info.batch_size, -1)), 0
+
+
+@torch.library.register_vmap("internimage::dcnv3_backward", lib=_library)
+def _vmap_backward(info, in_dims, grad_output, input, offset, mask, *arguments):
+    grads = _dcnv3_backward(*_fold((grad_output, input, offset, mask), in_dims, info.batch_size), *arguments)
+    unfolded = [
+        grad.unflatten(0, (info.batch_size, -1)) if wanted else grad.expand(info.batch_size, 0)
+        for grad, wanted in zip(grads, arguments[-1])
+    ]
+    return tuple(unfolded), (0, 0, 0)
+
+
+# ---- autocast
+
+
+def _register_autocast(key: str, device_type: str) -> None:
+    def cast(tensor: Tensor) -> Tensor:  # float64 is left alone, as torch's own casting rules do
+        return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device_type))
+
+    def kernel(input, offset, mask, *geometry):
+        with torch.autocast(device_type, enabled=False):
+            return _dcnv3(cast(input), cast(offset), cast(mask), *geometry)
+
+    _library.impl("dcnv3", kernel, key)
+
+
+for _key, _device_type in (
+    ("AutocastCPU", "cpu"),
+    ("AutocastCUDA", "cuda"),
+    ("AutocastXPU", "xpu"),
+    ("AutocastMPS", "mps"),
+):
+    _register_autocast(_key, _device_type)
+
+# ---- public function
+
+
+def dcnv3(
+    input: Tensor,  # (N, H, W, C)
+    offset: Tensor,  # (N, Ho, Wo, groups * P * 2)
+    mask: Tensor,  # (N, Ho, Wo, groups * P)
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+) -> Tensor:
+    """Deformable convolution v3: modulated sampling at learned offsets, without a weight of its own.
+
+    With P = kh * kw - remove_center sampling points a group, for output pixel o and the channels of group g::
+
+        output[o, g] = sum_p  m[o, g, p] * bilinear(input[:, g], location[o, g, p])
+        location     = o * stride - padding + centre + (kernel_point_p + offset[o, g, p]) * offset_scale
+
+    where centre = dilation * (kernel_size - 1) // 2, kernel points are counted from the centre, and m is `mask`, or its
+    softmax over the P points with `softmax=True`. Pixels outside the image are zero. A location that is not strictly
+    inside (-1, W) x (-1, H), or not finite, contributes nothing and gets no gradient. (Wang et al., "InternImage:
+    Exploring Large-Scale Vision Foundation Models with Deformable Convolutions", CVPR 2023, equation 2.)
+
+    Differentiable any number of times in all three tensors; works under autocast (which casts all three to its dtype),
+    `torch.compile`, `torch.export` and `torch.func.vmap`.
+
+    Args:
+        input: (N, H, W, C), channels last. float64, float32, bfloat16 or float16; the half types accumulate in float32.
+            N may be 0.
+        offset: (N, Ho, Wo, groups * P * 2), in pixels: group-major, then point, then (x, y). The points are counted
+            x-major: all rows of the leftmost kernel column first. Dtype and device of `input`.
+        mask: (N, Ho, Wo, groups * P): group-major, then point. Factors, or logits with `softmax=True`.
+        kernel_size: Kernel (height, width), or one int for both.
+        stride: Step between output pixels.
+        padding: Zeros around the image, any non-negative number.
+        dilation: Distance of neighbouring kernel points.
+        groups: Number of groups, each with offsets and mask of its own; divides C.
+        offset_scale: Factor on the kernel grid and on the offsets.
+        remove_center: Leave out the centre point; both kernel sides must be odd.
+        softmax: `mask` holds logits, to be normalised over the P points of a group (in float32 for the half types).
+
+    Returns:
+        (N, Ho, Wo, C) with `Ho = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1`, Wo likewise.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a tensor a wrong dtype.
+        ValueError: An argument is out of range, or a tensor has a wrong rank, shape or device.
+    """
+    kernel_size, stride = as_pair(kernel_size, "kernel_size", 1), as_pair(stride, "stride", 1)
+    padding, dilation = as_pair(padding, "padding", 0), as_pair(dilation, "dilation", 1)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+    autocast = torch.is_autocast_enabled(input.device.type)
+    check_tensors({"input": input, "offset": offset, "mask": mask}, same_dtype=not autocast)
+    check_channels(input.shape[3], groups)
+    if isinstance(offset_scale, (str, bytes)) or not isinstance(offset_scale, (int, float)):
+        raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+    check_kernel(kernel_size, remove_center)
+    check_shapes(input, offset, mask, kernel_size, stride, padding, dilation, groups, remove_center)
+    return torch.ops.internimage.dcnv3(
+        input, offset, mask, kernel_size, stride, padding, dilation, groups, float(offset_scale), bool(remove_center),
+        bool(softmax),
+    )  # fmt: skip
