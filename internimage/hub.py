@@ -57,8 +57,8 @@ def download(repo_id: str, filenames: tuple[str, ...] = WEIGHT_FILES, cache_dir:
         except LocalEntryNotFoundError as error:  # before its parent class, EntryNotFoundError
             raise DownloadError(
                 f"{name}: '{filename}' is not in the cache and could not be downloaded. Without a network, load a "
-                f"local file: create_model(..., pretrained_cfg_overlay=dict(file=PATH)); with a mirror, set HF_ENDPOINT; "
-                f"HF_HUB_OFFLINE must not be 1 for a download. ({error})"
+                f"local file: create_model(..., pretrained_cfg_overlay=dict(file=PATH)); with a mirror, set "
+                f"HF_ENDPOINT; HF_HUB_OFFLINE must not be 1 for a download. ({error})"
             ) from error
         except RepositoryNotFoundError as error:
             raise DownloadError(

@@ -42,7 +42,7 @@ def open_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Entry]
     """The tensors of a file or folder, by name; nothing of a safetensors file is read before `Entry.read`.
 
     Args:
-        path: A safetensors file, a shard index, a pickle (`.pth`, `.pt`, `.bin`, `.ckpt`), or a folder with one of them.
+        path: A safetensors file, a shard index, a pickle (`.pth`, `.pt`, `.bin`, `.ckpt`), or a folder with one.
         use_ema: Take the averaged weights of a pickle that has both.
 
     Raises:
@@ -91,8 +91,8 @@ def _find_in_folder(folder: Path) -> Path:
         if found:
             names = _some([file.name for file in found])
             raise CheckpointError(
-                f"'{folder}' holds several weight files ({names}) and no index ('model.safetensors{INDEX_SUFFIX}') that "
-                f"says how they belong together; name one file"
+                f"'{folder}' holds several weight files ({names}) and no index ('model.safetensors{INDEX_SUFFIX}') "
+                f"that says how they belong together; name one file"
             )
     raise CheckpointError(f"'{folder}' holds no weights: no .safetensors, .pth, .pt or .bin file")
 

@@ -199,7 +199,7 @@ def check_fusable(x: Tensor) -> Tensor:
 class InternImage(nn.Module):
     """InternImage classifier and backbone.
 
-    Four stages at strides 4, 8, 16, 32 with C, 2C, 4C, 8C channels, C = `channels`. Tensors are channels last inside and
+    Four stages at strides 4, 8, 16, 32 with C, 2C, 4C, 8C channels, C = `channels`. Tensors are channels last inside,
     (N, C, H, W) outside (`forward_features`, `forward_intermediates`).
 
     The head of tiny to xlarge is a 1x1 convolution to `cls_scale` * 8C channels with batch norm and GELU, pooling and a

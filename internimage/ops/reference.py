@@ -5,7 +5,7 @@ For output pixel o and group g, with the P sampling locations of `sampling.sampl
 
     output[o, g] = sum_p  mask[o, g, p] * bilinear(input[:, g], location[o, g, p])
 
-A location contributes only strictly inside (-1, W) x (-1, H); the pixels around the image count as zero there. A location
+A location contributes only strictly inside (-1, W) x (-1, H); the pixels around the image count as zero there. One
 outside, NaN and infinity included, contributes nothing and receives no gradient. At pixel centres, where the bilinear
 interpolation has a kink, the derivative is the right-hand one.
 
@@ -106,7 +106,7 @@ def _weighted_rows(rows: Tensor, corners: list[_Corner], weights: list[Tensor]) 
 
 
 def _dots(grad: Tensor, rows: Tensor, corner: _Corner) -> Tensor:
-    """<grad, row> over the channels of a group, for every location; grad is (N, Ho, Wo, C) -> (N, Ho, Wo, groups, P)."""
+    """<grad, row> over the channels of a group, for every location: (N, Ho, Wo, C) -> (N, Ho, Wo, groups, P)."""
     shape = corner.row.shape
     gathered = rows[corner.row.reshape(-1)].view(-1, shape[-1], rows.shape[1])  # (N * Ho * Wo * groups, P, C / groups)
     return torch.bmm(gathered, grad.reshape(-1, rows.shape[1], 1)).view(shape)

@@ -31,7 +31,7 @@ def output_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Pair:
-    """Height and width of the output; all arguments are (height, width) pairs. Not positive where the kernel does not fit."""
+    """Output (height, width), from (height, width) pairs. Not positive where the kernel does not fit."""
     height, width = (
         (size + 2 * pad - (dil * (kernel - 1) + 1)) // step + 1
         for size, kernel, step, pad, dil in zip(input_size, kernel_size, stride, padding, dilation)
@@ -87,7 +87,7 @@ def sampling_locations(
 ) -> Tensor:
     """Where every output pixel of every group samples the input.
 
-    For output pixel (ox, oy) and kernel point p at (kx, ky) of `kernel_grid`, with `centre_x = dilation_x * (kw - 1) // 2`::
+    For output pixel (ox, oy) and kernel point (kx, ky) of `kernel_grid`, with `centre_x = dilation_x * (kw - 1) // 2`::
 
         x = ox * stride_x - padding_x + centre_x + (kx + offset_x) * offset_scale
 

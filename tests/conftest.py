@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""Devices, seeds, the one tolerance table, and what a skip may mean."""
+
+import os
+
+import pytest
+import torch
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+# dtype -> (relative to the largest absolute value of the expected tensor). float64 and float32 are what the goldens ask
+# for; the half types round input, output and, between operators, every intermediate.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None, name: str = "") -> None:
+    """The largest deviation, relative to the largest expected value, is below the tolerance (that of actual's dtype)."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    limit = TOLERANCE[actual.dtype] if tolerance is None else tolerance
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    scale = expected.abs().max().clamp_min(1e-30)
+    deviation = ((actual - expected).abs().max() / scale).item()
+    assert deviation <= limit, f"{name}: deviation {deviation:.2e} of the largest value, allowed {limit:.0e}"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    """In CI a test may be skipped for want of a GPU and for nothing else."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("INTERNIMAGE_FAIL_ON_SKIP") or reporter is None:
+        return
+    odd = [report for report in reporter.stats.get("skipped", []) if "needs a GPU" not in str(report.longrepr)]
+    if odd and exitstatus == 0:
+        reporter.write_line(f"{len(odd)} tests were skipped that could have run:", red=True)
+        for report in odd:
+            reporter.write_line(f"  {report.nodeid}: {report.longrepr[-1]}", red=True)
+        session.exitstatus = 1
