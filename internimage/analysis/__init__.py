@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MIT
+"""Looking into a model: where its layers sample."""
+
+from .points import draw_points, sampled_points
+
+__all__ = ["draw_points", "sampled_points"]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""The command line: `internimage VERB`, one file a verb.
+
+Exit status: 0 done, 1 done with something left out that was not to be left out, 2 bad input.
+"""
+
+import argparse
+import logging
+import sys
+
+from .. import __version__
+from ..errors import UserError
+from . import evaluate, finetune, info, predict
+
+_VERBS = (evaluate, predict, finetune, info)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line's parser."""
+    top = argparse.ArgumentParser(prog="internimage", description="InternImage: evaluate, predict, fine-tune.")
+    top.add_argument("--version", action="version", version=f"internimage {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in _VERBS:
+        name = verb.__name__.rpartition(".")[2]
+        sub = verbs.add_parser(name, help=verb.HELP, description=verb.HELP, formatter_class=_Formatter)
+        verb.add_arguments(sub)
+        sub.set_defaults(run=verb.run)
+    return top
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, but not where there is none to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help or ""
+        return super()._get_help_string(action) or ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return arguments.run(arguments)
+    except (UserError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        print(f"internimage {arguments.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""`internimage evaluate`."""
+
+import argparse
+import csv
+import io
+import json
+import sys
+
+from .. import __version__
+from ..engine.data import open_dataset
+from ..engine.evaluate import Evaluation, evaluate
+from ..engine.files import write_text
+from ..models.published import PUBLISHED
+from .arguments import add_model_arguments, load_model
+
+HELP = "Top-1, top-5 and loss of a model on a dataset."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", required=True, metavar="PATH", help="class folders, tar, or dataset root")
+    group.add_argument("--dataset", default="", metavar="NAME", help="timm's dataset name, such as hfds/OWNER/NAME")
+    group.add_argument("--split", default="validation", help="split to evaluate, if the data has several")
+    group.add_argument("--class-map", metavar="FILE", help="lines of 'CLASS INDEX', if not all classes occur")
+    group.add_argument("--batch-size", type=int, default=64)
+    group.add_argument("--workers", type=int, default=2, help="loader processes")
+    group = parser.add_argument_group("report")
+    group.add_argument("--json", metavar="PATH", help="write the result as JSON; - for standard output")
+    group.add_argument("--csv", metavar="PATH", help="write the result as one CSV row")
+    group.add_argument("--per-class", action="store_true", help="report every class")
+    group.add_argument("--strict", action="store_true", help="exit with 1 if an image could not be read")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    model, config, device, dtype = load_model(arguments)
+    image_mode = "L" if config["input_size"][0] == 1 else "RGB"
+    dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map, image_mode)
+    result = evaluate(
+        model,
+        dataset,
+        config,
+        arguments.batch_size,
+        arguments.workers,
+        device,
+        dtype,
+        classes_from_map=arguments.class_map is not None,
+    )
+    published = _published_top1(model, arguments)
+    row = {
+        "model": arguments.model,
+        "checkpoint": arguments.checkpoint,
+        "data": arguments.data,
+        "images": result.images,
+        "skipped": len(result.skipped),
+        "top1": round(result.top1, 4),
+        "top5": round(result.top5, 4),
+        "loss": round(result.loss, 6),
+        "published_top1": published,
+        "images_per_second": round(result.images_per_second, 2),
+        "img_size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+        "device": str(device),
+        "dtype": arguments.dtype,
+        "internimage": __version__,
+    }
+    out = sys.stderr if arguments.json == "-" else sys.stdout
+    _print(result, row, arguments, out)
+    if arguments.json:
+        report = {**row, "skipped_files": [{"file": f, "reason": r} for f, r in result.skipped]}
+        if arguments.per_class:
+            report["per_class"] = result.per_class
+        text = json.dumps(report, indent=2) + "\n"
+        if arguments.json == "-":
+            sys.stdout.write(text)
+        else:
+            write_text(arguments.json, text)
+    if arguments.csv:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(row)
+        write_text(arguments.csv, text.getvalue())
+    return 1 if arguments.strict and result.skipped else 0
+
+
+def _published_top1(model, arguments: argparse.Namespace) -> float | None:
+    """What upstream published for these weights, if they are upstream's and this is what upstream measured."""
+    if arguments.checkpoint is not None or arguments.num_classes is not None:
+        return None
+    cfg = getattr(model, "pretrained_cfg", {})
+    published = PUBLISHED.get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
+    return None if published is None or cfg.get("source") else published.top1
+
+
+def _print(result: Evaluation, row: dict, arguments: argparse.Namespace, out) -> None:
+    top1 = f"top-1 {result.top1:.2f} %"
+    if row["published_top1"] is not None:
+        top1 += f" (published, ImageNet-1k: {row['published_top1']} %)"
+    print(f"{top1}   top-5 {result.top5:.2f} %   loss {result.loss:.4f}", file=out)
+    print(
+        f"{result.images} images at {row['img_size']} px, {result.images_per_second:.1f} images/s with loading, "
+        f"{row['device']}, {row['dtype']}",
+        file=out,
+    )
+    if arguments.per_class:
+        width = max(len(str(entry["class"])) for entry in result.per_class)
+        for entry in result.per_class:
+            print(f"  {entry['class']:<{width}}  {entry['top1']:6.2f} %  of {entry['images']}", file=out)
+    if result.skipped:
+        print(f"{len(result.skipped)} images could not be read and do not count:", file=sys.stderr)
+        for file, reason in result.skipped[:20]:
+            print(f"  {file}: {reason}", file=sys.stderr)
+        if len(result.skipped) > 20:
+            print(f"  and {len(result.skipped) - 20} more (all stand in the JSON report)", file=sys.stderr)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""`internimage info`."""
+
+import argparse
+import json
+import platform
+from importlib import metadata
+
+import torch
+
+from .. import __version__, list_models
+from ..extension import backend, devices
+
+HELP = "Versions, devices, and which backend serves each."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    facts = {
+        "internimage": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "timm": metadata.version("timm"),
+        "huggingface_hub": metadata.version("huggingface_hub"),
+        "safetensors": metadata.version("safetensors"),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "backends": [vars(backend(device)) | {"hardware": _hardware(device)} for device in devices()],
+        "kernels_built_with": None,
+        "models": list_models(),
+    }
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"internimage {facts['internimage']}, Python {facts['python']}, {facts['platform']}")
+    print(f"torch {facts['torch']} (CUDA {facts['torch_cuda'] or 'none'}), timm {facts['timm']}")
+    for entry in facts["backends"]:
+        print(f"{entry['device']} ({entry['hardware']}): DCNv3 is served by {entry['name']}")
+        if entry["reason"]:
+            print(f"  not by a faster one: {entry['reason']}")
+    print(f"kernels built with: {facts['kernels_built_with'] or 'no compiled kernel is installed'}")
+    print(f"models: {', '.join(facts['models'])}")
+    return 0
+
+
+def _hardware(device: str) -> str:
+    if device == "cpu":
+        return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if device == "cuda":
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return device
