@@ -4,6 +4,9 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# OpenMP threads that wait by spinning starve each other where another process wants a core too: small models become
+# up to 50 times slower
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-slow timm-contract lint format bench clean
 

@@ -7,6 +7,7 @@ The last 360 in file order are held out; most of them were written by people who
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -42,6 +43,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything is written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each")
     arguments = parser.parse_args()
+    # threads that wait by spinning starve each other where another process wants a core too
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     start = time.perf_counter()
     data = arguments.folder / "digits"
     shutil.rmtree(data, ignore_errors=True)

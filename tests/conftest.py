@@ -14,7 +14,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 2e-2, to
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None, name: str = "") -> None:
-    """The largest deviation, relative to the largest expected value, is below the tolerance (that of actual's dtype)."""
+    """The largest deviation over the largest expected value is within the tolerance (that of actual's dtype)."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return

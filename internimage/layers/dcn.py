@@ -9,7 +9,7 @@ from timm.layers import create_act_layer
 from torch import Tensor, nn
 
 from ..ops import dcnv3  # noqa: F401  (defines torch.ops.internimage.dcnv3)
-from ..ops.arguments import as_pair, check_channels, check_kernel
+from ..ops.arguments import as_pair, check_channels, check_kernel, check_offset_scale
 from ..ops.sampling import Pair, num_points, sampling_locations
 from .format import create_norm
 
@@ -24,6 +24,16 @@ def _query_padding(kernel: int, dilation: int, padding: int, dw_kernel: int) -> 
             f"even and not negative"
         )
     return twice // 2
+
+
+def _create_act(act_layer: str) -> nn.Module:
+    try:
+        act = create_act_layer(act_layer)
+    except KeyError:
+        act = None
+    if act is None:  # what timm makes of an empty name
+        raise ValueError(f"act_layer must be timm's name of an activation, such as 'gelu', got {act_layer!r}")
+    return act
 
 
 class DCNv3(nn.Module):
@@ -57,6 +67,8 @@ class DCNv3(nn.Module):
         TypeError, ValueError: An argument is out of range or does not fit another; the message names it.
     """
 
+    center_feature_scale: torch.jit.Final[bool]  # so that TorchScript leaves out a branch without its parameters
+
     def __init__(
         self,
         channels: int,
@@ -82,6 +94,7 @@ class DCNv3(nn.Module):
         self.padding: Pair = as_pair(padding, "padding", 0)
         self.dilation: Pair = as_pair(dilation, "dilation", 1)
         self.groups = groups
+        check_offset_scale(offset_scale)
         self.offset_scale = float(offset_scale)
         self.remove_center = bool(remove_center)
         self.dw_kernel_size: Pair = self.kernel_size
@@ -106,7 +119,7 @@ class DCNv3(nn.Module):
         self.dw_conv = nn.Sequential(
             nn.Conv2d(channels, channels, self.dw_kernel_size, self.stride, dw_padding, groups=channels, **dd),
             create_norm(channels, norm_layer, in_format="NCHW", out_format="NHWC", **dd),
-            create_act_layer(act_layer),
+            _create_act(act_layer),
         )
         points = num_points(self.kernel_size, self.remove_center)
         self.offset = nn.Linear(channels, groups * points * 2, **dd)

@@ -46,8 +46,12 @@ def create_norm(
         The sequence; the norm's place in it is the official one.
 
     Raises:
-        ValueError: Unknown `norm_layer`.
+        ValueError: Unknown `norm_layer` or layout.
     """
+    change: dict[str, type[nn.Module]] = {"NHWC": ToChannelsLast, "NCHW": ToChannelsFirst}
+    for name, layout in (("in_format", in_format), ("out_format", out_format)):
+        if layout not in change:
+            raise ValueError(f"{name} must be 'NHWC' or 'NCHW', got {layout!r}")
     if norm_layer == "layernorm":
         norm: nn.Module = nn.LayerNorm(channels, eps=eps, device=device, dtype=dtype)
         works_in = "NHWC"
@@ -56,7 +60,6 @@ def create_norm(
         works_in = "NCHW"
     else:
         raise ValueError(f"norm_layer must be 'layernorm' or 'batchnorm', got {norm_layer!r}")
-    change: dict[str, type[nn.Module]] = {"NHWC": ToChannelsLast, "NCHW": ToChannelsFirst}
     layers: list[nn.Module] = []
     if in_format != works_in:
         layers.append(change[works_in]())

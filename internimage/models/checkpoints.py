@@ -13,11 +13,12 @@ The whole key set and every shape are compared before a single parameter is writ
 
 import logging
 import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models._hub import download_cached_file
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor
 
@@ -42,7 +43,7 @@ _OPTIONAL = "num_batches_tracked"  # counts training steps; without meaning for 
 # ---- where weights come from
 
 
-def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = None) -> Path | dict[str, Tensor]:
+def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = None) -> Path | Mapping[str, Tensor]:
     """The local file or folder, or the state dict, that a timm pretrained cfg names; downloads it if need be.
 
     Args:
@@ -56,14 +57,17 @@ def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = No
     """
     if cfg.get("source") == "hf-hub":  # create_model("hf-hub:...")
         return hub.download(cfg["hf_hub_id"], cache_dir=cache_dir)
-    if cfg.get("state_dict"):
+    if cfg.get("state_dict") is not None:
         return cfg["state_dict"]
     if cfg.get("file"):
-        return Path(cfg["file"])
+        path = Path(cfg["file"]).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint at '{path}'")
+        return path
+    if cfg.get("url"):  # before the tag's repository: none of our cfgs has one, so it was asked for
+        return hub.download_url(cfg["url"], cache_dir)
     if cfg.get("hf_hub_id"):
         return _download_tag(variant, cfg, cache_dir)
-    if cfg.get("url"):
-        return Path(download_cached_file(cfg["url"], cache_dir=cache_dir))
     name = f"{variant}.{cfg['tag']}" if cfg.get("tag") else variant
     raise CheckpointError(f"no weights were released for '{name}'; use pretrained=False, or name a file of your own")
 
@@ -90,7 +94,10 @@ def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> P
 
 
 def _own_names(entries: dict[str, Entry], origin: str) -> tuple[dict[str, Entry], list[str]]:
-    """The entries of the model under our names, and the names of what is beside it (a detector's neck, a teacher)."""
+    """The entries of the model under our names, and the names of what may be beside it (a detector's neck, a teacher).
+
+    What has no business there keeps a name that no model has, so that it comes out as a difference.
+    """
     prefixes = {
         key[: -len(anchor)]
         for key in entries
@@ -99,18 +106,24 @@ def _own_names(entries: dict[str, Entry], origin: str) -> tuple[dict[str, Entry]
     }
     if not prefixes:
         raise CheckpointError(
-            f"{origin} holds no InternImage: no '{_ANCHORS[0]}' in it, with or without a known prefix. "
-            f"It has {len(entries)} tensors, beginning with {', '.join(list(entries)[:5])}"
+            f"{origin} holds no InternImage: no '{_FIRST_CONV}' in it, nor behind 'module.', 'student.', 'model.' or "
+            f"'backbone.'. It has {len(entries)} tensors, beginning with {', '.join(list(entries)[:5])}"
         )
     if len(prefixes) > 1:
         raise CheckpointError(f"{origin} holds several models: under {', '.join(map(repr, sorted(prefixes)))}")
     prefix = prefixes.pop()
-    own = {key[len(prefix) :]: entry for key, entry in entries.items() if key.startswith(prefix)}
-    beside = [key for key in entries if not key.startswith(prefix)]
-    if beside and not ("backbone." in prefix or "student." in prefix):  # only these stand beside other modules
-        own.update({key: entries[key] for key in beside})
-        beside = []
-    return {re.sub(r"\.layer_scale([12])$", r".gamma\1", key): entry for key, entry in own.items()}, beside
+    stands_alone = not ("backbone." in prefix or "student." in prefix)
+    own: dict[str, Entry] = {}
+    beside = []
+    for key, entry in entries.items():
+        if key.startswith(prefix):
+            name = re.sub(r"\.layer_scale([12])$", r".gamma\1", key[len(prefix) :])
+            own[f"{name} (again, as {key})" if name in own else name] = entry
+        elif stands_alone:
+            own[f"{key} (without '{prefix}')"] = entry
+        else:
+            beside.append(key)
+    return own, beside
 
 
 # ---- comparing and writing
@@ -118,7 +131,7 @@ def _own_names(entries: dict[str, Entry], origin: str) -> tuple[dict[str, Entry]
 
 def load_pretrained(
     model: "InternImage",
-    source: str | Path | dict[str, Tensor],
+    source: str | Path | Mapping[str, Tensor],
     backbone_only: bool = False,
     use_ema: bool = False,
     pretrained_cfg: dict[str, Any] | None = None,
@@ -131,7 +144,7 @@ def load_pretrained(
 
     Args:
         model: The model.
-        source: File or folder (see `containers.open_checkpoint`), or a state dict.
+        source: File or folder (see `containers.open_checkpoint`), or a state dict, wrapped or not.
         backbone_only: Only the stages matter: whatever the file has of the head is taken or left.
         use_ema: Take the averaged weights of a file that has both.
         pretrained_cfg: What the weights were made for (`num_classes`, `input_size`); the model's own cfg if None.
@@ -141,26 +154,20 @@ def load_pretrained(
         FileNotFoundError: There is no such file.
     """
     cfg = pretrained_cfg or getattr(model, "pretrained_cfg", None) or {}
-    if isinstance(source, dict):
-        origin, entries = "the state dict", from_state_dict(source)
+    target = model.state_dict()
+    if any(value.is_meta for value in target.values()):
+        raise CheckpointError("a model on the meta device cannot hold weights; call its to_empty(device=...) first")
+    if isinstance(source, Mapping):
+        origin = "the state dict"
+        entries = from_state_dict(source, origin, use_ema)
     else:
         origin, entries = f"'{source}'", open_checkpoint(source, use_ema)
     found, beside = _own_names(entries, origin)
     if beside:
         _logger.info("%s: left out %d tensors beside the backbone (%s, ...)", origin, len(beside), beside[0])
-    target = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in target.items()}
     _drop_head(model, origin, found, expected, cfg, backbone_only)
-    read = {key: entry.read for key, entry in found.items()}
-
-    source_channels = (cfg.get("input_size") or (3,))[0]
-    first = found.get(_FIRST_CONV)
-    if first is not None and model.in_chans != source_channels and first.shape[1:2] != (model.in_chans,):
-        if first.shape[1:2] == (3,):
-            read[_FIRST_CONV] = lambda: adapt_input_conv(model.in_chans, first.read())
-            found[_FIRST_CONV] = Entry(expected[_FIRST_CONV], first.read)
-            _logger.info("%s: adapted the first convolution from 3 to %d channels", origin, model.in_chans)
-
+    _adapt_first_conv(model.in_chans, (cfg.get("input_size") or (3,))[0], origin, found)
     differences = _differences(found, expected)
     if differences:
         listed = "\n".join(f"  {line}" for line in differences[:10])
@@ -172,8 +179,20 @@ def load_pretrained(
         )
     with torch.no_grad():
         for key in expected:
-            if key in read:
-                target[key].copy_(read[key]())
+            if key in found:
+                target[key].copy_(found[key].read())
+
+
+def _adapt_first_conv(in_chans: int, source_chans: int, origin: str, found: dict[str, Entry]) -> None:
+    """Have the first convolution of `source_chans` image channels read as one of `in_chans`."""
+    first = found.get(_FIRST_CONV)
+    if in_chans == source_chans or first is None or len(first.shape) != 4 or first.shape[1] != source_chans:
+        return
+    found[_FIRST_CONV] = Entry(
+        (first.shape[0], in_chans, *first.shape[2:]),
+        lambda: adapt_input_conv(in_chans, first.read(), base_chans=source_chans),
+    )
+    _logger.info("%s: adapted the first convolution from %d to %d channels", origin, source_chans, in_chans)
 
 
 def _drop_head(
@@ -214,7 +233,7 @@ def _drop_head(
         for key in _CLASSIFIER:
             found.pop(key, None)
         return
-    in_file = found["head.weight"].shape[0] if "head.weight" in found and found["head.weight"].shape else 0
+    in_file = _classes(found)
     asked_for_other = cfg.get("num_classes") is not None and model.num_classes != cfg["num_classes"]
     if asked_for_other and in_file != model.num_classes:
         for key in _CLASSIFIER:
@@ -243,10 +262,36 @@ def _differences(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) 
 
 def _hint(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) -> str:
     """What to do about the commonest differences."""
-    head = found.get("head.weight")
-    if head is not None and "head.weight" in expected and head.shape[1:] == expected["head.weight"][1:]:
-        if head.shape[0] != expected["head.weight"][0]:
-            return f"\nThe file has {head.shape[0]} classes: create the model with num_classes={head.shape[0]}"
+    in_file = {key: entry.shape for key, entry in found.items()}
+    size, wanted_size = _size(in_file), _size(expected)
+    if size and size != wanted_size:
+        return f"\nThe file is of another size: {size}; the model has {wanted_size}"
     if any(key.endswith(".gamma1") for key in set(found) - set(expected)):
         return "\nThe file has a layer scale (as the detectors' tiny has): create the model with layer_scale=1.0"
+    head, wanted = in_file.get("head.weight"), expected.get("head.weight")
+    if head is None and wanted is not None:
+        return "\nThe file has no classifier: load it with num_classes=0; for a new one, then call reset_classifier(N)"
+    if head is not None and wanted is not None and head[1:] == wanted[1:] and head[0] != wanted[0]:
+        return f"\nThe file has {head[0]} classes: create the model with num_classes={head[0]}"
     return ""
+
+
+def _classes(found: dict[str, Entry]) -> int:
+    head = found.get("head.weight")
+    return head.shape[0] if head is not None and head.shape else 0
+
+
+def _size(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Channels and depths, as names and shapes tell them; None if they do not."""
+    channels = shapes.get("patch_embed.conv2.bias")
+    if not channels:
+        return None
+    blocks = {match.groups() for key in shapes if (match := re.match(r"levels\.(\d+)\.blocks\.(\d+)\.", key))}
+    depths = Counter(level for level, _ in sorted(blocks))
+    return f"channels={channels[0]}, depths={tuple(depths.values())}"
+
+
+def count_classes(source: str | Path, use_ema: bool = False) -> int:
+    """How many classes the classifier of a checkpoint has; 0 without one. Reads names and shapes only."""
+    found, _ = _own_names(open_checkpoint(source, use_ema), f"'{source}'")
+    return _classes(found)

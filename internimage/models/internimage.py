@@ -420,9 +420,16 @@ class InternImage(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and another pooling if one is named; the rest of the head keeps its weights."""
-        if global_pool is None:
-            global_pool = "attn" if self.attend else self.global_pool.pool_type
+        """A new classifier, and another pooling if one is named; the rest of the head keeps its weights.
+
+        Args:
+            num_classes: Classes of the new classifier; 0 leaves it out.
+            global_pool: As for the constructor. None keeps the pooling, except that a classifier on an unpooled map
+                brings the model's default pooling back.
+        """
+        kept = "attn" if self.attend else self.global_pool.pool_type
+        if global_pool is None and (kept or num_classes == 0):
+            global_pool = kept
         self._set_head(num_classes, global_pool, **get_device_dtype(self))
         self.head.apply(self._init_module)
 
@@ -553,11 +560,12 @@ def _create_internimage(
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     features_only = kwargs.get("features_only", False)
+    # before the model: to initialise billions of parameters takes longer than to see that there are no weights
+    source = checkpoints.resolve_source(variant, cfg, cache_dir) if pretrained else None
 
     def build(**model_kwargs) -> InternImage:
         model = InternImage(**model_kwargs)
         if pretrained:
-            source = checkpoints.resolve_source(variant, cfg, cache_dir)
             model.load_pretrained(source, backbone_only=features_only, use_ema=use_ema, pretrained_cfg=cfg)
         return model
 

@@ -26,7 +26,10 @@ def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
         # dynamo hands symbolic ints through `int`-typed variables, so ask for what an index can be, not for a type
         if isinstance(entry, (bool, float)) or not hasattr(entry, "__index__"):
             raise TypeError(f"{name} must be an int or a (height, width) pair of ints, got {value!r}")
-    height, width = operator.index(values[0]), operator.index(values[1])
+    try:
+        height, width = operator.index(values[0]), operator.index(values[1])
+    except TypeError:  # a float tensor or a numpy array has an __index__, and refuses it
+        raise TypeError(f"{name} must be an int or a (height, width) pair of ints, got {value!r}") from None
     if height < minimum or width < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     return height, width
@@ -51,8 +54,10 @@ def check_channels(channels: int, groups: int) -> None:
 
     Raises:
         TypeError: `groups` is no int.
-        ValueError: `groups` is not positive or does not divide `channels`.
+        ValueError: There are no channels, or `groups` is not positive or does not divide them.
     """
+    if channels < 1:
+        raise ValueError(f"input must have at least 1 channel, got {channels} channels")
     if isinstance(groups, (bool, float)) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1:
@@ -61,15 +66,26 @@ def check_channels(channels: int, groups: int) -> None:
         raise ValueError(f"groups must divide the channels of input: {channels} channels, {groups} groups")
 
 
+def check_offset_scale(offset_scale: float) -> None:
+    """Whether `offset_scale` is a number.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if isinstance(offset_scale, (str, bytes)) or not isinstance(offset_scale, (int, float)):
+        raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+
+
 def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
     """Whether the named tensors are floating tensors of rank 4 on one device.
 
     Args:
         tensors: Name -> tensor.
-        same_dtype: Ask for one dtype (autocast gives them one later).
+        same_dtype: Ask for one dtype. Without, float64 and the others still do not mix: autocast, which gives the
+            others one dtype later, leaves float64 alone.
 
     Raises:
-        TypeError: One is no tensor, or its dtype is not supported or not that of the first.
+        TypeError: One is no tensor, or its dtype is not supported or does not go with that of the first.
         ValueError: One has another rank or another device.
     """
     first_name, first = next(iter(tensors.items()))
@@ -83,7 +99,7 @@ def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
                 f"{name} must have 4 dimensions, (batch, height, width, channels), "
                 f"got {tensor.dim()}: {tuple(tensor.shape)}"
             )
-        if same_dtype and tensor.dtype != first.dtype:
+        if tensor.dtype != first.dtype and (same_dtype or torch.float64 in (tensor.dtype, first.dtype)):
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")

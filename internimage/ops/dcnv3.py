@@ -7,12 +7,13 @@ that it is the same for every backend.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import as_pair, check_channels, check_kernel, check_shapes, check_tensors
+from .arguments import as_pair, check_channels, check_kernel, check_offset_scale, check_shapes, check_tensors
 from .sampling import output_size
 
 # ---- schema and reference
@@ -56,6 +57,13 @@ def _fake_backward(grad_output, input, offset, mask, *arguments) -> tuple[Tensor
 # ---- autograd
 
 
+def _without_autocast(device_type: str):
+    """Context in which `bmm` keeps the dtype of its operands; a backward pass may be run under autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.geometry = *inputs[:3], inputs[3:]
     ctx.save_for_backward(*tensors)
@@ -82,7 +90,8 @@ def _double_backward(ctx, *grad_grads):
         g if g is not None and wanted else torch.zeros_like(t)
         for g, t, wanted in zip(grad_grads, tensors[1:], output_mask)
     ]
-    grads = reference.dcnv3_double_backward(*given, *tensors, *geometry, deterministic)
+    with _without_autocast(tensors[0].device.type):
+        grads = reference.dcnv3_double_backward(*given, *tensors, *geometry, deterministic)
     return *grads, *[None] * len(ctx.arguments)
 
 
@@ -123,10 +132,15 @@ def _register_autocast(key: str, device_type: str) -> None:
         return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device_type))
 
     def kernel(input, offset, mask, *geometry):
-        with torch.autocast(device_type, enabled=False):
+        with _without_autocast(device_type):
             return _dcnv3(cast(input), cast(offset), cast(mask), *geometry)
 
+    def kernel_backward(*arguments):
+        with _without_autocast(device_type):
+            return _dcnv3_backward(*arguments)
+
     _library.impl("dcnv3", kernel, key)
+    _library.impl("dcnv3_backward", kernel_backward, key)
 
 
 for _key, _device_type in (
@@ -192,16 +206,16 @@ def dcnv3(
     """
     kernel_size, stride = as_pair(kernel_size, "kernel_size", 1), as_pair(stride, "stride", 1)
     padding, dilation = as_pair(padding, "padding", 0), as_pair(dilation, "dilation", 1)
+    remove_center, softmax = bool(remove_center), bool(softmax)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-    autocast = torch.is_autocast_enabled(input.device.type)
+    kind = input.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none to ask
     check_tensors({"input": input, "offset": offset, "mask": mask}, same_dtype=not autocast)
     check_channels(input.shape[3], groups)
-    if isinstance(offset_scale, (str, bytes)) or not isinstance(offset_scale, (int, float)):
-        raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+    check_offset_scale(offset_scale)
     check_kernel(kernel_size, remove_center)
     check_shapes(input, offset, mask, kernel_size, stride, padding, dilation, groups, remove_center)
     return torch.ops.internimage.dcnv3(
-        input, offset, mask, kernel_size, stride, padding, dilation, groups, float(offset_scale), bool(remove_center),
-        bool(softmax),
+        input, offset, mask, kernel_size, stride, padding, dilation, groups, float(offset_scale), remove_center, softmax
     )  # fmt: skip

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints in every format that InternImage weights come in, written from a state dict with our names."""
+
+import argparse
+import json
+import pickle
+import re
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from internimage.models import containers
+
+HEAD = ("conv_head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.", "head.")
+
+# ---- names
+
+
+def prefixed(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state_dict.items()}
+
+
+def headless(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state_dict.items() if not key.startswith(HEAD)}
+
+
+def hub_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As in the official repositories on the Hub."""
+    return prefixed("model.", {re.sub(r"\bgamma([12])$", r"layer_scale\1", key): v for key, v in state_dict.items()})
+
+
+def shifted(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Other weights of the same shapes, which a reader must not take for the right ones."""
+    return {key: value + 1 for key, value in state_dict.items()}
+
+
+# ---- what stands beside the weights
+
+
+@contextmanager
+def yacs() -> Iterator[type]:
+    """A stand-in for yacs' node, importable for as long as something is pickled and not a moment longer."""
+
+    class CfgNode(dict):
+        def __init__(self, values: dict[str, Any]) -> None:
+            super().__init__({k: CfgNode(v) if isinstance(v, dict) else v for k, v in values.items()})
+            self.__dict__.update(
+                __immutable__=True, __deprecated_keys__=set(), __renamed_keys__={}, __new_allowed__=False
+            )
+
+        def __getattr__(self, name: str) -> Any:
+            if name in self:
+                return self[name]
+            raise AttributeError(name)
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    package, module = types.ModuleType("yacs"), types.ModuleType("yacs.config")
+    package.config, module.CfgNode = module, CfgNode
+    with mock.patch.dict(sys.modules, {"yacs": package, "yacs.config": module}):
+        yield CfgNode
+
+
+CONFIG = {
+    "MODEL": {"TYPE": "intern_image", "INTERN_IMAGE": {"CHANNELS": 64, "DEPTHS": [4, 4, 18, 4]}},
+    "AUG": {"MEAN": (0.5, 0.5, 0.5), "NAME": None},
+}
+
+
+def training_state(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a training run keeps beside its weights."""
+    moments = {i: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)} for i in range(2)}
+    return {
+        "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0, 1]}]},
+        "lr_scheduler": {"base_values": [1e-3], "metric": None},
+        "max_accuracy": 83.5,
+        "epoch": 299,
+    }
+
+
+def save_official(path: Path, content: dict[str, Any], **options) -> Path:
+    """An official training checkpoint: `content` with the run's state and its pickled configuration."""
+    with yacs() as node:
+        torch.save({**content, **training_state({}), "config": node(CONFIG)}, path, **options)
+    return path
+
+
+# ---- formats
+
+
+def save_index(folder: Path, state_dict: Mapping[str, Tensor], shards: int = 3, suffix: str = "safetensors") -> Path:
+    """Shards and their index, as transformers writes them; the path of the index."""
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}" for i in range(shards)]
+    weight_map = {key: names[i % shards] for i, key in enumerate(state_dict)}
+    for name in names:
+        part = {key: value for key, value in state_dict.items() if weight_map[key] == name}
+        save_file(part, folder / name) if suffix == "safetensors" else torch.save(part, folder / name)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return index
+
+
+def save_torch(path: Path, content: Any, **options) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+def save_safetensors(path: Path, state_dict: Mapping[str, Tensor]) -> Path:
+    save_file(dict(state_dict), path)
+    return path
+
+
+LEGACY = dict(_use_new_zipfile_serialization=False)  # as torch wrote before 1.6
+_NECK = {"neck.lateral_convs.0.conv.weight": torch.ones(4, 4, 1, 1), "rpn_head.rpn_conv.bias": torch.ones(4)}
+_AVERAGED_FLAT = {"ema_backbone_patch_embed_conv1_weight": torch.ones(4)}  # mmdetection's ExpMomentumEMAHook
+_DECODER = {"decode_head.conv_seg.weight": torch.ones(3, 4, 1, 1), "auxiliary_head.conv_seg.bias": torch.ones(3)}
+_META = {"CLASSES": ("person", "car"), "PALETTE": [[0, 0, 0]], "config": "model = dict()", "epoch": 12}
+
+# kind -> function of (empty folder, state dict with our names) that gives the path to load
+KINDS = {
+    "official": lambda folder, sd: save_official(folder / "w.pth", {"model": sd}),
+    "official, before torch 1.6": lambda folder, sd: save_official(folder / "w.pth", {"model": sd}, **LEGACY),
+    "official, with averages": lambda folder, sd: save_official(
+        folder / "w.pth", {"model": sd, "model_ema": shifted(sd)}
+    ),
+    "official, averages only": lambda folder, sd: save_torch(folder / "w.pth", {"model_ema": sd}),
+    "official, in module": lambda folder, sd: save_torch(folder / "w.pth", {"module": sd, "global_steps": 1}),
+    "official, of DDP": lambda folder, sd: save_torch(folder / "w.pth", {"model": prefixed("module.", sd)}),
+    "official, student": lambda folder, sd: save_torch(
+        folder / "w.pth",
+        {
+            "model": {
+                **prefixed("student.", sd),
+                **prefixed("teacher.", shifted(sd)),
+                "student_proj.weight": torch.ones(2, 2),
+            }
+        },
+    ),
+    "compiled": lambda folder, sd: save_torch(folder / "w.pt", prefixed("_orig_mod.", sd)),
+    "bare": lambda folder, sd: save_torch(folder / "w.pth", OrderedDict(sd)),
+    "timm's training script": lambda folder, sd: save_torch(
+        folder / "w.pth.tar",
+        {"state_dict": sd, "arch": "internimage_atto", "args": argparse.Namespace(lr=1e-3, opt="adamw"), "epoch": 3},
+    ),
+    "Hub": lambda folder, sd: save_safetensors(folder / "model.safetensors", hub_names(sd)),
+    "Hub, folder": lambda folder, sd: save_safetensors(folder / "model.safetensors", hub_names(sd)).parent,
+    "Hub, pickle": lambda folder, sd: save_torch(folder / "pytorch_model.bin", hub_names(sd)),
+    "Hub, shards": lambda folder, sd: save_index(folder, hub_names(sd)).parent,
+    "Hub, shard index": lambda folder, sd: save_index(folder, hub_names(sd)),
+    "Hub, pickled shards": lambda folder, sd: save_index(folder, hub_names(sd), suffix="bin").parent,
+    "ours": lambda folder, sd: save_safetensors(folder / "w.safetensors", sd),
+    "detector": lambda folder, sd: save_torch(
+        folder / "w.pth",
+        {"meta": _META, "state_dict": {**prefixed("backbone.", headless(sd)), **_NECK, **_AVERAGED_FLAT}},
+    ),
+    "segmentor": lambda folder, sd: save_torch(
+        folder / "w.pth",
+        {"meta": _META, "state_dict": OrderedDict({**prefixed("backbone.", headless(sd)), **_DECODER})},
+    ),
+}
+HEADLESS = {"detector", "segmentor"}
+
+
+def write(kind: str, folder: Path, state_dict: Mapping[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return KINDS[kind](folder, dict(state_dict))
+
+
+def record_reads(monkeypatch) -> list[str]:
+    """The names of the tensors that are read from safetensors files from now on."""
+    reads: list[str] = []
+    safe_open = containers.safe_open
+
+    class File:
+        def __init__(self, path, **options) -> None:
+            self.file = safe_open(path, **options)
+            self.keys, self.get_slice = self.file.keys, self.file.get_slice
+
+        def get_tensor(self, key: str) -> Tensor:
+            reads.append(key)
+            return self.file.get_tensor(key)
+
+    monkeypatch.setattr(containers, "safe_open", File)
+    return reads
+
+
+# ---- files that run code
+
+
+class Call:
+    """Unpickles as a call of `function`."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+# how a pickle gets into a file -> function of (path, content)
+PICKLERS = {
+    "zip": lambda path, content: torch.save(content, path),
+    "before torch 1.6": lambda path, content: torch.save(content, path, **LEGACY),
+    "zip, protocol 4": lambda path, content: torch.save(content, path, pickle_protocol=4),
+    "bare, protocol 2": lambda path, content: path.write_bytes(pickle.dumps(content, 2)),
+    "bare, protocol 5": lambda path, content: path.write_bytes(pickle.dumps(content, 5)),
+}

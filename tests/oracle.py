@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""DCNv3 from its formula alone, slow and in float64; nothing here imports the package.
+
+Both functions sum over pixels with tent-shaped shares, `max(0, 1 - |x - px|) * max(0, 1 - |y - py|)`, where the package
+looks up four corners. `forward` is loops over numbers; `differentiable` is the same in torch, for autograd to derive.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def output_size(size, kernel_size, stride, padding, dilation) -> tuple[int, int]:
+    axes = zip(size, kernel_size, stride, padding, dilation)
+    height, width = ((length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in axes)
+    return height, width
+
+
+def kernel_points(kernel_size, dilation, remove_center) -> list[tuple[int, int]]:
+    """(x, y) of the kernel's points, from the first one, and without the offset: leftmost column first."""
+    (kh, kw), (dh, dw) = kernel_size, dilation
+    points = [(column * dw, row * dh) for column in range(kw) for row in range(kh)]
+    if remove_center:
+        points.remove((kw // 2 * dw, kh // 2 * dh))
+    return points
+
+
+def draw(
+    seed: int,
+    n: int,
+    size: tuple[int, int],
+    group_channels: int,
+    offset_std: float = 1.5,
+    *,
+    kernel_size=(3, 3),
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups: int = 1,
+    remove_center: bool = False,
+    **_,
+) -> list[Tensor]:
+    """Input, offset, mask and grad_output for a geometry; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    ho, wo = output_size(size, kernel_size, stride, padding, dilation)
+    points = groups * len(kernel_points(kernel_size, dilation, remove_center))
+    shapes = (n, *size, groups * group_channels), (n, ho, wo, points * 2), (n, ho, wo, points)
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in (*shapes, (n, ho, wo, shapes[0][3]))]
+    tensors[1] *= offset_std
+    return tensors
+
+
+def forward(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_size=(3, 3),
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+) -> Tensor:
+    """DCNv3 by loops. There is no box to be inside of: a pixel further away than 1 has no share."""
+    image, offset, mask = (t.detach().double().cpu().numpy() for t in (input, offset, mask))
+    n, height, width, channels = image.shape
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
+    ho, wo = output_size((height, width), kernel_size, stride, padding, dilation)
+    points = kernel_points(kernel_size, dilation, remove_center)
+    centre_x, centre_y = dw * (kw - 1) // 2, dh * (kh - 1) // 2
+    per_group = channels // groups
+    output = torch.zeros(n, ho, wo, channels, dtype=torch.float64)
+    result = output.numpy()
+    for b, oy, ox, g in itertools.product(range(n), range(ho), range(wo), range(groups)):
+        own = slice(g * per_group, (g + 1) * per_group)
+        factors = [float(f) for f in mask[b, oy, ox, g * len(points) : (g + 1) * len(points)]]
+        if softmax:
+            factors = [math.exp(f - max(factors)) for f in factors]
+            factors = [f / math.fsum(factors) for f in factors]
+        for p, (point_x, point_y) in enumerate(points):
+            at = (g * len(points) + p) * 2
+            shift_x, shift_y = float(offset[b, oy, ox, at]), float(offset[b, oy, ox, at + 1])
+            x = (ox * sw - pw + centre_x) + (point_x - centre_x + shift_x) * offset_scale
+            y = (oy * sh - ph + centre_y) + (point_y - centre_y + shift_y) * offset_scale
+            columns = [(px, 1 - abs(x - px)) for px in range(width)]
+            columns = [(px, share) for px, share in columns if share > 0]  # never true for NaN
+            for py in range(height):
+                share_y = 1 - abs(y - py)
+                if share_y > 0:
+                    for px, share_x in columns:
+                        result[b, oy, ox, own] += factors[p] * share_x * share_y * image[b, py, px, own]
+    return output
+
+
+def locations(
+    offset: Tensor,
+    kernel_size=(3, 3),
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    **_,
+) -> tuple[Tensor, Tensor]:
+    """x and y of every sample, (N, Ho, Wo, groups, P), float64."""
+    n, ho, wo, _ = offset.shape
+    points = kernel_points(kernel_size, dilation, remove_center)
+    shifts = offset.double().reshape(n, ho, wo, groups, len(points), 2)
+    result = []
+    for axis, steps, shape in ((1, wo, (1, 1, wo, 1, 1)), (0, ho, (1, ho, 1, 1, 1))):  # x, then y
+        centre = dilation[axis] * (kernel_size[axis] - 1) // 2
+        begin = torch.tensor([o * stride[axis] - padding[axis] + centre for o in range(steps)]).view(shape)
+        regular = torch.tensor([point[1 - axis] - centre for point in points])
+        result.append(begin + (regular + shifts[..., 1 - axis]) * offset_scale)
+    return result[0], result[1]
+
+
+def _tent(distance: Tensor) -> Tensor:
+    """max(0, 1 - |distance|), whose derivative at the kinks is the right-hand one; 0 for NaN."""
+    rising, falling = (distance >= -1) & (distance < 0), (distance >= 0) & (distance < 1)
+    return torch.where(rising, 1 + distance, torch.where(falling, 1 - distance, 0))
+
+
+def differentiable(input: Tensor, offset: Tensor, mask: Tensor, groups: int = 1, softmax: bool = False, **geometry):
+    """DCNv3 for autograd, on the CPU; a location at -1 or before is moved away, as it is outside by definition."""
+    n, height, width, channels = input.shape
+    shares = []
+    for location, length in zip(locations(offset, groups=groups, **geometry), (width, height)):
+        location = torch.where(location > -1, location, -9.0)
+        shares.append(_tent(location[..., None] - torch.arange(length)))
+    factors = mask.double().reshape(shares[0].shape[:-1])
+    factors = factors.softmax(-1) if softmax else factors
+    image = input.double().reshape(n, height, width, groups, -1)
+    output = torch.einsum("nhwgp,nhwgpy,nhwgpx,nyxgc->nhwgc", factors, shares[1], shares[0], image)
+    return output.reshape(*output.shape[:3], channels)
+
+
+def gradients(grad_output: Tensor, input: Tensor, offset: Tensor, mask: Tensor, **arguments) -> tuple[Tensor, ...]:
+    """Gradients of input, offset and mask, float64."""
+    leaves = [t.detach().double().cpu().requires_grad_() for t in (input, offset, mask)]
+    return torch.autograd.grad(differentiable(*leaves, **arguments), leaves, grad_output.double().cpu())
+
+
+def off_the_grid(offset: Tensor, **geometry) -> Tensor:
+    """The offset, moved so that no location comes closer than 0.1 to an integer, where the interpolation has kinks."""
+    moves = []
+    for location in locations(offset, **geometry):
+        inner = location.floor() + 0.1 + 0.8 * (location - location.floor())
+        moves.append((inner - location) / geometry.get("offset_scale", 1.0))
+    return offset + torch.stack(moves, dim=-1).reshape(offset.shape)

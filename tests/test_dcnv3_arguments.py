@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""What the operator says to wrong arguments, and that it says so before it computes anything."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from internimage.ops import dcnv3
+
+
+class NoKernel(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.namespace != "internimage", f"{func} was called"
+        return func(*args, **(kwargs or {}))
+
+
+def valid() -> dict:
+    return {
+        "input": torch.zeros(2, 5, 6, 4),
+        "offset": torch.zeros(2, 5, 6, 36),
+        "mask": torch.zeros(2, 5, 6, 18),
+        "kernel_size": 3,
+        "padding": 1,
+        "groups": 2,
+    }
+
+
+def refused(exception: type[Exception], words: tuple, **changes) -> None:
+    with NoKernel(), pytest.raises(exception) as error:
+        dcnv3(**{**valid(), **changes})
+    assert error.type is exception
+    for word in words:
+        assert word in str(error.value), f"{word!r} is not in {str(error.value)!r}"
+
+
+def test_the_valid_arguments_are_valid():
+    assert dcnv3(**valid()).shape == (2, 5, 6, 4)
+
+
+@pytest.mark.parametrize("name", ["input", "offset", "mask"])
+@pytest.mark.parametrize("value", [None, 1.0, [[1.0]], np.zeros((2, 5, 6, 36), np.float32), "tensor"], ids=repr)
+def test_no_tensor(name, value):
+    refused(TypeError, (name, "torch.Tensor", type(value).__name__), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["input", "offset", "mask"])
+@pytest.mark.parametrize("shape", [(), (36,), (5, 6, 36), (2, 5, 6, 36, 1)], ids=str)
+def test_wrong_rank(name, shape):
+    words = (name, "4 dimensions", "(batch, height, width, channels)", f"got {len(shape)}", str(shape))
+    refused(ValueError, words, **{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("name", ["input", "offset", "mask"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_unsupported_dtype(name, dtype):
+    words = (name, "float64, float32, bfloat16 or float16", str(dtype))
+    refused(TypeError, words, **{name: valid()[name].to(dtype)})
+
+
+@pytest.mark.parametrize("name", ["offset", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_mixed_dtypes(name, dtype):
+    refused(TypeError, (name, "dtype of input", "torch.float32", str(dtype)), **{name: valid()[name].to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_mixes_all_dtypes_but_float64(dtype):
+    halves = {name: valid()[name].to(dtype) for name in ("offset", "mask")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dcnv3(**{**valid(), **halves}).dtype == torch.bfloat16
+        for name in ("offset", "mask"):
+            words = (name, "dtype of input", "torch.float32", "torch.float64")
+            refused(TypeError, words, **{name: valid()[name].double()})
+        words = ("offset", "dtype of input", "torch.float64", str(dtype))
+        refused(TypeError, words, input=valid()["input"].double(), **halves)
+
+
+@pytest.mark.parametrize("name", ["offset", "mask"])
+def test_other_device(name):
+    refused(ValueError, (name, "device of input", "cpu", "meta"), **{name: valid()[name].to("meta")})
+
+
+def test_input_on_another_device():
+    refused(ValueError, ("offset", "device of input", "meta", "cpu"), input=valid()["input"].to("meta"))
+
+
+@pytest.mark.parametrize("name, channels, formula", [("offset", 36, "points * 2"), ("mask", 18, "groups * points")])
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("step", [-1, 1])
+def test_shape_that_does_not_fit(name, channels, formula, axis, step):
+    shape = [2, 5, 6, channels]
+    shape[axis] += step
+    words = (name, f"(2, 5, 6, {channels})", formula, str(tuple(shape)))
+    refused(ValueError, words, **{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    "changes, shape",
+    [
+        ({"stride": 2}, (2, 3, 3, 36)),
+        ({"stride": (1, 2)}, (2, 5, 3, 36)),
+        ({"padding": (2, 0)}, (2, 7, 4, 36)),
+        ({"dilation": 2}, (2, 3, 4, 36)),
+        ({"kernel_size": (5, 3)}, (2, 3, 6, 60)),
+        ({"groups": 1}, (2, 5, 6, 18)),
+        ({"groups": 4}, (2, 5, 6, 72)),
+        ({"remove_center": True}, (2, 5, 6, 32)),
+    ],
+    ids=str,
+)
+def test_shape_that_the_geometry_asks_for(changes, shape):
+    refused(ValueError, ("offset", f"must have shape {shape}", "(2, 5, 6, 36)"), **changes)
+
+
+@pytest.mark.parametrize(
+    "groups, exception, words",
+    [
+        (3, ValueError, ("divide the channels of input", "4 channels", "3 groups")),
+        (8, ValueError, ("divide the channels of input", "4 channels", "8 groups")),
+        (0, ValueError, ("at least 1", "0")),
+        (-2, ValueError, ("at least 1", "-2")),
+        (True, TypeError, ("an int", "True")),
+        (2.0, TypeError, ("an int", "2.0")),
+        ("2", TypeError, ("an int", "'2'")),
+        (None, TypeError, ("an int", "None")),
+        ((2, 2), TypeError, ("an int", "(2, 2)")),
+    ],
+    ids=repr,
+)
+def test_groups(groups, exception, words):
+    refused(exception, ("groups", *words), groups=groups)
+
+
+PAIRS = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        3.0,
+        (3, 3.0),
+        "3",
+        "33",
+        ("3", "3"),
+        None,
+        (3, None),
+        True,
+        (True, 3),
+        torch.tensor(3.0),
+        np.array([3, 3]),
+        {3, 5},
+    ],
+    ids=repr,
+)
+def test_pairs_of_something_else(name, value):
+    refused(TypeError, (name, "an int or a (height, width) pair", repr(value)), **{name: value})
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("value", [(3, 3, 3), [3], ()], ids=repr)
+def test_pairs_of_another_length(name, value):
+    refused(ValueError, (name, "pair", f"got {len(value)} values", repr(value)), **{name: value})
+
+
+@pytest.mark.parametrize("name, minimum", PAIRS.items())
+def test_pairs_that_are_too_small(name, minimum):
+    for value in (minimum - 1, (minimum - 1, 1), [1, minimum - 1], -7):
+        refused(ValueError, (name, f"at least {minimum}", repr(value)), **{name: value})
+
+
+@pytest.mark.parametrize("kernel_size", [2, (2, 3), (3, 4)], ids=str)
+def test_remove_center_of_an_even_kernel(kernel_size):
+    pair = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+    words = ("remove_center", "kernel_size", "odd", str(pair))
+    refused(ValueError, words, kernel_size=kernel_size, remove_center=True)
+
+
+def test_remove_center_of_a_single_point():
+    refused(ValueError, ("remove_center", "1x1", "kernel_size"), kernel_size=1, remove_center=True)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"kernel_size": 9}, ("kernel_size (9, 9)", "padding (1, 1)")),
+        ({"kernel_size": (3, 9)}, ("kernel_size (3, 9)",)),
+        ({"dilation": (3, 1), "padding": 0}, ("dilation (3, 1)", "padding (0, 0)")),
+    ],
+    ids=str,
+)
+def test_kernel_larger_than_the_padded_input(changes, words):
+    refused(ValueError, ("input of 5 x 6 pixels", "smaller than the kernel", *words), **changes)
+
+
+def test_no_channels():
+    refused(ValueError, ("input", "at least 1 channel", "0"), input=torch.zeros(2, 5, 6, 0))
+
+
+@pytest.mark.parametrize("value", ["1.0", b"1", None, (1.0, 1.0), 1j, torch.tensor(1.0)], ids=repr)
+def test_offset_scale(value):
+    refused(TypeError, ("offset_scale", "a number", repr(value)), offset_scale=value)

@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: MIT
+"""What our models promise beyond what timm's own tests ask (scripts/timm_contract.py runs those)."""
+
+import copy
+import re
+
+import golden
+import pytest
+import timm
+import torch
+from conftest import assert_close
+from timm.models import get_notrace_functions
+from timm.models._manipulate import group_parameters
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+import internimage
+from internimage.models import PUBLISHED, CheckpointError, InternImage
+from internimage.models.internimage import Block, check_fusable
+
+ARCHITECTURES = [
+    f"internimage_{size}" for size in ("atto", "tiny", "small", "base", "large", "xlarge", "huge", "giant")
+]
+
+SMALL = dict(channels=16, depths=(2, 1, 3, 1), groups=(1, 2, 4, 8), num_classes=10)
+# what distinguishes small to xlarge, and what distinguishes huge and giant
+SCALED = dict(SMALL, post_norm=True, layer_scale=1e-5, offset_scale=2.0)
+ATTENTIVE = dict(
+    SMALL,
+    res_post_norm=True,
+    dw_kernel_size=5,
+    center_feature_scale=True,
+    attentive_head=True,
+    stage3_post_norm_blocks=(0, 2),
+)
+KINDS = {"plain": SMALL, "scaled": SCALED, "attentive": ATTENTIVE}
+
+
+def build(arguments: dict, **more) -> InternImage:
+    """A model in which every parameter matters: the initial offsets and masks are zero, and layer scales tiny."""
+    model = InternImage(**{**arguments, **more}).eval()
+    model.load_state_dict(golden.fill_state_dict({key: value.shape for key, value in model.state_dict().items()}))
+    return model
+
+
+def image(*size: int, batch: int = 2) -> Tensor:
+    return golden.images(1, (batch, 3, *size))
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request) -> dict:
+    return KINDS[request.param]
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 65), (50, 230), (7, 9), (1, 1)], ids=str)
+@torch.no_grad()
+def test_any_image_size(size):
+    model = build(SCALED)
+    logits = model(image(*size))
+    assert logits.shape == (2, 10) and logits.isfinite().all()
+    maps = model.forward_intermediates(image(*size), intermediates_only=True)
+    for i, (stage, stride) in enumerate(zip(maps, (4, 8, 16, 32))):
+        assert stage.shape == (2, 16 * 2**i, -(-size[0] // stride), -(-size[1] // stride))
+
+
+@torch.no_grad()
+def test_one_model_takes_one_size_after_another():
+    model = build(SMALL)
+    first = model(image(40, 56))
+    model(image(96, 33))
+    assert torch.equal(model(image(40, 56)), first)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 32), (50, 61), (17, 49)], ids=str)
+@torch.no_grad()
+def test_attentive_head_shapes(size):
+    model = build(ATTENTIVE)
+    features = model.forward_features(image(*size))
+    assert features.shape == (2, 1024, -(-size[0] // 16), -(-size[1] // 16))
+    assert (model.num_features, model.head_hidden_size) == (1024, 768)
+    assert model.forward_head(features, pre_logits=True).shape == (2, 768)
+    assert model(image(*size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "size, named",
+    [((48, 64), "64 x 64"), ((64, 16), "64 x 32"), ((100, 130), "128 x 160"), ((1, 1), "32 x 32")],
+    ids=str,
+)
+@torch.no_grad()
+def test_attentive_head_names_sizes_that_fit(size, named):
+    model = build(ATTENTIVE)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=f"got {size[0]} x {size[1]}.* {named}$"):
+            call(image(*size))
+    check_fusable(torch.empty(1, 3, *map(int, named.split(" x "))))
+    assert len(model.forward_intermediates(image(*size), intermediates_only=True)) == 4  # needs no head
+
+
+def test_atto_is_small():
+    assert sum(p.numel() for p in timm.create_model("internimage_atto", num_classes=10).parameters()) < 1_000_000
+
+
+# ---- head
+
+
+@pytest.mark.parametrize("pool, width", [("avg", 192), ("max", 192), ("avgmax", 192), ("catavgmax", 384)])
+@torch.no_grad()
+def test_pooling(pool, width):
+    model = build(SMALL, global_pool=pool)
+    assert (model.num_features, model.head_hidden_size) == (128, width)
+    features = model.forward_features(image(64, 96))
+    head_map = model.conv_head(features)
+    mean, largest = head_map.mean((2, 3)), head_map.amax((2, 3))
+    expected = {
+        "avg": mean,
+        "max": largest,
+        "avgmax": (mean + largest) / 2,
+        "catavgmax": torch.cat([mean, largest], dim=1),
+    }[pool]
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
+    torch.testing.assert_close(model(image(64, 96)), model.head(expected))
+    model.reset_classifier(7)  # keeps the pooling
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
+    assert model(image(64, 96)).shape == (2, 7)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(image(64, 96)), expected)
+
+
+@torch.no_grad()
+def test_no_pooling():
+    for arguments, shape in ((SMALL, (2, 192, 2, 3)), (ATTENTIVE, (2, 1024, 4, 6))):
+        model = build(arguments, num_classes=0, global_pool="")
+        assert model(image(64, 96)).shape == shape
+        assert model.head_hidden_size == shape[1]
+        model.reset_classifier(5)  # which needs a pooled vector
+        assert model(image(64, 96)).shape == (2, 5)
+        with pytest.raises(ValueError, match="num_classes=0"):
+            model.reset_classifier(5, "")
+
+
+@torch.no_grad()
+def test_attentive_pooling_goes_and_comes_back():
+    model = build(ATTENTIVE)
+    pooled = model.forward_head(model.forward_features(image(64, 64)), pre_logits=True)
+    model.reset_classifier(0, "")
+    assert model(image(64, 64)).shape == (2, 1024, 4, 4)
+    model.reset_classifier(0, "attn")
+    torch.testing.assert_close(model(image(64, 64)), pooled)
+
+
+@pytest.mark.parametrize(
+    "arguments, pool",
+    [(SMALL, "attn"), (SMALL, "mean"), (ATTENTIVE, "avg"), (ATTENTIVE, "catavgmax"), (SMALL, "")],
+    ids=["plain-attn", "plain-mean", "attentive-avg", "attentive-catavgmax", "plain-none"],
+)
+def test_pooling_that_does_not_fit(arguments, pool):
+    with pytest.raises(ValueError, match="global_pool"):
+        InternImage(**arguments, global_pool=pool)
+
+
+def test_dropout_before_the_classifier():
+    model = build(SMALL, drop_rate=0.5).train()
+    model.conv_head.eval()
+    features = model.forward_features(image(64, 64))
+    pooled = model.forward_head(features, pre_logits=True)
+    assert 0.3 < (pooled == 0).float().mean() < 0.7
+    assert not (model.eval().forward_head(features, pre_logits=True) == 0).any()
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (dict(depths=(1, 1, 1)), "depths and groups"),
+        (dict(post_norm=True, res_post_norm=True), "res_post_norm"),
+        (dict(stage3_post_norm_blocks=(3,)), "post_norm_blocks"),
+        (dict(groups=(1, 2, 4, 7)), "groups"),
+    ],
+    ids=["depths", "norms", "post-norms", "groups"],
+)
+def test_arguments_that_do_not_fit(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        InternImage(**{**SMALL, **arguments})
+
+
+# ---- features
+
+
+@torch.no_grad()
+def test_features_only():
+    model = timm.create_model("internimage_atto", features_only=True)
+    assert model.feature_info.channels() == [16, 32, 64, 128]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    assert [tuple(x.shape) for x in model(image(64, 96))] == [
+        (2, 16, 16, 24),
+        (2, 32, 8, 12),
+        (2, 64, 4, 6),
+        (2, 128, 2, 3),
+    ]
+
+
+@torch.no_grad()
+def test_out_indices():
+    model = timm.create_model("internimage_atto", features_only=True, out_indices=(0, 2))
+    assert model.feature_info.channels() == [16, 64]
+    assert [x.shape[1] for x in model(image(64, 96))] == [16, 64]
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if "levels.3" in name or "levels.2.downsample" in name or "head" in name]
+    last = timm.create_model("internimage_atto", features_only=True, out_indices=(-1,))
+    assert [x.shape[1] for x in last(image(64, 96))] == [128]
+
+
+@torch.no_grad()
+def test_forward_intermediates(kind):
+    model, x = build(kind), image(64, 96)
+    seen = []
+    handles = [stage.register_forward_hook(lambda *args: seen.append(args[2])) for stage in model.levels]
+    features, nhwc = model.forward_intermediates(x, output_fmt="NHWC")
+    for handle in handles:
+        handle.remove()
+    assert len(nhwc) == 4 and all(torch.equal(a, b) for a, b in zip(nhwc, seen))
+    _, nchw = model.forward_intermediates(x)
+    assert all(torch.equal(a.permute(0, 3, 1, 2), b) for a, b in zip(nhwc, nchw))
+    torch.testing.assert_close(features, model.forward_features(x))
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    for indices, kept in ((2, [2, 3]), ([0, 2], [0, 2]), ([-3], [1])):
+        taken = model.forward_intermediates(x, indices, stop_early=True, intermediates_only=True)
+        assert [tuple(t.shape) for t in taken] == [tuple(nchw[i].shape) for i in kept]
+        assert all(torch.equal(t, nchw[i]) for t, i in zip(taken, kept))
+
+
+def test_forward_intermediates_refuses_an_unknown_layout():
+    with pytest.raises(ValueError, match="output_fmt"):
+        build(SMALL).forward_intermediates(image(32, 32), output_fmt="NLC")
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_pruning(kind, last):
+    model, x = build(kind), image(64, 96)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, intermediates_only=True)[last]
+    pruned = copy.deepcopy(model)
+    assert pruned.prune_intermediate_layers([last], prune_norm=True) == [last]
+    features, (tap,) = pruned.forward_intermediates(x, [last])
+    assert torch.equal(tap, expected) and torch.equal(features, expected)
+    assert torch.equal(pruned.forward_features(x), expected)
+    assert pruned.num_features == pruned.head_hidden_size == expected.shape[1]
+    tap.sum().backward()
+    assert not [name for name, parameter in pruned.named_parameters() if parameter.grad is None]
+    pruned.reset_classifier(5)
+    assert pruned(x).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_pruning_nothing_changes_nothing(kind):
+    model, x = build(kind), image(64, 96)
+    expected = model(x)
+    model.prune_intermediate_layers(4, prune_head=False)
+    assert torch.equal(model(x), expected)
+    features = model.forward_features(x)
+    model.prune_intermediate_layers(4)  # the head goes; what forward_features gives stays
+    assert torch.equal(model.forward_features(x), features)
+    assert torch.equal(model(x), features)
+
+
+# ---- training
+
+
+def test_drop_path_rises_linearly_over_all_blocks():
+    model = InternImage(**SMALL, drop_path_rate=0.6)
+    blocks = [block for stage in model.levels for block in stage.blocks]
+    assert isinstance(blocks[0].drop_path1, nn.Identity)
+    for name in ("drop_path1", "drop_path2"):
+        rates = [getattr(block, name).drop_prob for block in blocks[1:]]
+        assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_layers_are_upstreams():
+    """Upstream's `lr_decay_keywards`: each block a layer; what stands between stages goes with the block after it."""
+    model = InternImage(**ATTENTIVE)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(layers) == {name for name, _ in model.named_parameters()}
+    expected = {
+        "patch_embed.": 0,
+        "levels.0.blocks.0.": 0,
+        "levels.0.blocks.1.": 1,
+        "levels.0.norm.": 2,
+        "levels.0.downsample.": 2,
+        "levels.1.blocks.0.": 2,
+        "levels.1.norm.": 3,
+        "levels.1.downsample.": 3,
+        "levels.2.blocks.0.": 3,
+        "levels.2.post_norms.0.": 3,
+        "levels.2.blocks.1.": 4,
+        "levels.2.blocks.2.": 5,
+        "levels.2.post_norms.1.": 5,
+        "levels.2.norm.": 6,
+        "levels.2.downsample.": 6,
+        "levels.3.blocks.0.": 6,
+        "levels.3.norm.": 6,
+        "dcnv3_head_x3.": 6,
+        "dcnv3_head_x4.": 6,
+        "clip_projector.": 6,
+        "fc_norm.": 6,
+        "head.": 6,
+    }
+    for name, layer in layers.items():
+        assert [layer] == [value for prefix, value in expected.items() if name.startswith(prefix)], name
+    plain = InternImage(**SMALL)
+    layers = group_parameters(plain, plain.group_matcher(), reverse=True)
+    assert {layers[name] for name in layers if name.startswith(("conv_head.", "head."))} == {6}
+    coarse = group_parameters(plain, plain.group_matcher(coarse=True), reverse=True)
+    assert (coarse["patch_embed.conv1.weight"], coarse["levels.0.blocks.1.norm1.0.weight"]) == (0, 1)
+
+
+def test_layer_decay_of_timm():
+    model = InternImage(**SMALL)
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
+    scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    named = dict(model.named_parameters())
+    assert scales[id(named["head.weight"])] == scales[id(named["levels.3.blocks.0.mlp.fc1.weight"])] == 1.0
+    assert scales[id(named["levels.2.downsample.conv.weight"])] == 1.0
+    assert scales[id(named["levels.2.blocks.2.mlp.fc1.weight"])] == 0.5
+    assert scales[id(named["patch_embed.conv1.weight"])] == 0.5**6
+    assert {decays[id(p)] for p in named.values() if p.ndim > 1} == {0.05}
+    assert {decays[id(p)] for p in named.values() if p.ndim == 1} == {0.0}
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_checkpointing_changes_no_gradient(kind, drop_path):
+    calls, results = [], []
+    for checkpointing in (False, True):
+        model = build(kind, drop_path_rate=drop_path).train()
+        model.set_grad_checkpointing(checkpointing)
+        count = []
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.register_forward_pre_hook(lambda *args, count=count: count.append(1))
+        torch.manual_seed(3)
+        logits = model(image(64, 64))
+        logits.square().mean().backward()
+        calls.append(len(count))
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    assert calls == [7, 14]  # every block ran again in the backward pass
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+
+
+def test_initial_values(kind):
+    """As upstream: linears truncated normal 0.02 but DCNv3's projections Xavier, offsets and masks zero."""
+    model = InternImage(**kind)
+    for name, value in model.state_dict().items():
+        linear = value.ndim == 2
+        if name.endswith((".gamma1", ".gamma2")):
+            assert (value == 1e-5).all(), name
+        elif ".offset." in name or ".mask." in name or "center_feature_scale" in name:
+            assert not value.any(), name
+        elif linear and ("input_proj" in name or "output_proj" in name):
+            assert value.std().item() == pytest.approx((1 / value.shape[0]) ** 0.5, rel=0.15), name
+        elif linear:
+            assert value.std().item() == pytest.approx(0.02, rel=0.15), name
+        elif name.endswith("bias") and ("mlp" in name or "proj" in name or name == "head.bias" or "cross_dcn" in name):
+            assert not value.any(), name
+
+
+def test_init_weights_after_to_empty(kind):
+    fresh = InternImage(**kind).state_dict()
+    model = InternImage(**kind, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.fill_(float("nan") if value.is_floating_point() else 9)
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        expected = fresh[name]
+        if expected.unique().numel() == 1:
+            assert torch.equal(value, expected), name
+        else:
+            assert value.isfinite().all(), name
+            few = 4 / expected.numel() ** 0.5  # standard errors
+            assert value.std().item() == pytest.approx(expected.std().item(), rel=0.05 + few), name
+            assert value.mean().item() == pytest.approx(expected.mean().item(), abs=few * expected.std().item()), name
+
+
+# ---- devices, dtypes, compilers
+
+
+def test_device_and_dtype(kind):
+    model = InternImage(**kind, device="meta", dtype=torch.bfloat16)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert not [name for name, value in tensors.items() if value.device.type != "meta"]
+    assert {value.dtype for value in tensors.values() if value.is_floating_point()} == {torch.bfloat16}
+    atto = timm.create_model("internimage_atto", dtype=torch.float64)
+    assert {parameter.dtype for parameter in atto.parameters()} == {torch.float64}
+    assert atto(image(32, 32).double()).dtype == torch.float64
+
+
+@torch.no_grad()
+def test_bfloat16(kind):
+    model, x = build(kind), image(64, 64)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x)
+    assert mixed.dtype == torch.bfloat16
+    assert_close(mixed, expected, 0.1, "autocast")
+    half = model.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert_close(half, expected, 0.1, "bfloat16")
+
+
+def compiled_equals_eager(backend: str) -> None:
+    model = timm.create_model("internimage_atto", num_classes=10).eval()
+    model.load_state_dict(golden.fill_state_dict({key: value.shape for key, value in model.state_dict().items()}))
+    compiled, results = torch.compile(model, fullgraph=True, backend=backend), []
+    for run in (model, compiled):
+        model.zero_grad()
+        logits = run(image(64, 96))
+        logits.square().mean().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for expected, actual in zip(*results):
+        assert_close(actual, expected, 1e-3)
+
+
+def test_compiles_to_one_graph():
+    compiled_equals_eager("aot_eager")
+
+
+@pytest.mark.slow  # a minute of C++ compilation
+def test_compiles_to_one_graph_and_code():
+    compiled_equals_eager("inductor")
+
+
+@torch.no_grad()
+def test_script_and_trace(kind):
+    """timm's tests script and trace no model with the attentive head: those are too big."""
+    model, x = build(kind), image(64, 96)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    graph = torch.fx.Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(model)
+    traced = torch.fx.GraphModule(model, graph)
+    torch.testing.assert_close(traced(x), expected)
+    if kind is ATTENTIVE:
+        with pytest.raises(ValueError, match="64 x 64"):
+            traced(image(48, 64))
+
+
+# ---- registration
+
+
+@pytest.mark.parametrize(
+    "name, post_norm, layer_scale, offset_scale, extra_norms",
+    [
+        ("internimage_atto", False, None, 1.0, []),
+        ("internimage_tiny", False, None, 1.0, []),
+        ("internimage_small", True, 1e-5, 1.0, []),
+        ("internimage_base", True, 1e-5, 1.0, []),
+        ("internimage_large", True, 1e-5, 2.0, []),
+        ("internimage_xlarge", True, 1e-5, 2.0, []),
+        ("internimage_huge", False, None, 1.0, [5, 11, 17, 23, 29]),
+        ("internimage_giant", True, None, 1.0, [5, 11, 17, 23, 29, 35, 41, 47]),
+    ],
+)
+def test_settings_that_no_key_shows(name, post_norm, layer_scale, offset_scale, extra_norms):
+    """The outputs of the big ones are only compared in the slow tests."""
+    model = timm.create_model(name, device="meta")
+    blocks = [block for stage in model.levels for block in stage.blocks]
+    assert {block.post_norm for block in blocks} == {post_norm}
+    assert {block.layer_scale for block in blocks} == {layer_scale}
+    assert {block.dcn.offset_scale for block in blocks} == {offset_scale}
+    assert [stage.post_norm_blocks for stage in model.levels] == [[], [], extra_norms, []]
+
+
+def test_list_models():
+    assert sorted(internimage.list_models()) == sorted(ARCHITECTURES)
+    assert set(internimage.list_models(pretrained=True)) == {
+        name for name, published in PUBLISHED.items() if published.hub_id
+    }
+    assert set(timm.list_models("internimage_*")) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ["internimage_nano", "internimage_tiny.ogvl_in22k"])
+def test_unknown_name(name):
+    with pytest.raises(RuntimeError, match="Unknown model|Invalid pretrained tag"):
+        timm.create_model(name)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_name_without_tag_has_1000_classes(name):
+    model = timm.create_model(name, device="meta")
+    assert model.num_classes == model.pretrained_cfg["num_classes"] == model.get_classifier().out_features == 1000
+
+
+TAGGED = timm.list_models("internimage_*", include_tags=True)
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_cfg_tells_the_truth(name):
+    cfg = timm.get_pretrained_cfg(name)
+    architecture, tag = name.split(".")
+    side = int((re.search(r"_(\d+)$", tag) or ["", 224])[1])
+    stride = 16 if architecture in ("internimage_huge", "internimage_giant") else 32
+    assert cfg.input_size == (3, side, side)
+    assert cfg.pool_size == (side // stride, side // stride)
+    assert cfg.num_classes == (21841 if "in22k" in tag and "ft_in1k" not in tag else 1000)
+    assert (cfg.crop_pct, cfg.interpolation) == (1.0, "bicubic")
+    assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (cfg.first_conv, cfg.classifier, cfg.license) == ("patch_embed.conv1", "head", "mit")
+    resize, crop, *_ = timm.data.create_transform(
+        **timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
+    ).transforms
+    assert (resize.size, tuple(crop.size)) == (side, (side, side))
+
+
+def test_tags_are_the_published_weights():
+    assert {name for name in TAGGED if not name.startswith("internimage_atto")} == set(PUBLISHED)
+    for file, name in golden.MODELS.items():
+        cfg, published = timm.get_pretrained_cfg(name), PUBLISHED[name]
+        if file == "internimage_h_22kto1k_384":  # a configuration without a file
+            assert (published.hub_id, published.pth, cfg.hf_hub_id) == (None, None, None)
+            assert not timm.is_model_pretrained(name)
+            continue
+        assert published.hub_id == cfg.hf_hub_id == f"OpenGVLab/{file}"
+        assert cfg.hf_hub_filename == "model.safetensors"
+        assert published.pth.endswith(".pth")
+        assert timm.is_model_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["internimage_atto", "internimage_huge.ogvl_joint_in22k_ft_in1k_384"])
+def test_asking_for_weights_that_were_never_released(name, monkeypatch):
+    # timm builds a model before it asks for weights, and this one is big
+    monkeypatch.setattr(
+        "internimage.models.internimage.InternImage.__init__", lambda self, **_: nn.Module.__init__(self)
+    )
+    with pytest.raises(CheckpointError, match="no weights were released"):
+        timm.create_model(name, pretrained=True)
