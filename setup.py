@@ -1,6 +1,94 @@
 # SPDX-License-Identifier: MIT
-"""Everything that is declared stands in pyproject.toml; what has to be decided at build time belongs here."""
+"""Builds the CPU kernels, if that can be done; everything that is declared stands in pyproject.toml.
+
+INTERNIMAGE_BUILD_CPU: `auto` (the default) builds what can be built and keeps the reason for what cannot, which
+`internimage info` then tells; `0` builds nothing; `1` stops where it cannot build.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-setup()
+# The oldest torch that the binary runs on; it may be built with any newer one (LibTorch stable ABI).
+TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
+SOURCES = ["dcnv3.cpp", "dcnv3_default.cpp", "dcnv3_avx2.cpp", "dcnv3_avx512.cpp"]
+
+wish = os.environ.get("INTERNIMAGE_BUILD_CPU", "auto")
+if wish not in ("auto", "0", "1"):
+    sys.exit(f"INTERNIMAGE_BUILD_CPU must be auto, 0 or 1, got '{wish}'")
+
+
+def cpu_extension():
+    """The extension, or the reason why there is none."""
+    if wish == "0":
+        return None, "INTERNIMAGE_BUILD_CPU was 0 when the package was built"
+    if sys.platform == "win32":
+        return None, "the kernels use the vector extensions of GCC and Clang, which MSVC lacks"
+    try:
+        from torch.utils.cpp_extension import CppExtension
+    except ImportError as error:
+        return None, f"torch could not be imported when the package was built ({error})"
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    sources = [f"csrc/cpu/{name}" for name in SOURCES]
+    depends = ["csrc/common.h", "csrc/cpu/dcnv3_cpu.h", "csrc/cpu/dcnv3_kernels.h"]
+    extension = CppExtension(
+        "internimage._C", sources, depends=depends, extra_compile_args={"cxx": flags}, py_limited_api=True
+    )
+    return extension, ""
+
+
+extension, reason = cpu_extension()
+if wish == "1" and extension is None:
+    sys.exit(f"INTERNIMAGE_BUILD_CPU=1, but the CPU kernels cannot be built: {reason}")
+if extension is None:
+    base = build_ext
+else:
+    from torch.utils.cpp_extension import BuildExtension as base
+
+
+def write_facts(folder, facts):
+    """For `internimage info`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build.json").write_text(json.dumps(facts) + "\n")
+
+
+class BuildPackage(build_py):
+    """Without an extension, writes down why there is none; setuptools runs no build_ext then."""
+
+    def run(self):
+        super().run()
+        if extension is None:
+            inplace = getattr(self, "editable_mode", False)
+            write_facts(Path("internimage") if inplace else Path(self.build_lib) / "internimage", {"reason": reason})
+
+
+class BuildKernels(base):
+    """Builds the extension and writes down with what. A failure is an error only if the build was asked for."""
+
+    def run(self):
+        import torch
+
+        facts = {"torch": torch.__version__, "oldest_torch": TORCH_TARGET_NAME, "reason": ""}
+        try:
+            super().run()
+        except Exception as error:
+            if wish == "1":
+                raise
+            facts = {"reason": f"building the CPU kernels failed: {' '.join(str(error).split())[:500]}"}
+            print(f"internimage: {facts['reason']}\ninternimage: installing without them", file=sys.stderr)
+        write_facts(Path("internimage") if self.inplace else Path(self.build_lib) / "internimage", facts)
+
+    def get_outputs(self):  # of a build that failed there are none
+        return [file for file in super().get_outputs() if Path(file).exists()]
+
+
+setup(
+    ext_modules=[extension] if extension is not None else [],
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extension is not None else {},
+)

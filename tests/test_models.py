@@ -432,6 +432,7 @@ def test_compiles_to_one_graph_and_code():
     compiled_equals_eager("inductor")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # timm's models keep to it all the same
 @torch.no_grad()
 def test_script_and_trace(kind):
     """timm's tests script and trace no model with the attentive head: those are too big."""

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__, list_models
-from ..extension import backend, devices
+from ..extension import backend, build_facts, devices
 
 HELP = "Versions, devices, and which backend serves each."
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "backends": [vars(backend(device)) | {"hardware": _hardware(device)} for device in devices()],
-        "kernels_built_with": None,
+        "kernels_built_with": {k: v for k, v in build_facts().items() if k != "reason"} or None,
         "models": list_models(),
     }
     if arguments.json:
@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{entry['device']} ({entry['hardware']}): DCNv3 is served by {entry['name']}")
         if entry["reason"]:
             print(f"  not by a faster one: {entry['reason']}")
-    print(f"kernels built with: {facts['kernels_built_with'] or 'no compiled kernel is installed'}")
+    built = facts["kernels_built_with"]
+    print(f"kernels built with torch {built['torch']}" if built else "no compiled kernels are installed")
     print(f"models: {', '.join(facts['models'])}")
     return 0
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Operators. `dcnv3` is the public function; `torch.ops.internimage.dcnv3` is the operator beneath it, unchecked."""
 
+from .. import extension
 from .dcnv3 import dcnv3
+
+extension.load()  # after the schemas that it implements
 
 __all__ = ["dcnv3"]

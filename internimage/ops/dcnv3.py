@@ -32,6 +32,7 @@ _library.define(
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_library.define("cpu_capability() -> str")  # the instruction set of the CPU kernels; served by the compiled module only
 _library.impl("dcnv3", reference.dcnv3, "CompositeExplicitAutograd")
 _library.impl("dcnv3_backward", reference.dcnv3_backward, "CompositeExplicitAutograd")
 

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: MIT
+// Registration of the CPU kernels: checks, the choice of instruction set, memory, threads. LibTorch stable ABI only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dcnv3_cpu.h"
+
+namespace internimage {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The best build that this processor runs; INTERNIMAGE_CPU_CAPABILITY=default|avx2|avx512 lowers it.
+const CpuBuild& choose_build() {
+  int level = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
+  if (level == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    level = 2;
+  if (const char* wish = std::getenv("INTERNIMAGE_CPU_CAPABILITY")) {
+    if (std::strcmp(wish, "default") == 0) level = 0;
+    if (std::strcmp(wish, "avx2") == 0 && level > 1) level = 1;
+  }
+  if (level == 2) return build_avx512;
+  if (level == 1) return build_avx2;
+#endif
+  return build_default;
+}
+
+const CpuBuild& current_build() {
+  static const CpuBuild& build = choose_build();
+  return build;
+}
+
+Problem make_problem(const Tensor& input, const Tensor& offset, const Tensor& mask, const std::vector<int64_t>& kernel,
+                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                     const std::vector<int64_t>& dilation, int64_t groups, double offset_scale, bool remove_center,
+                     bool softmax) {
+  STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
+                  "internimage::dcnv3: input, offset and mask must have 4 dimensions");
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "internimage::dcnv3: kernel_size, stride, padding and dilation must be pairs");
+  Problem p;
+  p.batch = input.size(0);
+  p.height = input.size(1);
+  p.width = input.size(2);
+  p.channels = input.size(3);
+  p.kernel_h = kernel[0];
+  p.kernel_w = kernel[1];
+  p.stride_h = stride[0];
+  p.stride_w = stride[1];
+  p.pad_h = padding[0];
+  p.pad_w = padding[1];
+  p.dilation_h = dilation[0];
+  p.dilation_w = dilation[1];
+  STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0, "internimage::dcnv3: groups must divide the channels");
+  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
+                      p.dilation_w > 0,
+                  "internimage::dcnv3: kernel_size, stride and dilation must be positive");
+  p.groups = groups;
+  p.group_channels = p.channels / groups;
+  p.points = p.kernel_h * p.kernel_w - (remove_center ? 1 : 0);
+  p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  p.offset_scale = offset_scale;
+  p.remove_center = remove_center;
+  p.softmax = softmax;
+  STD_TORCH_CHECK(p.points > 0 && p.out_height > 0 && p.out_width > 0,
+                  "internimage::dcnv3: the kernel does not fit the input");
+  // places are kept in 32 bits: the pixels of an image, and the elements of one of its rows
+  STD_TORCH_CHECK(p.height * p.width < std::numeric_limits<int32_t>::max() &&
+                      p.width * p.channels < std::numeric_limits<int32_t>::max(),
+                  "internimage::dcnv3: an image of ", p.height, " x ", p.width, " x ", p.channels, " is too large");
+  const bool fits = offset.size(0) == p.batch && offset.size(1) == p.out_height && offset.size(2) == p.out_width &&
+                    offset.size(3) == groups * p.points * 2 && mask.size(0) == p.batch &&
+                    mask.size(1) == p.out_height && mask.size(2) == p.out_width && mask.size(3) == groups * p.points;
+  STD_TORCH_CHECK(fits, "internimage::dcnv3: offset or mask does not have the shape that input and kernel ask for");
+  STD_TORCH_CHECK(input.scalar_type() == offset.scalar_type() && input.scalar_type() == mask.scalar_type(),
+                  "internimage::dcnv3: input, offset and mask must have one dtype");
+  return p;
+}
+
+template <typename S, typename T>
+void run_forward(const Kernels<S, T>& kernels, const Problem& p, const Tensor& input, const Tensor& offset,
+                 const Tensor& mask, Tensor& output) {
+  const S* in = (const S*)input.const_data_ptr();
+  const S* off = (const S*)offset.const_data_ptr();
+  const S* m = (const S*)mask.const_data_ptr();
+  S* out = (S*)output.mutable_data_ptr();
+  const int64_t bytes = current_build().scratch_bytes(p);
+  const int64_t rows = p.batch * p.out_height;
+  const int64_t row_cost = p.out_width * p.groups * p.points * p.group_channels;
+  torch::stable::parallel_for(0, rows, 1 + 32768 / (1 + row_cost), [&](int64_t begin, int64_t end) {
+    const std::vector<char> zeros(256);
+    std::vector<char> scratch(bytes);
+    kernels.forward(p, in, off, m, out, (const S*)zeros.data(), scratch.data(), begin, end);
+  });
+}
+
+template <typename S, typename T>
+void run_backward(const Kernels<S, T>& kernels, const Problem& p, const Tensor& grad_output, const Tensor& input,
+                  const Tensor& offset, const Tensor& mask, Tensor& grad_input, Tensor& grad_offset, Tensor& grad_mask,
+                  bool want_input, bool want_points) {
+  const S* grad = (const S*)grad_output.const_data_ptr();
+  const S* in = (const S*)input.const_data_ptr();
+  const S* off = (const S*)offset.const_data_ptr();
+  const S* m = (const S*)mask.const_data_ptr();
+  T* to_input = (T*)grad_input.mutable_data_ptr();
+  S* to_offset = (S*)grad_offset.mutable_data_ptr();
+  S* to_mask = (S*)grad_mask.mutable_data_ptr();
+  // Images first; groups too where the images are fewer than the threads. The sums do not depend on it.
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t blocks = 1;
+  while (blocks < p.groups && p.batch * blocks < threads) blocks *= 2;
+  blocks = blocks < p.groups ? blocks : p.groups;
+  const int64_t bytes = current_build().scratch_bytes(p);
+  torch::stable::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+    const std::vector<char> zeros(256);
+    std::vector<char> scratch(bytes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task % blocks;
+      kernels.backward(p, grad, in, off, m, to_input, to_offset, to_mask, (const S*)zeros.data(), scratch.data(),
+                       task / blocks, p.groups * block / blocks, p.groups * (block + 1) / blocks, want_input,
+                       want_points);
+    }
+  });
+}
+
+[[noreturn]] void refuse_dtype() {
+  STD_TORCH_CHECK(false, "internimage::dcnv3: dtype must be float64, float32, bfloat16 or float16");
+  __builtin_unreachable();
+}
+
+Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
+             std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+             double offset_scale, bool remove_center, bool softmax) {
+  const ScalarType dtype = input.scalar_type();
+  if (dtype == ScalarType::Half) {
+    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+    return torch::stable::to(dcnv3(wide(input), wide(offset), wide(mask), kernel_size, stride, padding, dilation,
+                                   groups, offset_scale, remove_center, softmax),
+                             ScalarType::Half);
+  }
+  const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
+                                 remove_center, softmax);
+  Tensor output = torch::stable::new_empty(input, {p.batch, p.out_height, p.out_width, p.channels});
+  if (output.numel() == 0) return output;
+  const Tensor in = torch::stable::contiguous(input), off = torch::stable::contiguous(offset),
+               m = torch::stable::contiguous(mask);
+  const CpuBuild& build = current_build();
+  if (dtype == ScalarType::Float)
+    run_forward(build.f32, p, in, off, m, output);
+  else if (dtype == ScalarType::Double)
+    run_forward(build.f64, p, in, off, m, output);
+  else if (dtype == ScalarType::BFloat16)
+    run_forward(build.bf16, p, in, off, m, output);
+  else
+    refuse_dtype();
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+                                                  const Tensor& mask, std::vector<int64_t> kernel_size,
+                                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                  std::vector<int64_t> dilation, int64_t groups, double offset_scale,
+                                                  bool remove_center, bool softmax, bool deterministic,
+                                                  std::vector<bool> output_mask) {
+  const ScalarType dtype = input.scalar_type();
+  if (dtype == ScalarType::Half) {
+    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+    const auto half = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Half); };
+    const auto [gi, go, gm] =
+        dcnv3_backward(wide(grad_output), wide(input), wide(offset), wide(mask), kernel_size, stride, padding, dilation,
+                       groups, offset_scale, remove_center, softmax, deterministic, output_mask);
+    return {half(gi), half(go), half(gm)};
+  }
+  const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
+                                 remove_center, softmax);
+  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
+                      grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
+                  "internimage::dcnv3_backward: grad_output must have the output's shape");
+  STD_TORCH_CHECK(grad_output.scalar_type() == dtype, "internimage::dcnv3_backward: grad_output must have input's dtype");
+  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
+  const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
+  // half the memory is not worth half the digits: grad_input is summed in the compute type
+  const ScalarType sum_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto shape = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
+  Tensor grad_input = want_input ? torch::stable::new_zeros(input, shape(input), sum_dtype)
+                                 : torch::stable::new_empty(input, {0}, sum_dtype);
+  Tensor grad_offset = torch::stable::new_empty(input, want_points ? shape(offset) : std::vector<int64_t>{0});
+  Tensor grad_mask = torch::stable::new_empty(input, want_points ? shape(mask) : std::vector<int64_t>{0});
+  if (grad_output.numel() > 0 && (want_input || want_points)) {
+    const Tensor grad = torch::stable::contiguous(grad_output), in = torch::stable::contiguous(input),
+                 off = torch::stable::contiguous(offset), m = torch::stable::contiguous(mask);
+    const CpuBuild& build = current_build();
+    if (dtype == ScalarType::Float)
+      run_backward(build.f32, p, grad, in, off, m, grad_input, grad_offset, grad_mask, want_input, want_points);
+    else if (dtype == ScalarType::Double)
+      run_backward(build.f64, p, grad, in, off, m, grad_input, grad_offset, grad_mask, want_input, want_points);
+    else if (dtype == ScalarType::BFloat16)
+      run_backward(build.bf16, p, grad, in, off, m, grad_input, grad_offset, grad_mask, want_input, want_points);
+    else
+      refuse_dtype();
+  }
+  if (sum_dtype != dtype) grad_input = torch::stable::to(grad_input, dtype);
+  const auto drop = [&](Tensor& t, bool wanted) {
+    if (!wanted && t.numel() > 0) t = torch::stable::new_empty(input, {0});
+  };
+  drop(grad_offset, output_mask[1]);
+  drop(grad_mask, output_mask[2]);
+  return {grad_input, grad_offset, grad_mask};
+}
+
+// Name of the instruction set in use, for `internimage info`.
+std::string cpu_capability() { return current_build().name; }
+
+}  // namespace
+}  // namespace internimage
+
+STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) {
+  m.impl("dcnv3", TORCH_BOX(&internimage::dcnv3));
+  m.impl("dcnv3_backward", TORCH_BOX(&internimage::dcnv3_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(internimage, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&internimage::cpu_capability));
+}

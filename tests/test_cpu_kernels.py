@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""What only the compiled CPU kernels can get wrong: instruction sets, tails of vectors, threads, the binary's symbols.
+
+Their arithmetic is tested in test_dcnv3.py, which runs on whatever serves the operator.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close
+
+import internimage
+from internimage.extension import backend
+from internimage.ops import dcnv3, reference
+
+FOLDER = Path(internimage.__file__).parent
+TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    "compiled" not in backend("cpu").name, reason=f"needs the compiled CPU kernels: {backend('cpu').reason}"
+)
+
+CAPABILITIES = ["default", "avx2", "avx512"]
+
+
+def run_python(capability, *arguments):
+    environment = dict(os.environ, INTERNIMAGE_CPU_CAPABILITY=capability)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=TESTS)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_gives_the_golden_numbers(capability):
+    """The variable is read once a process, so each instruction set gets one."""
+    code = "import torch, internimage; print(torch.ops.internimage.cpu_capability())"
+    used = run_python(capability, "-c", code).stdout.strip()
+    best = torch.ops.internimage.cpu_capability()
+    assert used == min(capability, best, key=CAPABILITIES.index)
+    selected = [
+        "test_dcnv3.py",
+        "-k",
+        "test_golden or test_half or test_empty or one_pixel",
+        "-m",
+        "not slow and not gpu",
+    ]
+    result = run_python(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def draw(groups, channels, size=(2, 5, 7), points=9, dtype=torch.float64):
+    n, h, w = size
+    tensors = (
+        torch.randn(n, h, w, groups * channels, dtype=torch.float64),
+        torch.randn(n, h, w, groups * points * 2, dtype=torch.float64) * 2,
+        torch.randn(n, h, w, groups * points, dtype=torch.float64),
+        torch.randn(n, h, w, groups * channels, dtype=torch.float64),
+    )
+    return [t.to(dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 48, 257, 1024])
+def test_group_channels(channels, dtype):
+    """All tails of all vector widths, against the float64 reference on the same rounded numbers."""
+    x, offset, mask, grad = draw(2, channels, (1, 4, 5), dtype=dtype)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, True)
+    wide = [t.double() for t in (x, offset, mask)]
+    output = torch.ops.internimage.dcnv3(x, offset, mask, *geometry)
+    assert_close(output, reference.dcnv3(*wide, *geometry), name="output")
+    grads = torch.ops.internimage.dcnv3_backward(grad, x, offset, mask, *geometry, False, [True] * 3)
+    expected = reference.dcnv3_backward(grad.double(), *wide, *geometry, False, [True] * 3)
+    for name, got, want in zip(("input", "offset", "mask"), grads, expected):
+        assert_close(got, want, name=f"grad_{name}")
+
+
+@pytest.mark.parametrize("groups, points", [(1, 9), (40, 9), (128, 9), (3, 49), (2, 1225)])
+def test_strips(groups, points):
+    """From many pixels a strip down to one pixel of more points than a strip has."""
+    side = round(points**0.5)
+    x, offset, mask, grad = draw(groups, 4, (1, 3, 41), points, torch.float64)
+    geometry = ([side, side], [1, 1], [side // 2] * 2, [1, 1], groups, 0.5, False, True)
+    output = torch.ops.internimage.dcnv3(x, offset, mask, *geometry)
+    assert_close(output, reference.dcnv3(x, offset, mask, *geometry), name="output")
+    arguments = (grad, x, offset, mask, *geometry, False, [True] * 3)
+    for got, want in zip(torch.ops.internimage.dcnv3_backward(*arguments), reference.dcnv3_backward(*arguments)):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 33])
+def test_threads_do_not_change_a_bit(batch):
+    x, offset, mask, grad = draw(6, 16, (batch, 9, 11), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            tensors = [t.clone().requires_grad_() for t in (x, offset, mask)]
+            output = dcnv3(*tensors, padding=1, groups=6, softmax=True)
+            results.append([output, *torch.autograd.grad(output, tensors, grad)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert torch.equal(a, b)
+
+
+def test_infinities_stay_where_they_are():
+    """An infinite pixel reaches exactly the outputs that the reference lets it reach."""
+    x, offset, mask, _ = draw(1, 16, (1, 6, 6), dtype=torch.float64)
+    x[0, 0, 0, 3] = float("inf")
+    x[0, 5, 5, 0] = float("nan")
+    offset[0, 2, 2, :6] = 1e30
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1, 1.0, False, True)
+    output = torch.ops.internimage.dcnv3(x, offset, mask, *geometry)
+    expected = reference.dcnv3(x, offset, mask, *geometry)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    assert not expected.isfinite().all() and expected.isfinite().any()
+
+
+def test_refusals():
+    """What reaches the kernel past the checked function is refused, not read out of bounds."""
+    x, offset, mask, _ = draw(2, 4, (1, 4, 4), dtype=torch.float32)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, True)
+    with pytest.raises(RuntimeError, match="shape that input and kernel ask for"):
+        torch.ops.internimage.dcnv3(x, offset[..., :-1], mask, *geometry)
+    with pytest.raises(RuntimeError, match="one dtype"):
+        torch.ops.internimage.dcnv3(x, offset.double(), mask, *geometry)
+    with pytest.raises(RuntimeError, match="groups must divide"):
+        torch.ops.internimage.dcnv3(x, offset, mask, [3, 3], [1, 1], [1, 1], [1, 1], 3, 1.0, False, True)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_binary_depends_on_the_stable_abi_alone():
+    """No symbol of ATen, c10 or Python: such a binary runs on any torch from 2.10 and any Python from 3.10."""
+    (module,) = FOLDER.glob("_C.*so")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", "-C", module], capture_output=True, text=True, check=True)
+    names = [line.split(maxsplit=1)[1] for line in listed.stdout.splitlines() if " U " in f" {line} "]
+    odd = [name for name in names if re.search(r"\bat::|\bc10::|\bPy[A-Z_]|\b_Py", name)]
+    assert not odd
+    assert any(name.startswith(("U aoti_torch", "aoti_torch")) for name in names), "nothing of torch was listed"
