@@ -68,9 +68,8 @@ def main() -> int:
     )  # fmt: skip
 
     mean, worst = sum(accuracies) / len(accuracies), min(accuracies)
-    print(
-        f"\ntop-1 on the {1797 - TRAIN} held-out digits: {mean:.2f} % (mean of {len(accuracies)}), worst {worst:.2f} %"
-    )
+    runs = f"mean of {len(accuracies)} runs, worst {worst:.2f} %" if len(accuracies) > 1 else "one run"
+    print(f"\ntop-1 on the {1797 - TRAIN} held-out digits: {mean:.2f} % ({runs})")
     print(f"report: {report}\nmodel: {run}\nsampled points of a DCNv3 layer: {picture}")
     print(f"all of it in {time.perf_counter() - start:.0f} s")
     if mean < TARGET:

@@ -364,6 +364,8 @@ def test_predict_refusals(run, data, tmp_path, capsys):
     assert "a.png' is not an image" in captured.err
     assert "red" in captured.out, "the good image was not classified"
     assert "no config.json" in fails(capsys, "predict", good, "--model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "internimage", "num_classes": 1000}')
+    assert "not timm's" in fails(capsys, "predict", good, "--model", tmp_path)
 
 
 def test_huge_names_sizes_that_fit():

@@ -103,8 +103,9 @@ def draw_points(
                 box = [x - radius, y - radius, x + radius, y + radius]
                 draw.ellipse(box, fill=_COLORS[group % len(_COLORS)], outline="white")
         x, y = (ox + 0.5) * width / wo * scale, (oy + 0.5) * height / ho * scale
-        draw.line([x - 7, y, x + 7, y], fill="white", width=3)
-        draw.line([x, y - 7, x, y + 7], fill="white", width=3)
+        for color, arm, thickness in (("black", 9, 5), ("yellow", 7, 2)):  # seen on any background
+            draw.line([x - arm, y, x + arm, y], fill=color, width=thickness)
+            draw.line([x, y - arm, x, y + arm], fill=color, width=thickness)
         sheet.paste(tile, (8 + (i % columns) * (_TILE + 8), 8 + (i // columns) * (_TILE + 8)))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

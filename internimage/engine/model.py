@@ -75,6 +75,11 @@ def create_model(
         if isinstance(error, UserError):
             raise
         raise ModelError(f"cannot create '{name}': {error}") from error
+    except KeyError as error:  # timm, reading a config.json of transformers
+        raise ModelError(
+            f"cannot create '{name}': its config.json is not timm's (it has no {error}). Official weights load by "
+            f"their names here, such as internimage_tiny.ogvl_in1k"
+        ) from error
 
 
 def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict:
