@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # OpenMP threads that wait by spinning starve each other where another process wants a core too: small models become
@@ -32,7 +33,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/internimage benchmark
+	$(BIN)/python scripts/bench_ops.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist internimage.egg-info
