@@ -40,7 +40,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger = logging.getLogger("internimage")  # ours alone: other packages have handlers of their own
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
     try:
         return arguments.run(arguments)
     except (UserError, FileNotFoundError, PermissionError, NotADirectoryError) as error:

@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    # the data first: a model may have to be downloaded
+    dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map)
     model, config, device, dtype = load_model(arguments)
-    image_mode = "L" if config["input_size"][0] == 1 else "RGB"
-    dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map, image_mode)
+    if config["input_size"][0] == 1:
+        dataset.input_img_mode = "L"
     result = evaluate(
         model,
         dataset,

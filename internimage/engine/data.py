@@ -71,9 +71,8 @@ def open_dataset(
     split: str = "validation",
     name: str = "",
     class_map: str | None = None,
-    image_mode: str = "RGB",
 ) -> Dataset:
-    """A dataset through timm's `create_dataset`.
+    """A dataset through timm's `create_dataset`. It reads images as RGB; set its `input_img_mode` to "L" for grey ones.
 
     Args:
         root: Folder of class folders, with or without a folder for each split; a tar file; or the root that the
@@ -81,7 +80,6 @@ def open_dataset(
         split: For a folder, `train`, `validation` (`val`), `test` or any folder name; else the dataset's own word.
         name: timm's name of a dataset kind, such as `hfds/OWNER/NAME` or `torch/cifar10`; empty for folders and tars.
         class_map: File that maps class names to indices, for folders whose classes are not all of the model's.
-        image_mode: Pillow mode the images are converted to.
 
     Raises:
         DataError: It cannot be opened; the message says what is missing.
@@ -103,7 +101,6 @@ def open_dataset(
             split=split or "validation",
             search_split=False,
             class_map=class_map or "",
-            input_img_mode=image_mode,
         )
     except (RuntimeError, ValueError, AssertionError, FileNotFoundError, ImportError, OSError) as error:
         raise DataError(f"cannot open {name or 'the images'} in '{root}': {error}") from error
