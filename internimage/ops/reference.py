@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """DCNv3 in plain torch: the specification that every kernel is tested against.
 
-For output pixel o and group g, with the P sampling locations of `sampling.sampling_locations`::
+For output pixel o and group g, with the P sampling locations of `sampling.sampling_coordinates`::
 
     output[o, g] = sum_p  mask[o, g, p] * bilinear(input[:, g], location[o, g, p])
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .sampling import accumulate_dtype, sampling_locations
+from .sampling import accumulate_dtype, sampling_coordinates
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class _Corner:
 
     row: Tensor  # which row of `_rows(input)`; the last, zero one where the pixel lies outside
     weight: Tensor  # bilinear weight, 0 where the location is outside
-    weight_x: Tensor  # its derivative with respect to x
-    weight_y: Tensor  # its derivative with respect to y
-    weight_xy: Tensor  # its mixed second derivative (the pure ones are 0)
+    # its derivatives with respect to x, y and both (the pure second ones are 0); only where they were asked for
+    weight_x: Tensor | None = None
+    weight_y: Tensor | None = None
+    weight_xy: Tensor | None = None
 
 
 def _rows(input: Tensor, groups: int) -> Tensor:
@@ -62,35 +63,38 @@ def _rows(input: Tensor, groups: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
-def _corners(location: Tensor, input_size: Sequence[int]) -> tuple[Tensor, list[_Corner]]:
-    """The four corners of every location and where the location is inside; location is (N, Ho, Wo, groups, P, 2)."""
-    n, _, _, groups, _, _ = location.shape
+def _corners(
+    coordinates: tuple[Tensor, Tensor], input_size: Sequence[int], derivatives: bool
+) -> tuple[Tensor, list[_Corner]]:
+    """The four corners of every location and where the location is inside; x and y are (N, Ho, Wo, groups, P)."""
+    x, y = coordinates
+    n, _, _, groups, _ = x.shape
     height, width = input_size
-    x, y = location.unbind(-1)
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for NaN
     x, y = torch.where(inside, x, 0), torch.where(inside, y, 0)  # finite, so that the integers below are defined
     x_floor, y_floor = x.floor(), y.floor()
     right, below = x - x_floor, y - y_floor  # share of the right and of the lower pixel
     left, above = 1 - right, 1 - below
-    column, line = x_floor.long(), y_floor.long()
-    image = torch.arange(n, device=location.device).view(n, 1, 1, 1, 1)
-    group = torch.arange(groups, device=location.device).view(groups, 1)
+    image = torch.arange(n, device=x.device).view(n, 1, 1, 1, 1) * (height * width * groups)
+    group = torch.arange(groups, device=x.device).view(groups, 1)
+    upper_left = (y_floor.long() * width + x_floor.long()) * groups + (image + group)
     zero_row = n * height * width * groups
+    in_column = (inside & (x_floor >= 0), inside & (x_floor < width - 1))  # for the left and the right corners
+    in_line = (y_floor >= 0, y_floor < height - 1)
     corners = []
     for step_y, share_y, sign_y in ((0, above, -1), (1, below, 1)):
         for step_x, share_x, sign_x in ((0, left, -1), (1, right, 1)):
-            px, py = column + step_x, line + step_y
-            valid = inside & (px >= 0) & (px < width) & (py >= 0) & (py < height)
-            row = ((image * height + py) * width + px) * groups + group
-            corners.append(
-                _Corner(
-                    row=torch.where(valid, row, zero_row),
-                    weight=torch.where(inside, share_x * share_y, 0),
-                    weight_x=torch.where(inside, sign_x * share_y, 0),
-                    weight_y=torch.where(inside, sign_y * share_x, 0),
-                    weight_xy=inside.to(x.dtype) * (sign_x * sign_y),
-                )
-            )
+            valid = in_column[step_x] & in_line[step_y]
+            row = upper_left + (step_y * width + step_x) * groups
+            corner = {
+                "row": torch.where(valid, row, zero_row),
+                "weight": torch.where(inside, share_x * share_y, 0),
+            }
+            if derivatives:
+                corner["weight_x"] = torch.where(inside, sign_x * share_y, 0)
+                corner["weight_y"] = torch.where(inside, sign_y * share_x, 0)
+                corner["weight_xy"] = inside.to(x.dtype) * (sign_x * sign_y)
+            corners.append(_Corner(**corner))
     return inside, corners
 
 
@@ -135,9 +139,9 @@ def _softmax_grad(grad: Tensor, factor: Tensor) -> Tensor:
     return factor * (grad - (factor * grad).sum(-1, keepdim=True))
 
 
-def _locations(offset: Tensor, geometry: Geometry) -> Tensor:
+def _coordinates(offset: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     g = geometry
-    return sampling_locations(
+    return sampling_coordinates(
         offset, g.kernel_size, g.stride, g.padding, g.dilation, g.groups, g.offset_scale, g.remove_center
     )
 
@@ -146,7 +150,7 @@ def dcnv3(input: Tensor, offset: Tensor, mask: Tensor, *arguments) -> Tensor:
     """DCNv3; see `internimage.ops.dcnv3` for the arguments, here in the schema's order and already checked."""
     geometry = Geometry(*arguments)
     rows = _rows(input.to(accumulate_dtype(input.dtype)), geometry.groups)
-    inside, corners = _corners(_locations(offset, geometry), input.shape[1:3])
+    inside, corners = _corners(_coordinates(offset, geometry), input.shape[1:3], derivatives=False)
     _, factor = _modulation(mask, inside, geometry)
     return _weighted_rows(rows, corners, [factor * c.weight for c in corners]).to(input.dtype)
 
@@ -165,7 +169,7 @@ def dcnv3_backward(
     dtype = accumulate_dtype(input.dtype)
     grad = grad_output.to(dtype)
     rows = _rows(input.to(dtype), geometry.groups)
-    inside, corners = _corners(_locations(offset, geometry), input.shape[1:3])
+    inside, corners = _corners(_coordinates(offset, geometry), input.shape[1:3], derivatives=True)
     all_factors, factor = _modulation(mask, inside, geometry)
 
     grad_input = grad_offset = grad_mask = None
@@ -221,7 +225,7 @@ def dcnv3_double_backward(
     grad = grad_output.to(dtype)
     rows = _rows(input.to(dtype), groups)
     rows_dir = _rows(grad_grad_input.to(dtype), groups)
-    inside, corners = _corners(_locations(offset, geometry), input.shape[1:3])
+    inside, corners = _corners(_coordinates(offset, geometry), input.shape[1:3], derivatives=True)
     all_factors, factor = _modulation(mask, inside, geometry)
     step_x, step_y = (grad_grad_offset.to(dtype).reshape(*inside.shape, 2) * scale).unbind(-1)
     factor_dir = grad_grad_mask.to(dtype).reshape(inside.shape)

@@ -75,7 +75,7 @@ def kernel_grid(
     return grid
 
 
-def sampling_locations(
+def sampling_coordinates(
     offset: Tensor,  # (N, Ho, Wo, groups * P * 2)
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -84,7 +84,7 @@ def sampling_locations(
     groups: int,
     offset_scale: float,
     remove_center: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Where every output pixel of every group samples the input.
 
     For output pixel (ox, oy) and kernel point (kx, ky) of `kernel_grid`, with `centre_x = dilation_x * (kw - 1) // 2`::
@@ -102,14 +102,23 @@ def sampling_locations(
         remove_center: Whether the kernel's centre point is left out.
 
     Returns:
-        (N, Ho, Wo, groups, P, 2) locations as (x, y), in `accumulate_dtype(offset.dtype)`.
+        x and y, each (N, Ho, Wo, groups, P), in `accumulate_dtype(offset.dtype)`.
     """
     n, ho, wo, _ = offset.shape
     dtype, device = accumulate_dtype(offset.dtype), offset.device
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
     x = torch.arange(wo, dtype=dtype, device=device) * sw - pw + (dw * (kw - 1)) // 2
     y = torch.arange(ho, dtype=dtype, device=device) * sh - ph + (dh * (kh - 1)) // 2
-    centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (Ho, Wo, 2)
     grid = kernel_grid(kernel_size, dilation, remove_center, dtype=dtype, device=device)  # (P, 2)
-    offset = offset.to(dtype).reshape(n, ho, wo, groups, grid.shape[0], 2)
-    return centre[:, :, None, None, :] + (grid + offset) * offset_scale
+    points = grid.shape[0]
+    # groups and points as one axis: torch is slow where the innermost axis that broadcasts is short
+    grid_x, grid_y = grid.repeat(groups, 1).unbind(-1)
+    offset_x, offset_y = offset.to(dtype).reshape(n, ho, wo, groups * points, 2).unbind(-1)
+    x = x.view(wo, 1) + (grid_x + offset_x) * offset_scale
+    y = y.view(ho, 1, 1) + (grid_y + offset_y) * offset_scale
+    return x.view(n, ho, wo, groups, points), y.view(n, ho, wo, groups, points)
+
+
+def sampling_locations(offset: Tensor, *geometry) -> Tensor:
+    """`sampling_coordinates`, with the same arguments, as one tensor (N, Ho, Wo, groups, P, 2) of (x, y)."""
+    return torch.stack(sampling_coordinates(offset, *geometry), dim=-1)
