@@ -23,7 +23,7 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor
 
 from .. import hub
-from .containers import CheckpointError, Entry, from_state_dict, open_checkpoint
+from .containers import CheckpointError, Entry, existing_path, from_state_dict, open_checkpoint
 from .published import HUB_PTH_REPO, PUBLISHED
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = No
     if cfg.get("state_dict") is not None:
         return cfg["state_dict"]
     if cfg.get("file"):
-        path = Path(cfg["file"]).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"no checkpoint at '{path}'")
-        return path
+        return existing_path(cfg["file"])
     if cfg.get("url"):  # before the tag's repository: none of our cfgs has one, so it was asked for
         return hub.download_url(cfg["url"], cache_dir)
     if cfg.get("hf_hub_id"):

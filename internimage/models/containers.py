@@ -54,6 +54,14 @@ class Entry:
     read: Callable[[], Tensor]
 
 
+def existing_path(path: str | Path) -> Path:
+    """A checkpoint's path, with `~` resolved; raises FileNotFoundError if there is nothing."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at '{path}'" + ("" if path.is_absolute() else f" in '{Path.cwd()}'"))
+    return path
+
+
 def open_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Entry]:
     """The tensors of a file or folder, by name; nothing of a safetensors file is read before `Entry.read`.
 
@@ -65,9 +73,7 @@ def open_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Entry]
         CheckpointError: It is none of these, damaged, incomplete, or a pickle with something else than data in it.
         FileNotFoundError: There is nothing at `path`.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at '{path}'" + ("" if path.is_absolute() else f" in '{Path.cwd()}'"))
+    path = existing_path(path)
     if path.is_dir():
         path = _find_in_folder(path)
     return _open_shards(path, use_ema) if path.name.endswith(INDEX_SUFFIX) else _open_file(path, use_ema)
