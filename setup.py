@@ -5,6 +5,7 @@ INTERNIMAGE_BUILD_CPU: `auto` (the default) builds what can be built and keeps t
 `internimage info` then tells; `0` builds nothing; `1` stops where it cannot build.
 """
 
+import glob
 import json
 import os
 import sys
@@ -35,7 +36,7 @@ def cpu_extension():
         return None, f"torch could not be imported when the package was built ({error})"
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     sources = [f"csrc/cpu/{name}" for name in SOURCES]
-    depends = ["csrc/common.h", "csrc/cpu/dcnv3_cpu.h", "csrc/cpu/dcnv3_kernels.h"]
+    depends = ["csrc/common.h", *sorted(glob.glob("csrc/cpu/*.h"))]
     extension = CppExtension(
         "internimage._C", sources, depends=depends, extra_compile_args={"cxx": flags}, py_limited_api=True
     )

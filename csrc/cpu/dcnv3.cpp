@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -93,82 +94,44 @@ Problem make_problem(const Tensor& input, const Tensor& offset, const Tensor& ma
   return p;
 }
 
-template <typename S, typename T>
-void run_forward(const Kernels<S, T>& kernels, const Problem& p, const Tensor& input, const Tensor& offset,
-                 const Tensor& mask, Tensor& output) {
-  const S* in = (const S*)input.const_data_ptr();
-  const S* off = (const S*)offset.const_data_ptr();
-  const S* m = (const S*)mask.const_data_ptr();
-  S* out = (S*)output.mutable_data_ptr();
-  const int64_t bytes = current_build().scratch_bytes(p);
-  const int64_t rows = p.batch * p.out_height;
-  const int64_t row_cost = p.out_width * p.groups * p.points * p.group_channels;
-  torch::stable::parallel_for(0, rows, 1 + 32768 / (1 + row_cost), [&](int64_t begin, int64_t end) {
-    const std::vector<char> zeros(256);
-    std::vector<char> scratch(bytes);
-    kernels.forward(p, in, off, m, out, (const S*)zeros.data(), scratch.data(), begin, end);
-  });
-}
+// Memory that is not set to anything.
+std::unique_ptr<char[]> allocate(int64_t bytes) { return std::unique_ptr<char[]>(new char[bytes]); }
 
-template <typename S, typename T>
-void run_backward(const Kernels<S, T>& kernels, const Problem& p, const Tensor& grad_output, const Tensor& input,
-                  const Tensor& offset, const Tensor& mask, Tensor& grad_input, Tensor& grad_offset, Tensor& grad_mask,
-                  bool want_input, bool want_points) {
-  const S* grad = (const S*)grad_output.const_data_ptr();
-  const S* in = (const S*)input.const_data_ptr();
-  const S* off = (const S*)offset.const_data_ptr();
-  const S* m = (const S*)mask.const_data_ptr();
-  T* to_input = (T*)grad_input.mutable_data_ptr();
-  S* to_offset = (S*)grad_offset.mutable_data_ptr();
-  S* to_mask = (S*)grad_mask.mutable_data_ptr();
-  // Images first; groups too where the images are fewer than the threads. The sums do not depend on it.
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t blocks = 1;
-  while (blocks < p.groups && p.batch * blocks < threads) blocks *= 2;
-  blocks = blocks < p.groups ? blocks : p.groups;
-  const int64_t bytes = current_build().scratch_bytes(p);
-  torch::stable::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-    const std::vector<char> zeros(256);
-    std::vector<char> scratch(bytes);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % blocks;
-      kernels.backward(p, grad, in, off, m, to_input, to_offset, to_mask, (const S*)zeros.data(), scratch.data(),
-                       task / blocks, p.groups * block / blocks, p.groups * (block + 1) / blocks, want_input,
-                       want_points);
-    }
-  });
-}
-
-[[noreturn]] void refuse_dtype() {
-  STD_TORCH_CHECK(false, "internimage::dcnv3: dtype must be float64, float32, bfloat16 or float16");
-  __builtin_unreachable();
+const Kernels& kernels_of(ScalarType dtype) {
+  const CpuBuild& build = current_build();
+  switch (dtype) {
+    case ScalarType::Float:
+      return build.float32;
+    case ScalarType::Double:
+      return build.float64;
+    case ScalarType::BFloat16:
+      return build.bfloat16;
+    case ScalarType::Half:
+      return build.float16;
+    default:
+      STD_TORCH_CHECK(false, "internimage::dcnv3: dtype must be float64, float32, bfloat16 or float16");
+      __builtin_unreachable();
+  }
 }
 
 Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
              double offset_scale, bool remove_center, bool softmax) {
-  const ScalarType dtype = input.scalar_type();
-  if (dtype == ScalarType::Half) {
-    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    return torch::stable::to(dcnv3(wide(input), wide(offset), wide(mask), kernel_size, stride, padding, dilation,
-                                   groups, offset_scale, remove_center, softmax),
-                             ScalarType::Half);
-  }
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
+  const Kernels& kernels = kernels_of(input.scalar_type());
   Tensor output = torch::stable::new_empty(input, {p.batch, p.out_height, p.out_width, p.channels});
   if (output.numel() == 0) return output;
   const Tensor in = torch::stable::contiguous(input), off = torch::stable::contiguous(offset),
                m = torch::stable::contiguous(mask);
-  const CpuBuild& build = current_build();
-  if (dtype == ScalarType::Float)
-    run_forward(build.f32, p, in, off, m, output);
-  else if (dtype == ScalarType::Double)
-    run_forward(build.f64, p, in, off, m, output);
-  else if (dtype == ScalarType::BFloat16)
-    run_forward(build.bf16, p, in, off, m, output);
-  else
-    refuse_dtype();
+  const void *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(), *m_data = m.const_data_ptr();
+  void* out_data = output.mutable_data_ptr();
+  const Plan plan = kernels.plan_forward(p);
+  const int64_t task_cost = p.batch * p.out_height * p.out_width * p.channels * p.points / plan.tasks;
+  torch::stable::parallel_for(0, plan.tasks, 1 + 32768 / (1 + task_cost), [&](int64_t begin, int64_t end) {
+    const auto scratch = allocate(plan.scratch_bytes);
+    kernels.forward(p, in_data, off_data, m_data, out_data, scratch.get(), begin, end);
+  });
   return output;
 }
 
@@ -176,51 +139,41 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
                                                   const Tensor& mask, std::vector<int64_t> kernel_size,
                                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
                                                   std::vector<int64_t> dilation, int64_t groups, double offset_scale,
-                                                  bool remove_center, bool softmax, bool deterministic,
+                                                  bool remove_center, bool softmax, bool /* deterministic: always */,
                                                   std::vector<bool> output_mask) {
-  const ScalarType dtype = input.scalar_type();
-  if (dtype == ScalarType::Half) {
-    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    const auto half = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Half); };
-    const auto [gi, go, gm] =
-        dcnv3_backward(wide(grad_output), wide(input), wide(offset), wide(mask), kernel_size, stride, padding, dilation,
-                       groups, offset_scale, remove_center, softmax, deterministic, output_mask);
-    return {half(gi), half(go), half(gm)};
-  }
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
   STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
                       grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
                   "internimage::dcnv3_backward: grad_output must have the output's shape");
-  STD_TORCH_CHECK(grad_output.scalar_type() == dtype, "internimage::dcnv3_backward: grad_output must have input's dtype");
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
+                  "internimage::dcnv3_backward: grad_output must have input's dtype");
   STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
+  const Kernels& kernels = kernels_of(input.scalar_type());
   const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
-  // half the memory is not worth half the digits: grad_input is summed in the compute type
-  const ScalarType sum_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto shape = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
-  Tensor grad_input = want_input ? torch::stable::new_zeros(input, shape(input), sum_dtype)
-                                 : torch::stable::new_empty(input, {0}, sum_dtype);
-  Tensor grad_offset = torch::stable::new_empty(input, want_points ? shape(offset) : std::vector<int64_t>{0});
-  Tensor grad_mask = torch::stable::new_empty(input, want_points ? shape(mask) : std::vector<int64_t>{0});
+  const auto like = [&](const Tensor& t, bool wanted) {
+    return torch::stable::new_empty(
+        input, wanted ? std::vector<int64_t>(t.sizes().begin(), t.sizes().end()) : std::vector<int64_t>{0});
+  };
+  Tensor grad_input = like(input, want_input), grad_offset = like(offset, want_points), grad_mask = like(mask, want_points);
   if (grad_output.numel() > 0 && (want_input || want_points)) {
     const Tensor grad = torch::stable::contiguous(grad_output), in = torch::stable::contiguous(input),
                  off = torch::stable::contiguous(offset), m = torch::stable::contiguous(mask);
-    const CpuBuild& build = current_build();
-    if (dtype == ScalarType::Float)
-      run_backward(build.f32, p, grad, in, off, m, grad_input, grad_offset, grad_mask, want_input, want_points);
-    else if (dtype == ScalarType::Double)
-      run_backward(build.f64, p, grad, in, off, m, grad_input, grad_offset, grad_mask, want_input, want_points);
-    else if (dtype == ScalarType::BFloat16)
-      run_backward(build.bf16, p, grad, in, off, m, grad_input, grad_offset, grad_mask, want_input, want_points);
-    else
-      refuse_dtype();
+    const void *grad_data = grad.const_data_ptr(), *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(),
+               *m_data = m.const_data_ptr();
+    void* to_input = want_input ? grad_input.mutable_data_ptr() : nullptr;
+    void* to_offset = want_points ? grad_offset.mutable_data_ptr() : nullptr;
+    void* to_mask = want_points ? grad_mask.mutable_data_ptr() : nullptr;
+    const int64_t threads = torch::stable::get_num_threads();
+    const Plan plan = kernels.plan_backward(p, threads);
+    torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+      const auto scratch = allocate(plan.scratch_bytes);
+      kernels.backward(p, threads, grad_data, in_data, off_data, m_data, to_input, to_offset, to_mask, scratch.get(),
+                       begin, end);
+    });
   }
-  if (sum_dtype != dtype) grad_input = torch::stable::to(grad_input, dtype);
-  const auto drop = [&](Tensor& t, bool wanted) {
-    if (!wanted && t.numel() > 0) t = torch::stable::new_empty(input, {0});
-  };
-  drop(grad_offset, output_mask[1]);
-  drop(grad_mask, output_mask[2]);
+  if (!output_mask[1]) grad_offset = like(offset, false);
+  if (!output_mask[2]) grad_mask = like(mask, false);
   return {grad_input, grad_offset, grad_mask};
 }
 

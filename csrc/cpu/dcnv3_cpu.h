@@ -6,22 +6,27 @@
 
 namespace internimage {
 
-// Shape of the kernels for storage type S and compute type T.
-template <typename S, typename T>
+// A pass as a row of tasks: any ranges of them may be run at once, each with scratch memory of its own.
+struct Plan {
+  int64_t tasks, scratch_bytes;
+};
+
+// The kernels of one dtype. Tensors are contiguous.
 struct Kernels {
-  void (*forward)(const Problem&, const S* input, const S* offset, const S* mask, S* output, const S* zeros,
-                  void* scratch, int64_t begin_row, int64_t end_row);
-  void (*backward)(const Problem&, const S* grad_output, const S* input, const S* offset, const S* mask, T* grad_input,
-                   S* grad_offset, S* grad_mask, const S* zeros, void* scratch, int64_t image, int64_t begin_group,
-                   int64_t end_group, bool want_input, bool want_points);
+  Plan (*plan_forward)(const Problem&);
+  void (*forward)(const Problem&, const void* input, const void* offset, const void* mask, void* output, void* scratch,
+                  int64_t begin, int64_t end);
+  // `wanted_tasks` are made if there are so many groups; the results do not depend on it. A gradient may be null:
+  // grad_input, or grad_offset and grad_mask.
+  Plan (*plan_backward)(const Problem&, int64_t wanted_tasks);
+  void (*backward)(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
+                   const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
+                   int64_t end);
 };
 
 struct CpuBuild {
   const char* name;
-  Kernels<float, float> f32;
-  Kernels<double, double> f64;
-  Kernels<void, float> bf16;  // bfloat16 bits
-  int64_t (*scratch_bytes)(const Problem&);  // for any strip of any of the kernels
+  Kernels float32, float64, bfloat16, float16;
 };
 
 extern const CpuBuild build_default;
