@@ -12,6 +12,7 @@ from ..ops import dcnv3  # noqa: F401  (defines torch.ops.internimage.dcnv3)
 from ..ops.arguments import as_pair, check_channels, check_kernel, check_offset_scale
 from ..ops.sampling import Pair, num_points, sampling_locations
 from .format import create_norm
+from .linear import Linear
 
 
 def _query_padding(kernel: int, dilation: int, padding: int, dw_kernel: int) -> int:
@@ -122,10 +123,10 @@ class DCNv3(nn.Module):
             _create_act(act_layer),
         )
         points = num_points(self.kernel_size, self.remove_center)
-        self.offset = nn.Linear(channels, groups * points * 2, **dd)
-        self.mask = nn.Linear(channels, groups * points, **dd)
-        self.input_proj = nn.Linear(channels, channels, **dd)
-        self.output_proj = nn.Linear(channels, channels, **dd)
+        self.offset = Linear(channels, groups * points * 2, **dd)
+        self.mask = Linear(channels, groups * points, **dd)
+        self.input_proj = Linear(channels, channels, **dd)
+        self.output_proj = Linear(channels, channels, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

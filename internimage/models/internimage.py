@@ -8,7 +8,7 @@ models (https://github.com/OpenGVLab/InternImage, MIT licence).
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, trunc_normal_
 from timm.layers.helpers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from timm.models._builder import resolve_pretrained_cfg
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.dcn import DCNv3
 from ..layers.format import create_norm
+from ..layers.linear import Mlp
 from ..layers.pool import AttentivePool
 from . import checkpoints
 from .published import PUBLISHED
