@@ -43,6 +43,10 @@ def shifted(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value + 1 for key, value in state_dict.items()}
 
 
+def cast(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state_dict.items()}
+
+
 # ---- what stands beside the weights
 
 

@@ -14,6 +14,7 @@ import timm
 import timm.models
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from internimage import CheckpointError, hub
@@ -100,19 +101,24 @@ def test_every_format(kind, num_classes, in_chans, files, weights, caplog):
             create(files(kind), num_classes=num_classes, in_chans=in_chans)
         return
     path = files(kind)
+    expected = {key: weights[key] for key in new(num_classes=num_classes, in_chans=in_chans).state_dict()}
     torch.manual_seed(1)
-    expected = new(num_classes=num_classes, in_chans=in_chans).state_dict()
-    untrained, warning = (), None
+    warning = None
     if kind in formats.HEADLESS:
-        untrained, warning = "conv_head.", "conv_head keep"
+        warning = "conv_head keep"
+        expected["conv_head.0.weight"] = nn.Conv2d(64, 96, 1, bias=False).weight.detach()
+        norm = nn.BatchNorm2d(96).state_dict()
+        expected.update({f"conv_head.1.0.{key}": value for key, value in norm.items()})
     elif num_classes == 5:
-        untrained, warning = "head.", "1000 classes and 5 were asked for: the classifier is new"
-    expected.update({key: weights[key] for key in expected if not key.startswith(untrained)})
+        warning = "1000 classes and 5 were asked for: the classifier is new"
+        expected["head.weight"] = trunc_normal_(torch.empty(5, 96), std=0.02)
+        expected["head.bias"] = torch.zeros(5)
     if in_chans == 1:
         expected["patch_embed.conv1.weight"] = weights["patch_embed.conv1.weight"].sum(1, keepdim=True)
     torch.manual_seed(1)
     model = create(path, num_classes=num_classes, in_chans=in_chans)
     assert_equal(model.state_dict(), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     messages = warnings_of(caplog)
     assert len(messages) == (warning is not None), messages
     if warning:
@@ -179,7 +185,9 @@ def test_attentive_head(num_classes, tmp_path, caplog):
 @pytest.mark.parametrize("file", golden.MODELS)
 def test_hub_names_of_every_released_model(file):
     shapes = golden.manifest()[file]["shapes"]
-    entries = {key: Entry(tuple(shape), lambda: None) for key, shape in formats.hub_names(shapes).items()}
+    entries = {
+        key: Entry(tuple(shape), torch.float32, lambda: None) for key, shape in formats.hub_names(shapes).items()
+    }
     found, beside = checkpoints._own_names(entries, "it")
     assert beside == []
     assert {key: list(entry.shape) for key, entry in found.items()} == shapes
@@ -236,7 +244,7 @@ CHANGES = {
     "extra, outside": (lambda sd: sd.update({"meta_head.weight": torch.ones(3)}), "unexpected: meta_head.weight (3,)"),
     "transposed": (
         lambda sd: sd.update({"levels.1.blocks.0.mlp.fc1.weight": torch.ones(16, 64)}),
-        "shape: levels.1.blocks.0.mlp.fc1.weight is (16, 64) in the file and (64, 16) in the model",
+        "shape: levels.1.blocks.0.mlp.fc1.weight is (16, 64) in the file and (64, 16) in the model (transposed)",
     ),
     "broadcastable": (
         lambda sd: sd.update({"levels.1.blocks.0.mlp.fc1.bias": torch.ones(1)}),
@@ -245,6 +253,10 @@ CHANGES = {
     "scalar": (
         lambda sd: sd.update({"levels.0.norm.0.bias": torch.tensor(1.0)}),
         "shape: levels.0.norm.0.bias is () in the file and (8,) in the model",
+    ),
+    "whole numbers": (
+        lambda sd: sd.update({"levels.0.norm.0.bias": torch.ones(8, dtype=torch.int32)}),
+        "dtype: levels.0.norm.0.bias holds torch.int32 in the file, and numbers of a torch.float32 are needed",
     ),
     "classifier's width": (
         lambda sd: sd.update({"head.weight": torch.ones(1000, 95)}),
@@ -339,9 +351,61 @@ def test_keys_that_would_hide_each_other(weights):
     assert "levels.0.blocks.0.gamma1 (again, as model.levels.0.blocks.0.gamma1)" in message
 
 
-def test_model_on_the_meta_device_cannot_be_filled(weights):
+def test_model_on_the_meta_device_cannot_be_filled(weights, tmp_path):
     with pytest.raises(CheckpointError, match="meta device.*to_empty"):
         new(device="meta").load_pretrained(weights)
+    # before anything is downloaded, or a file is looked for
+    with pytest.raises(CheckpointError, match="device='meta' holds no weights.*pretrained=False"):
+        create(tmp_path / "missing", device="meta")
+    with torch.device("meta"), pytest.raises(CheckpointError, match="device='meta' holds no weights"):
+        create(tmp_path / "missing")
+
+
+def test_pretrained_models_are_whole_models(files, weights):
+    """They are built on the meta device and filled: nothing may be left there, shared, or frozen."""
+    model = create(files("ours"), dtype=torch.bfloat16)
+    assert_equal(
+        model.state_dict(), {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in weights.items()}
+    )
+    model = timm.create_model("internimage_atto", True, pretrained_cfg_overlay=dict(state_dict=weights), **SCALED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert weights["head.weight"].abs().sum() > 0, "the caller's own tensors were taken"
+    model = create(files("ours"), num_classes=5)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.load_pretrained(files("ours"), pretrained_cfg=dict(num_classes=1000))
+    before = model.levels[0].norm[0].weight
+    model.load_pretrained(files("Hub"), pretrained_cfg=dict(num_classes=1000))
+    assert model.levels[0].norm[0].weight is before, "a model in use keeps its parameters: an optimizer has them"
+
+
+# ---- numbers that cannot be right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_is_not_finite_is_named(value, dtype, weights, caplog, tmp_path):
+    bad = formats.cast(weights, dtype)
+    for key in ("levels.2.blocks.1.mlp.fc2.weight", "patch_embed.conv1.bias"):
+        bad[key] = bad[key].clone()
+        bad[key].view(-1)[1] = value
+    model = create(formats.save_safetensors(tmp_path / "w.safetensors", bad))
+    (message,) = warnings_of(caplog)
+    assert "NaN or infinity in 2 tensors: levels.2.blocks.1.mlp.fc2.weight, patch_embed.conv1.bias" in message
+    assert not torch.isfinite(model.patch_embed.conv1.bias[1])
+
+
+def test_large_weights_are_no_cause_for_a_warning(weights, caplog):
+    largest = {
+        k: torch.full_like(v, torch.finfo(v.dtype).max) if v.is_floating_point() else v for k, v in weights.items()
+    }
+    new().load_pretrained(largest)
+    new(dtype=torch.float64).load_pretrained(
+        {k: v.double() if v.is_floating_point() else v for k, v in largest.items()}
+    )
+    assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize(

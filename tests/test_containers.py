@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from internimage.models.containers import CheckpointError, open_checkpoint
+from internimage import CheckpointError
+from internimage.models.containers import open_checkpoint
 
 STATE_DICT = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "n": torch.tensor(7)}
 
