@@ -202,9 +202,7 @@ def _reason(error: Exception, cache_dir: str | None) -> str:
             f"HF_HOME or cache_dir=PATH names another place"
         )
     if code in _NOT_WRITABLE:
-        return (
-            f"the cache '{cache}' cannot be written ({error.strerror}). HF_HOME or cache_dir=PATH names another place"
-        )
+        return f"'{error.filename or cache}': {error.strerror}. HF_HOME or cache_dir=PATH names another place than '{cache}'"
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
         return f"the token was refused (HF_TOKEN): {error}"
     if isinstance(error, OSError) and "Consistency check" in str(error):

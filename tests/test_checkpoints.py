@@ -13,7 +13,6 @@ import pytest
 import timm
 import timm.models
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -596,131 +595,11 @@ def test_tag_without_weights():
             create(None, name, **small)
 
 
-# ---- the Hub
-
-
-class FakeHub:
-    """hf_hub_download of repositories that are folders; `cached` says what is here without a network."""
-
-    def __init__(self, repositories: dict[str, Path]) -> None:
-        self.repositories = repositories
-        self.online = True
-        self.cached: set[tuple[str, str]] = set()
-        self.calls: list[tuple[str, str]] = []
-        self.options: list[dict] = []
-
-    def __call__(self, repo_id: str, filename: str, local_files_only: bool = False, **options) -> str:
-        self.calls.append((repo_id, filename))
-        self.options.append(dict(options, local_files_only=local_files_only))
-        if not self.online or local_files_only:
-            if (repo_id, filename) not in self.cached:
-                raise LocalEntryNotFoundError(f"{filename} is not cached")
-        elif repo_id not in self.repositories:
-            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404")
-        path = self.repositories[repo_id] / filename
-        if not path.exists():
-            raise EntryNotFoundError(f"404: {filename}")
-        self.cached.add((repo_id, filename))
-        return str(path)
+# ---- the Hub, without a network; test_hub.py has the downloads
 
 
 TINY, TINY_REPO = "internimage_tiny.ogvl_in1k", PUBLISHED["internimage_tiny.ogvl_in1k"].hub_id
-PTH_REPO, TINY_PTH = "OpenGVLab/InternImage", "internimage_t_1k_224.pth"
-
-
-@pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
-    folders = {TINY_REPO: tmp_path / "tiny", PTH_REPO: tmp_path / "collected", "me/mine": tmp_path / "mine"}
-    for folder in folders.values():
-        folder.mkdir()
-    fake = FakeHub(folders)
-    monkeypatch.setattr(hub, "hf_hub_download", fake)
-    return fake
-
-
-def test_hub_prefers_safetensors(fake_hub, weights, caplog):
-    folder = fake_hub.repositories[TINY_REPO]
-    formats.write("Hub", folder, weights)
-    (folder / "pytorch_model.bin").write_bytes(b"not read")
-    assert_equal(create(name=TINY).state_dict(), weights)
-    assert fake_hub.calls == [(TINY_REPO, "model.safetensors")]
-    assert warnings_of(caplog) == []
-    assert create(name=TINY, num_classes=5, cache_dir="somewhere").head.out_features == 5
-    assert fake_hub.options[-1]["cache_dir"] == "somewhere"
-
-
-@pytest.mark.parametrize("kind, suffix", [("Hub, shards", "safetensors"), ("Hub, pickled shards", "bin")])
-def test_hub_shards(kind, suffix, fake_hub, weights):
-    formats.write(kind, fake_hub.repositories[TINY_REPO], weights)
-    assert_equal(create(name=TINY).state_dict(), weights)
-    shards = [filename for _, filename in fake_hub.calls if "-of-00003" in filename]
-    assert len(shards) == 3 and all(filename.endswith(suffix) for filename in shards)
-
-
-def test_hub_pickle(fake_hub, weights):
-    formats.write("Hub, pickle", fake_hub.repositories[TINY_REPO], weights)
-    assert_equal(create(name=TINY).state_dict(), weights)
-
-
-@pytest.mark.parametrize("why", ["empty repository", "no repository"])
-def test_collected_files_are_the_second_choice(why, fake_hub, weights):
-    if why == "no repository":
-        del fake_hub.repositories[TINY_REPO]
-    formats.save_official(fake_hub.repositories[PTH_REPO] / TINY_PTH, {"model": weights})
-    assert_equal(create(name=TINY).state_dict(), weights)
-    assert fake_hub.calls[-1] == (PTH_REPO, TINY_PTH)
-
-
-def test_hub_without_the_files(fake_hub):
-    with pytest.raises(hub.DownloadError) as error:
-        create(name=TINY)
-    for part in (TINY_REPO, "model.safetensors", "pytorch_model.bin", PTH_REPO, TINY_PTH):
-        assert part in str(error.value)
-
-
-def test_repository_of_ones_own(fake_hub, weights):
-    formats.write("ours", fake_hub.repositories["me/mine"], weights)
-    overlay = dict(hf_hub_id="me/mine@v2", hf_hub_filename="w.safetensors")
-    model = timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay=overlay, **SCALED)
-    assert_equal(model.state_dict(), weights)
-    assert fake_hub.calls == [("me/mine", "w.safetensors")] and fake_hub.options[0]["revision"] == "v2"
-    overlay["hf_hub_filename"] = "other.safetensors"
-    with pytest.raises(hub.DownloadError, match=r"me/mine \(revision v2\) has none of other.safetensors"):
-        timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay=overlay, **SCALED)
-    assert {repo for repo, _ in fake_hub.calls} == {"me/mine"}
-
-
-def test_hub_that_does_not_answer_leaves_what_is_cached(fake_hub, weights):
-    formats.write("Hub, shards", fake_hub.repositories[TINY_REPO], weights)
-    create(name=TINY)
-    fake_hub.online = False
-    fake_hub.options.clear()
-    assert_equal(create(name=TINY).state_dict(), weights)
-    asked = [options["local_files_only"] for options in fake_hub.options]
-    assert asked == [False] + [True] * 4, "one attempt is long enough to wait for"
-    fake_hub.cached.discard((TINY_REPO, "model-00002-of-00003.safetensors"))
-    with pytest.raises(hub.DownloadError, match="nor is any of them in the cache"):
-        create(name=TINY)
-
-
-def test_download_that_breaks(fake_hub, monkeypatch):
-    def broken(*args, **kwargs):
-        raise ConnectionResetError("by peer")
-
-    monkeypatch.setattr(hub, "hf_hub_download", broken)
-    with pytest.raises(hub.DownloadError, match="downloading 'model.safetensors' failed: by peer"):
-        create(name=TINY)
-
-
-def test_repository_that_does_not_exist_or_is_closed(fake_hub):
-    with pytest.raises(hub.DownloadError, match=r"who/ever was not found.*HF_TOKEN.*Revision: main"):
-        hub.download("who/ever")
-
-
-def test_broken_index_on_the_hub(fake_hub):
-    (fake_hub.repositories["me/mine"] / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(hub.DownloadError, match="model.safetensors.index.json.*is not a shard index"):
-        hub.download("me/mine")
+TINY_PTH = "internimage_t_1k_224.pth"
 
 
 @pytest.fixture
