@@ -14,7 +14,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -37,6 +44,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -202,7 +210,7 @@ def _reason(error: Exception, cache_dir: str | None) -> str:
             f"HF_HOME or cache_dir=PATH names another place"
         )
     if code in _NOT_WRITABLE:
-        return f"'{error.filename or cache}': {error.strerror}. HF_HOME or cache_dir=PATH names another place than '{cache}'"
+        return f"'{error.filename or cache}': {error.strerror}. HF_HOME or cache_dir=PATH names another place"
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
         return f"the token was refused (HF_TOKEN): {error}"
     if isinstance(error, OSError) and "Consistency check" in str(error):
@@ -235,6 +243,8 @@ def push(
 ) -> str:
     """Upload files of a folder in one commit, into a repository that is made if there is none.
 
+    The commit also removes weights of an earlier upload that are not among the files.
+
     Args:
         folder: The folder.
         repo_id: `owner/name`.
@@ -250,16 +260,19 @@ def push(
         UploadError: The Hub refused, or did not answer. Nothing of it is visible there then.
     """
     api = HfApi(library_name="internimage")
+    files = list(files)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(files),
+        # weights in another layout, which readers would take before the new ones
+        old = [f for f in api.list_repo_files(repo_id, revision=revision) if _WEIGHTS.fullmatch(f) and f not in files]
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files]
+            + [CommitOperationDelete(path_in_repo=file) for file in old],
+            commit_message=message or f"Upload {folder.resolve().name}",
             revision=revision,
-            commit_message=message or f"Upload {folder.name}",
         )
     except HFValidationError as error:
         raise UploadError(f"'{repo_id}' is no name for a repository: {error}") from error

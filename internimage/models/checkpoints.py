@@ -15,7 +15,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from .containers import Entry, from_state_dict, open_checkpoint
 if TYPE_CHECKING:
     from .internimage import InternImage
 
-__all__ = ["CheckpointError", "count_classes", "load_pretrained", "match"]
+__all__ = ["CheckpointError", "count_classes", "describe", "has_head", "load_pretrained", "match"]
 
 _logger = logging.getLogger(__name__)
 
@@ -240,9 +240,7 @@ def _drop_head(
                 found.pop(key, None)
                 expected.pop(key, None)
         return
-    has_head = any(key.startswith(_HEAD) for key in found)
-    wants_head = any(key.startswith(_HEAD) for key in expected)
-    if not has_head and wants_head:
+    if not has_head(found) and has_head(expected):
         if model.num_classes > 0:
             raise CheckpointError(
                 f"{origin} has a backbone and no head, so it cannot classify. Load it with features_only=True or "
@@ -300,7 +298,7 @@ def _differences(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) 
 def _hint(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) -> str:
     """What to do about the commonest differences."""
     in_file = {key: entry.shape for key, entry in found.items()}
-    size, wanted_size = _size(in_file), _size(expected)
+    size, wanted_size = size_of(in_file), size_of(expected)
     if size and size != wanted_size:
         return f"\nThe file is of another size: {size}; the model has {wanted_size}"
     if any(key.endswith(".gamma1") for key in set(found) - set(expected)):
@@ -318,7 +316,7 @@ def _classes(found: dict[str, Entry]) -> int:
     return head.shape[0] if head is not None and head.shape else 0
 
 
-def _size(shapes: dict[str, tuple[int, ...]]) -> str | None:
+def size_of(shapes: dict[str, tuple[int, ...]]) -> str | None:
     """Channels and depths, as names and shapes tell them; None if they do not."""
     channels = shapes.get("patch_embed.conv2.bias")
     if not channels:
@@ -328,7 +326,23 @@ def _size(shapes: dict[str, tuple[int, ...]]) -> str | None:
     return f"channels={channels[0]}, depths={tuple(depths.values())}"
 
 
+def describe(source: str | Path, use_ema: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's model under our names; reads no weights.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no InternImage.
+        FileNotFoundError: There is no such file.
+    """
+    found, _ = _own_names(open_checkpoint(source, use_ema), f"'{source}'")
+    return {key: entry.shape for key, entry in found.items()}
+
+
 def count_classes(source: str | Path, use_ema: bool = False) -> int:
     """How many classes the classifier of a checkpoint has; 0 without one. Reads names and shapes only."""
     found, _ = _own_names(open_checkpoint(source, use_ema), f"'{source}'")
     return _classes(found)
+
+
+def has_head(names: Iterable[str]) -> bool:
+    """Whether tensors of these names include any of a head, beside the stages of a backbone."""
+    return any(name.startswith(_HEAD) for name in names)

@@ -334,6 +334,8 @@ class InternImage(nn.Module):
         self.attend = global_pool == "attn"  # pooling by attention, which is not one of timm's
         pool_type = "" if self.attend else global_pool
         self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        if self.attend:
+            self.global_pool.pool_type = "attn"  # timm saves the name with the model, whose constructor takes it
         self.global_pool.train(self.training)
         pooled = self.num_features if self.attentive and not self.attend else self._head_channels
         self.head_hidden_size = pooled * self.global_pool.feat_mult()
