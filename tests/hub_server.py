@@ -322,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
             if repo_id in self.hub.repositories:
                 self._answer(409, {}, json.dumps({"url": f"{self.hub.url}/{repo_id}"}).encode())
                 return
-            token = self.hub.writer if asked.get("private") else None
+            token = self.hub.writer if asked.get("visibility") == "private" else None
             self.hub.repositories[repo_id] = Repository(token=token)
             self.hub.repositories[repo_id].commit({})
             self._json({"url": f"{self.hub.url}/{repo_id}"})

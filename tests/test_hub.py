@@ -165,15 +165,10 @@ def test_hf_hub_name(local_hub, cache, weights):
     assert_equal(model.state_dict(), weights)
 
 
-@pytest.fixture(scope="module")
-def released() -> dict[str, Tensor]:
-    """The golden weights of tiny, whole."""
-    return golden.fill_state_dict(golden.manifest()["internimage_t_1k_224"]["shapes"])
-
-
 @pytest.mark.parametrize("source", ["safetensors", "shards", "pth"])
-def test_logits_after_a_download(source, released, local_hub, cache, tmp_path):
+def test_logits_after_a_download(source, local_hub, cache, tmp_path):
     case = golden.cases("models")["t_2x64x96_full"]
+    released = golden.released("internimage_t_1k_224")
     if source == "pth":
         local_hub.add(PTH_REPO, {TINY_PTH: formats.save_official(tmp_path / "w.pth", {"model": released})})
     else:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ def _guess(shapes: dict[str, tuple[int, ...]], path: Path) -> str:
     return fitting[0]
 
 
+@cache
 def _size_by_name(name: str) -> str | None:
     state_dict = timm.create_model(name, device="meta").state_dict()
     return checkpoints.size_of({key: tuple(value.shape) for key, value in state_dict.items()})
