@@ -22,7 +22,7 @@ _WRAPPERS = ("model", "module", "state_dict")  # where a pickle keeps its weight
 _AVERAGED = ("model_ema", "state_dict_ema")  # upstream's and timm's averaged weights
 _PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # bytes of json in a safetensors file, by its specification
-_WINDOW = 32 * 2**20  # bytes read through one memory map before it is closed
+_SMALLEST_WINDOW = 32 * 2**20  # bytes read through one memory map before it is closed
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Mapped:
     """Reads tensors of a memory-mapped file one at a time.
 
     What was read through a map counts as this process's memory until the map is closed: for the largest models as much
-    again as the weights. So it is opened anew after every `_WINDOW` bytes.
+    again as the weights. So it is opened anew after every 64th of the file, or 32 MiB if that is more.
 
     Args:
         path: The file.
@@ -88,6 +88,7 @@ class _Mapped:
         self._path = path
         self._open_map = open_map
         self._state = self._file_state()
+        self._window = max(path.stat().st_size // 64, _SMALLEST_WINDOW)
         self._get: Callable[[str], Tensor] | None = None
         self._left = 0
 
@@ -96,7 +97,7 @@ class _Mapped:
             self._get = None  # closes the map
             if self._file_state() != self._state:
                 raise CheckpointError(f"'{self._path}' was changed while it was being read")
-            self._get, self._left = self._open_map(), _WINDOW
+            self._get, self._left = self._open_map(), self._window
         tensor = _own(self._get(key))
         self._left -= tensor.nbytes
         return tensor
