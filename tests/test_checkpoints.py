@@ -302,7 +302,7 @@ def test_comparison_reads_nothing(monkeypatch, weights, tmp_path):
     assert reads == []
     path = formats.write("ours", tmp_path / "good", weights)
     new().load_pretrained(path)
-    assert sorted(reads) == sorted(weights)
+    assert sorted(reads) == sorted(tuple(value.shape) for value in weights.values())
 
 
 def test_counter_of_training_steps_is_optional(weights):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError, some
 from ..hub import INDEX_SUFFIX, weight_map
 from .pickles import is_mappable, load_pickle
-from .safetensors_file import DTYPES
+from .safetensors_file import DTYPES, positions, read_tensor
 
 _logger = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ _WRAPPERS = ("model", "module", "state_dict")  # where a pickle keeps its weight
 _AVERAGED = ("model_ema", "state_dict_ema")  # upstream's and timm's averaged weights
 _PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # bytes of json in a safetensors file, by its specification
-_SMALLEST_WINDOW = 32 * 2**20  # bytes read through one memory map before it is closed
 
 
 @dataclass(frozen=True)
@@ -73,41 +72,51 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+class _Unchanged:
+    """Notices that a file was replaced or written to between two reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = self._look()
+
+    def check(self) -> None:
+        if self._look() != self._state:
+            raise CheckpointError(f"'{self._path}' was changed while it was being read")
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            stat = self._path.stat()
+        except OSError as error:
+            raise CheckpointError(f"'{self._path}' cannot be read: {error.strerror}") from error
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 class _Mapped:
-    """Reads tensors of a memory-mapped file one at a time.
+    """Reads tensors of a memory-mapped pickle one at a time.
 
     What was read through a map counts as this process's memory until the map is closed: for the largest models as much
     again as the weights. So it is opened anew after every 64th of the file, or 32 MiB if that is more.
 
     Args:
         path: The file.
-        open_map: Opens the file and gives a function from a tensor's name to the tensor, which may point into the map.
+        open_map: Opens it and gives its tensors by name, which may point into the map.
     """
 
-    def __init__(self, path: Path, open_map: Callable[[], Callable[[str], Tensor]]) -> None:
-        self._path = path
+    def __init__(self, path: Path, open_map: Callable[[], Mapping[str, Tensor]]) -> None:
         self._open_map = open_map
-        self._state = self._file_state()
-        self._window = max(path.stat().st_size // 64, _SMALLEST_WINDOW)
-        self._get: Callable[[str], Tensor] | None = None
+        self._unchanged = _Unchanged(path)
+        self._window = max(path.stat().st_size // 64, 32 * 2**20)
+        self._tensors: Mapping[str, Tensor] | None = None
         self._left = 0
 
     def read(self, key: str) -> Tensor:
-        if self._get is None or self._left <= 0:
-            self._get = None  # closes the map
-            if self._file_state() != self._state:
-                raise CheckpointError(f"'{self._path}' was changed while it was being read")
-            self._get, self._left = self._open_map(), self._window
-        tensor = _own(self._get(key))
+        if self._tensors is None or self._left <= 0:
+            self._tensors = None  # closes the map
+            self._unchanged.check()
+            self._tensors, self._left = self._open_map(), self._window
+        tensor = _own(self._tensors[key])
         self._left -= tensor.nbytes
         return tensor
-
-    def _file_state(self) -> tuple[int, ...]:
-        try:
-            stat = self._path.stat()
-        except OSError as error:
-            raise CheckpointError(f"'{self._path}' cannot be read: {error.strerror}") from error
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 # ---- folders and shards
@@ -179,18 +188,29 @@ def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
-        mapped = _Mapped(path, lambda: safe_open(path, framework="pt", device="cpu").get_tensor)
-        file = safe_open(path, framework="pt", device="cpu")
+        file = safe_open(path, framework="pt", device="cpu")  # checks the header
         slices = {key: file.get_slice(key) for key in file.keys()}
+        place = positions(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is damaged or truncated: {error}") from error
     odd = {part.get_dtype() for part in slices.values()} - set(DTYPES)
     if odd:
         raise CheckpointError(f"'{path}' has tensors of {some(odd)}, which are no weights of this package")
-    return {
-        key: Entry(tuple(part.get_shape()), DTYPES[part.get_dtype()], lambda key=key: mapped.read(key))
-        for key, part in slices.items()
-    }
+    unchanged = _Unchanged(path)
+
+    def entry(key: str) -> Entry:
+        shape, dtype = tuple(slices[key].get_shape()), DTYPES[slices[key].get_dtype()]
+
+        def read() -> Tensor:
+            unchanged.check()
+            try:
+                return read_tensor(path, place[key], shape, dtype)
+            except (OSError, EOFError) as error:
+                raise CheckpointError(f"reading '{key}' of '{path}' failed: {error}") from error
+
+        return Entry(shape, dtype, read)
+
+    return {key: entry(key) for key in slices}
 
 
 def _open_pickle(path: Path, use_ema: bool) -> dict[str, Entry]:
@@ -198,7 +218,7 @@ def _open_pickle(path: Path, use_ema: bool) -> dict[str, Entry]:
     if not is_mappable(path):
         return from_state_dict(load_pickle(path, mmap=False), origin, use_ema)
     tensors = _tensors(load_pickle(path, mmap=True), origin, use_ema)
-    mapped = _Mapped(path, lambda: _tensors(load_pickle(path, mmap=True), origin, use_ema, quiet=True).__getitem__)
+    mapped = _Mapped(path, lambda: _tensors(load_pickle(path, mmap=True), origin, use_ema, quiet=True))
     return {key: _entry(value, lambda key=key: mapped.read(key)) for key, value in tensors.items()}
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Writing a safetensors file tensor by tensor; safetensors' own `save_file` wants all of them in memory at once.
+"""Safetensors files tensor by tensor: one in memory at a time, and no more.
+
+safetensors' own `save_file` wants all of them at once, and its `safe_open` maps the file, whose pages count as the
+process's memory until it is closed. It does check the header, and is for that called before anything here.
 
 The format (https://github.com/huggingface/safetensors): the header's length in 8 bytes, little endian; the header, json
 of each tensor's dtype, shape and place; the tensors' bytes in that order.
@@ -36,6 +39,34 @@ def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     for side in shape:
         count *= side
     return count * dtype.itemsize
+
+
+def positions(path: Path) -> dict[str, int]:
+    """Name -> where in the file its bytes begin. For a file whose header safetensors has checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + item["data_offsets"][0] for name, item in header.items()}
+
+
+def read_tensor(path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor from its place in a file.
+
+    Raises:
+        OSError: It cannot be read.
+        EOFError: The file ends before it does.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(position)
+        while left:  # a system call reads 2 GB at most
+            count = file.readinto(left)
+            if not count:
+                raise EOFError(f"'{path}' ends {len(left)} bytes early")
+            left = left[count:]
+    return tensor
 
 
 def write_safetensors(
