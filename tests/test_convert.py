@@ -446,6 +446,9 @@ def test_finetune_takes_rows_for_the_classes_at_hand(in22k, tmp_path, capsys):
     assert "named by its synsets" in err and "cat" in err
     err = fails(capsys, "finetune", "data=x", "output=y", "head_from_22k=true", "pretrained=false")
     assert "'head_from_22k' needs weights" in err
+    other = ["model=resnet10t", *settings[1:]]
+    err = fails(capsys, "finetune", f"data={tmp_path / 'data'}", f"output={tmp_path / 'run3'}", *other)
+    assert "is for InternImage models, which 'resnet10t' is not" in err
 
 
 # ---- the card

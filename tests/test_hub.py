@@ -273,6 +273,10 @@ BROKEN = {
     "damaged": (Fault("/blobs/", damage=5000), "'model.safetensors' came damaged and was removed.*SHA-256"),
     "damaged header": (Fault("/blobs/", damage=30), "came damaged and was removed"),
     "forbidden": (Fault("/blobs/", status=403), "403"),
+    "bad token": (
+        Fault("/resolve/", "HEAD", 99, 401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+        r"the token was refused \(HF_TOKEN\)",
+    ),
     "a web page in between": (Fault("/resolve/", "HEAD", status=200, times=99), "does not seem to be served by"),
 }
 

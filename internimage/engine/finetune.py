@@ -127,6 +127,24 @@ def save_model(model: nn.Module, folder: Path, names: list[str], preprocessing: 
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _create_model(config: FinetuneConfig, names: list[str]) -> nn.Module:
+    kwargs = {"head_from_22k": names} if config.head_from_22k else {}
+    try:
+        return create_model(
+            config.model,
+            config.checkpoint,
+            pretrained=config.pretrained,
+            num_classes=len(names),
+            in_chans=config.in_chans,
+            drop_path_rate=config.drop_path,
+            **kwargs,
+        )
+    except TypeError as error:
+        if "head_from_22k" not in str(error):
+            raise
+        raise ConfigError(f"'head_from_22k' is for InternImage models, which '{config.model}' is not") from error
+
+
 def _autocast(config: FinetuneConfig, device: torch.device) -> torch.autocast:
     enabled = config.precision != "float32"
     return torch.autocast(device.type, dtype=DTYPES[config.precision] if enabled else None, enabled=enabled)
@@ -170,15 +188,7 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> Path:
             raise DataError(f"'{split}' and '{validation}' have different classes: {names} and {class_names(val_set)}")
 
     seed_everything(config.seed)
-    model = create_model(
-        config.model,
-        config.checkpoint,
-        pretrained=config.pretrained,
-        num_classes=len(names),
-        in_chans=config.in_chans,
-        drop_path_rate=config.drop_path,
-        **({"head_from_22k": names} if config.head_from_22k else {}),
-    )
+    model = _create_model(config, names)
     preprocessing = data_config(model, config.img_size)
     if preprocessing["input_size"][0] == 1:
         train_set.input_img_mode = "L"
