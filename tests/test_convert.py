@@ -323,7 +323,9 @@ def test_existing_folders(weights, tmp_path):
     with pytest.raises(ConvertError, match="is not a folder"):
         convert(path, path, overwrite=True, **ATTO)
     assert sorted(os.listdir(tmp_path)) == ["out", "photos", "w.pth"]
-    assert out.stat().st_mode & 0o777 == 0o777 & ~convert_module._umask()
+    assert out.stat().st_mode == other.stat().st_mode
+    with pytest.raises(ConvertError, match="cannot be written"):
+        convert(path, path / "out", **ATTO)
 
 
 # ---- pickles

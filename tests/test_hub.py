@@ -165,15 +165,14 @@ def test_hf_hub_name(local_hub, cache, weights):
     assert_equal(model.state_dict(), weights)
 
 
-@pytest.mark.parametrize("source", ["safetensors", "shards", "pth"])
+@pytest.mark.parametrize("source", ["safetensors", "pth"])
 def test_logits_after_a_download(source, local_hub, cache, tmp_path):
     case = golden.cases("models")["t_2x64x96_full"]
     released = golden.released("internimage_t_1k_224")
     if source == "pth":
         local_hub.add(PTH_REPO, {TINY_PTH: formats.save_official(tmp_path / "w.pth", {"model": released})})
     else:
-        kind = "Hub, folder" if source == "safetensors" else "Hub, shards"
-        local_hub.add(TINY_REPO, formats.write(kind, tmp_path / "repo", released))
+        local_hub.add(TINY_REPO, formats.write("Hub, folder", tmp_path / "repo", released))
     model = timm.create_model(TINY, pretrained=True, cache_dir=str(cache)).eval()
     with torch.inference_mode():
         logits = model(golden.images(case["input_seed"], case["input_shape"]))

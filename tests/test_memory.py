@@ -22,7 +22,7 @@ from internimage.models.safetensors_file import DTYPES, nbytes
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
 
 GIB = 2**30
-BASE = "internimage_base.ogvl_in1k"
+SMALL = "internimage_small.ogvl_in1k"
 HUGE = "internimage_huge.ogvl_joint_in22k_ft_in1k_640"
 GIANT = "internimage_giant.ogvl_joint_in22k_ft_in1k_512"
 _FILES = {name: file for file, name in golden.MODELS.items()}
@@ -107,41 +107,29 @@ assert result.verified
 # ---- at a size for every day. What counts is what comes on top of the process: it is as large as a small model
 
 
-@pytest.mark.parametrize(
-    "kind, stored, dtype",
-    [
-        ("shards", torch.float32, torch.float32),
-        ("safetensors", torch.bfloat16, torch.bfloat16),
-        ("pth", torch.float32, torch.bfloat16),
-    ],
-)
-def test_weights_exist_once(kind, stored, dtype, tmp_path):
+@pytest.mark.parametrize("kind, dtype", [("safetensors", torch.float32), ("pth", torch.bfloat16)])
+def test_weights_exist_once(kind, dtype, tmp_path):
     path = tmp_path / "w"
-    if kind == "pth":
-        write_sparse_pth(path, BASE)
-    else:
-        write_sparse(path, BASE, stored, shards=3 if kind == "shards" else 1)
-    weights = sum(torch.Size(shape).numel() for shape in golden.manifest()[_FILES[BASE]]["shapes"].values())
-    result = measure(CREATE, BASE, path, str(dtype).removeprefix("torch."))
-    taken = result["peak"] - result["before"]
-    assert weights * dtype.itemsize < taken < 1.15 * weights * dtype.itemsize + 64 * 2**20
+    stored = (write_sparse_pth if kind == "pth" else write_sparse)(path, SMALL)
+    weights = stored // 4 * dtype.itemsize
+    result = measure(CREATE, SMALL, path, str(dtype).removeprefix("torch."))
+    # under a pickle, 32 MiB may be mapped
+    assert 0.95 * weights < result["peak"] - result["before"] < 1.15 * weights + 48 * 2**20
 
 
-@pytest.mark.parametrize("kind", ["shards", "pth"])
-def test_conversion_streams(kind, tmp_path):
-    path = tmp_path / "w"
-    write = write_sparse_pth if kind == "pth" else write_sparse
-    weights = write(path, BASE)
-    result = measure(CONVERT, BASE, path, tmp_path / "out")
-    assert weights > 380e6 and result["peak"] - result["before"] < 190e6
-
-
-def test_giant_on_the_meta_device_takes_no_memory():
-    result = measure("timm.create_model(sys.argv[1], device='meta')", GIANT)
-    assert result["peak"] - result["before"] < 100e6
+def test_conversion_streams(tmp_path):
+    weights = write_sparse(tmp_path / "w", SMALL)
+    result = measure(CONVERT, SMALL, tmp_path / "w", tmp_path / "out")
+    assert weights > 200e6 and result["peak"] - result["before"] < 100e6
 
 
 # ---- the largest, as they are
+
+
+@pytest.mark.slow
+def test_giant_on_the_meta_device_takes_no_memory():
+    result = measure("timm.create_model(sys.argv[1], device='meta')", GIANT)
+    assert result["peak"] - result["before"] < 100e6
 
 
 @pytest.mark.slow

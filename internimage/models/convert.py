@@ -9,8 +9,8 @@ import errno
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,9 +107,9 @@ def convert(
         parameters=sum(torch.Size(entries[key].shape).numel() for key, _ in built.named_parameters() if key in entries),
         dtypes=sorted({str(e.dtype).removeprefix("torch.") for e in entries.values() if e.dtype.is_floating_point}),
     )
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.partial-"))
+    partial = _beside(destination, "partial")
     try:
+        partial.mkdir(parents=True)
         _check_room(partial, entries)
         _write_weights(partial, entries, shard_size, progress)
         _write_config(partial / CONFIG, built, known=found_source.published is not None)
@@ -127,7 +127,6 @@ def convert(
         if verify:
             _verify(partial, entries)
             result.verified = True
-        partial.chmod(0o777 & ~_umask())  # mkdtemp gives the owner alone
         result.files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         _replace(partial, destination)
     except OSError as error:
@@ -135,10 +134,15 @@ def convert(
             raise ConvertError(
                 f"'{destination.parent}' has no room for the result ({error.strerror}); nothing was left there"
             ) from error
-        raise
+        raise ConvertError(f"'{destination}' cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return result
+
+
+def _beside(folder: Path, what: str) -> Path:
+    """A name on the same disk that nobody has and no reader looks for."""
+    return folder.parent / f".{folder.name}.{what}-{secrets.token_hex(4)}"
 
 
 def _check_destination(folder: Path, overwrite: bool) -> None:
@@ -226,22 +230,14 @@ def _replace(partial: Path, destination: Path) -> None:
     if not destination.exists():
         os.rename(partial, destination)
         return
-    old = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.old-"))
+    old = _beside(destination, "old")
+    os.rename(destination, old)
     try:
-        os.rename(destination, old / destination.name)
-        try:
-            os.rename(partial, destination)
-        except OSError:
-            os.rename(old / destination.name, destination)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        os.rename(partial, destination)
+    except OSError:
+        os.rename(old, destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- before an upload

@@ -131,7 +131,7 @@ def is_timm_folder(folder: Path) -> bool:
     """Whether a folder's config.json is timm's; that of transformers is another."""
     try:
         return "architecture" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
