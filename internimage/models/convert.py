@@ -97,8 +97,11 @@ def convert(
     if headless:
         _logger.warning("%s has no head: the folder is for features_only=True and num_classes=0", origin)
     entries = {key: _cast(entry, dtype) for key, entry in found.items()}
+    # other classes under a released name are somebody's own weights, of which nothing is known
+    own = built.num_classes != built.pretrained_cfg["num_classes"] and not reduce_head
+    published = None if own else found_source.published
     name = f"{built.pretrained_cfg['architecture']}"
-    if found_source.published is not None and built.pretrained_cfg.get("tag"):
+    if published is not None and built.pretrained_cfg.get("tag"):
         name += f".{built.pretrained_cfg['tag']}"
     result = Conversion(
         destination,
@@ -112,12 +115,12 @@ def convert(
         partial.mkdir(parents=True)
         _check_room(partial, entries)
         _write_weights(partial, entries, shard_size, progress)
-        _write_config(partial / CONFIG, built, known=found_source.published is not None)
+        _write_config(partial / CONFIG, built, known=published is not None)
         card = model_card(
             built,
             name,
             source=found_source.name,
-            published=found_source.published,
+            published=published,
             parameters=result.parameters,
             dtypes=result.dtypes,
             head_from_22k=reduce_head,
