@@ -1,6 +1,19 @@
 # SPDX-License-Identifier: MIT
 """What a user can have got wrong, as one family of exceptions: the command line prints them without a traceback."""
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(Exception):
     """Bad input. The message names what was wrong and what would be right."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that cannot be read, or is not of this model. Nothing was written to the model."""
+
+
+def some(names: Iterable[Any], most: int = 10) -> str:
+    """For messages: the first names in order, and how many more there are."""
+    names = sorted(map(str, names))
+    return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")

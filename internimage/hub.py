@@ -1,15 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""Files from the Hugging Face Hub. All settings of huggingface_hub (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, tokens) hold.
+"""Files from and to the Hugging Face Hub. All settings of huggingface_hub (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE,
+tokens) hold.
 
 Reading a file once it is here is `models/checkpoints.py`.
 """
 
+import errno
+import hashlib
 import json
 import logging
-from pathlib import Path
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from timm.models._hub import download_cached_file
 
 from .errors import UserError
@@ -23,10 +44,26 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DownloadError(UserError, RuntimeError):
     """A repository or a file could not be had; the message says what was tried and what to set."""
+
+
+class NothingThere(DownloadError):
+    """The Hub answered that it has no such repository or file, or none for this user."""
+
+
+class Unreachable(DownloadError):
+    """The Hub did not answer, and the cache does not hold the file."""
+
+
+class UploadError(UserError, RuntimeError):
+    """A folder could not be uploaded; the message says why."""
 
 
 def split_revision(repo_id: str) -> tuple[str, str | None]:
@@ -42,58 +79,143 @@ def weight_map(index: Path) -> dict[str, str]:
         ValueError: It is not a shard index.
     """
     try:
-        shard_of = dict(json.loads(index.read_text())["weight_map"])
+        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         if not all(isinstance(shard, str) for shard in shard_of.values()):
             raise TypeError("its shards are not file names")
+        outside = [s for s in shard_of.values() if PurePosixPath(s).is_absolute() or ".." in PurePosixPath(s).parts]
+        if outside:
+            raise TypeError(f"its shard '{outside[0]}' lies outside of its folder")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{index}' is not a shard index, json with a 'weight_map': {error}") from error
     return shard_of
 
 
-def download(repo_id: str, filenames: tuple[str, ...] = WEIGHT_FILES, cache_dir: str | None = None) -> Path:
+# ---- download
+
+
+def download(
+    repo_id: str,
+    filenames: tuple[str, ...] = WEIGHT_FILES,
+    cache_dir: str | None = None,
+    cached_only: bool = False,
+) -> Path:
     """Download the first of `filenames` that a repository has.
+
+    A file is in the cache whole or not at all, and what was downloaded has the checksum that the Hub announced.
 
     Args:
         repo_id: `owner/name` or `owner/name@revision`.
         filenames: In order of preference. After a shard index, its shards are downloaded too.
         cache_dir: Instead of huggingface_hub's own cache.
+        cached_only: Ask the cache alone.
 
     Returns:
         The local file; beside a shard index lie its shards.
 
     Raises:
-        DownloadError: None of them can be had.
+        NothingThere, Unreachable, DownloadError: None of them can be had.
     """
     name, revision = split_revision(repo_id)
-    unreachable = None
+    at = f"revision {revision or 'main'}"
+    unreachable: Exception | None = None
     for filename in filenames:
-        # once the Hub did not answer, only the cache is asked: it may hold the next one
-        options = dict(revision=revision, cache_dir=cache_dir, local_files_only=unreachable is not None)
+        options = dict(revision=revision, cache_dir=cache_dir)
         try:
-            path = Path(hf_hub_download(name, filename, **options))
+            # once the Hub did not answer, only the cache is asked: it may hold the next one
+            path = _fetch(name, filename, local_files_only=cached_only or unreachable is not None, **options)
             if filename.endswith(INDEX_SUFFIX):
-                for shard in sorted(set(weight_map(path).values())):
-                    hf_hub_download(name, shard, **options)
+                _fetch_shards(name, path, local_files_only=cached_only or unreachable is not None, **options)
         except LocalEntryNotFoundError as error:  # before its parent class, EntryNotFoundError
             unreachable = unreachable or error
-        except RepositoryNotFoundError as error:
-            raise DownloadError(
-                f"{name} was not found on the Hub, or needs a token (HF_TOKEN). Revision: {revision or 'main'}."
+        except GatedRepoError as error:
+            raise NothingThere(
+                f"{name} is open to those only who accepted its terms at {constants.ENDPOINT}/{name}, and set HF_TOKEN"
             ) from error
+        except RepositoryNotFoundError as error:
+            raise NothingThere(
+                f"{name} was not found at {constants.ENDPOINT}, or needs a token (HF_TOKEN). Revision: "
+                f"{revision or 'main'}."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise DownloadError(f"{name} has no revision '{revision}'") from error
         except EntryNotFoundError as error:
             _logger.debug("%s: %s", name, error)
+        except DownloadError:
+            raise
         except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
-            raise DownloadError(f"{name}: downloading '{filename}' failed: {error}") from error
+            raise DownloadError(f"{name}: downloading '{filename}' failed: {_reason(error, cache_dir)}") from error
         else:
             _logger.info("%s: using %s", name, filename)
             return path
     if unreachable:
-        raise DownloadError(
-            f"{name}: {', '.join(filenames)} could not be downloaded, nor is any of them in the cache. Without a "
-            f"network, load a local file: create_model(..., pretrained_cfg_overlay=dict(file=PATH)); with a mirror, "
-            f"set HF_ENDPOINT; HF_HUB_OFFLINE must not be 1 for a download. ({unreachable})"
+        cause = unreachable.__cause__ or unreachable
+        raise Unreachable(
+            f"{name}: {', '.join(filenames)} could not be downloaded from {constants.ENDPOINT}, nor is any of them in "
+            f"the cache '{cache_dir or constants.HF_HUB_CACHE}'. Without a network, load a local file: "
+            f"create_model(..., pretrained_cfg_overlay=dict(file=PATH)); with a mirror, set HF_ENDPOINT; "
+            f"HF_HUB_OFFLINE must not be 1 for a download. ({str(cause).strip()})"
         ) from unreachable
-    raise DownloadError(f"{name} (revision {revision or 'main'}) has none of {', '.join(filenames)}")
+    raise NothingThere(f"{name} ({at}) has none of {', '.join(filenames)}")
+
+
+def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
+    known = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
+    path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    if path != known:
+        _verify(name, filename, Path(path))
+    return Path(path)
+
+
+def _fetch_shards(name: str, index: Path, **options) -> None:
+    for shard in sorted(set(weight_map(index).values())):
+        try:
+            _fetch(name, shard, **options)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise DownloadError(f"{name}: '{index.name}' names a shard that is not there: '{shard}'") from error
+
+
+def _verify(name: str, filename: str, path: Path) -> None:
+    """Compare a file that has just been downloaded with its checksum; huggingface_hub compares the size only.
+
+    The cache names the bytes of a large file by their SHA-256, which is its ETag on the Hub.
+    """
+    if not path.is_symlink():
+        return  # a cache without links, as on some Windows machines, does not keep it
+    blob = path.parent / os.readlink(path)
+    if not _SHA256.fullmatch(blob.name):
+        return  # a small file of text
+    digest = hashlib.sha256()
+    with blob.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        path.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{name}: '{filename}' came damaged and was removed again: its SHA-256 is {digest.hexdigest()}, the Hub "
+            f"announced {blob.name}. Try once more; if it comes back, whatever stands between (a mirror, a proxy) "
+            f"changes files"
+        )
+
+
+def _reason(error: Exception, cache_dir: str | None) -> str:
+    """What a failed download means, and what to set."""
+    cache = cache_dir or constants.HF_HUB_CACHE
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _FULL:
+        return (
+            f"the disk of the cache '{cache}' has no room for it ({error.strerror}); no part of it was kept. "
+            f"HF_HOME or cache_dir=PATH names another place"
+        )
+    if code in _NOT_WRITABLE:
+        return f"'{error.filename or cache}': {error.strerror}. HF_HOME or cache_dir=PATH names another place"
+    if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
+        return f"the token was refused (HF_TOKEN): {error}"
+    if isinstance(error, OSError) and "Consistency check" in str(error):
+        return f"it came with another size than announced, and no part of it was kept; try once more. {error}"
+    return str(error) or type(error).__name__
 
 
 def download_url(url: str, cache_dir: str | None = None) -> Path:
@@ -106,3 +228,58 @@ def download_url(url: str, cache_dir: str | None = None) -> Path:
         return Path(download_cached_file(url, cache_dir=cache_dir))
     except (OSError, RuntimeError, ValueError) as error:
         raise DownloadError(f"{url} could not be downloaded: {error}") from error
+
+
+# ---- upload
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    files: Iterable[str],
+    revision: str | None = None,
+    private: bool = False,
+    message: str = "",
+) -> str:
+    """Upload files of a folder in one commit, into a repository that is made if there is none.
+
+    The commit also removes weights of an earlier upload that are not among the files.
+
+    Args:
+        folder: The folder.
+        repo_id: `owner/name`.
+        files: Their names in it.
+        revision: Branch; None for the main one.
+        private: Of a new repository: hide it.
+        message: Of the commit.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UploadError: The Hub refused, or did not answer. Nothing of it is visible there then.
+    """
+    api = HfApi(library_name="internimage")
+    files = list(files)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # weights in another layout, which readers would take before the new ones
+        old = [f for f in api.list_repo_files(repo_id, revision=revision) if _WEIGHTS.fullmatch(f) and f not in files]
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files]
+            + [CommitOperationDelete(path_in_repo=file) for file in old],
+            commit_message=message or f"Upload {folder.resolve().name}",
+            revision=revision,
+        )
+    except HFValidationError as error:
+        raise UploadError(f"'{repo_id}' is no name for a repository: {error}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = " HF_TOKEN, or `hf auth login`, must name a token that may write there." if status in (401, 403) else ""
+        raise UploadError(f"{constants.ENDPOINT} refused the upload to {repo_id}: {error}{hint}") from error
+    except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
+        raise UploadError(f"{repo_id}: the upload failed: {type(error).__name__}: {error}") from error
+    return str(commit.commit_url)

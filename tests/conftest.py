@@ -2,9 +2,22 @@
 """Devices, seeds, the one tolerance table, and what a skip may mean."""
 
 import os
+import shutil
+import tempfile
 
+import hub_server
 import pytest
 import torch
+
+# huggingface_hub reads these once, when it is imported: no test reaches the real Hub or the user's cache
+HUB = hub_server.Hub()
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+    del os.environ[name]
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="internimage-tests-")
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # the server has plain HTTP only
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -26,6 +39,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert deviation <= limit, f"{name}: deviation {deviation:.2e} of the largest value, allowed {limit:.0e}"
 
 
+@pytest.fixture
+def local_hub():
+    """The Hub of hub_server.py, empty, at the address that huggingface_hub has."""
+    HUB.reset()
+    HUB.start()
+    yield HUB
+    HUB.start()
+    HUB.reset()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -40,6 +63,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 def pytest_sessionfinish(session, exitstatus) -> None:
     """In CI a test may be skipped for want of a GPU and for nothing else."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not os.environ.get("INTERNIMAGE_FAIL_ON_SKIP") or reporter is None:
         return

@@ -7,7 +7,7 @@ All draws are made in float64, where torch's random stream is the same on every 
 import gzip
 import json
 import zlib
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -93,6 +93,12 @@ def fill(key: str, shape) -> Tensor:
 
 def fill_state_dict(shapes: dict) -> dict[str, Tensor]:
     return {key: fill(key, shape) for key, shape in shapes.items()}
+
+
+@lru_cache(maxsize=1)
+def released(file: str) -> dict[str, Tensor]:
+    """All the weights of a released model; not to be written to."""
+    return fill_state_dict(manifest()[file]["shapes"])
 
 
 def grad_probe(key: str, shape) -> Tensor:

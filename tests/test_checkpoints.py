@@ -13,7 +13,7 @@ import pytest
 import timm
 import timm.models
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from internimage import CheckpointError, hub
@@ -100,19 +100,24 @@ def test_every_format(kind, num_classes, in_chans, files, weights, caplog):
             create(files(kind), num_classes=num_classes, in_chans=in_chans)
         return
     path = files(kind)
+    expected = {key: weights[key] for key in new(num_classes=num_classes, in_chans=in_chans).state_dict()}
     torch.manual_seed(1)
-    expected = new(num_classes=num_classes, in_chans=in_chans).state_dict()
-    untrained, warning = (), None
+    warning = None
     if kind in formats.HEADLESS:
-        untrained, warning = "conv_head.", "conv_head keep"
+        warning = "conv_head keep"
+        expected["conv_head.0.weight"] = nn.Conv2d(64, 96, 1, bias=False).weight.detach()
+        norm = nn.BatchNorm2d(96).state_dict()
+        expected.update({f"conv_head.1.0.{key}": value for key, value in norm.items()})
     elif num_classes == 5:
-        untrained, warning = "head.", "1000 classes and 5 were asked for: the classifier is new"
-    expected.update({key: weights[key] for key in expected if not key.startswith(untrained)})
+        warning = "1000 classes and 5 were asked for: the classifier is new"
+        expected["head.weight"] = trunc_normal_(torch.empty(5, 96), std=0.02)
+        expected["head.bias"] = torch.zeros(5)
     if in_chans == 1:
         expected["patch_embed.conv1.weight"] = weights["patch_embed.conv1.weight"].sum(1, keepdim=True)
     torch.manual_seed(1)
     model = create(path, num_classes=num_classes, in_chans=in_chans)
     assert_equal(model.state_dict(), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     messages = warnings_of(caplog)
     assert len(messages) == (warning is not None), messages
     if warning:
@@ -179,7 +184,9 @@ def test_attentive_head(num_classes, tmp_path, caplog):
 @pytest.mark.parametrize("file", golden.MODELS)
 def test_hub_names_of_every_released_model(file):
     shapes = golden.manifest()[file]["shapes"]
-    entries = {key: Entry(tuple(shape), lambda: None) for key, shape in formats.hub_names(shapes).items()}
+    entries = {
+        key: Entry(tuple(shape), torch.float32, lambda: None) for key, shape in formats.hub_names(shapes).items()
+    }
     found, beside = checkpoints._own_names(entries, "it")
     assert beside == []
     assert {key: list(entry.shape) for key, entry in found.items()} == shapes
@@ -236,7 +243,7 @@ CHANGES = {
     "extra, outside": (lambda sd: sd.update({"meta_head.weight": torch.ones(3)}), "unexpected: meta_head.weight (3,)"),
     "transposed": (
         lambda sd: sd.update({"levels.1.blocks.0.mlp.fc1.weight": torch.ones(16, 64)}),
-        "shape: levels.1.blocks.0.mlp.fc1.weight is (16, 64) in the file and (64, 16) in the model",
+        "shape: levels.1.blocks.0.mlp.fc1.weight is (16, 64) in the file and (64, 16) in the model (transposed)",
     ),
     "broadcastable": (
         lambda sd: sd.update({"levels.1.blocks.0.mlp.fc1.bias": torch.ones(1)}),
@@ -245,6 +252,10 @@ CHANGES = {
     "scalar": (
         lambda sd: sd.update({"levels.0.norm.0.bias": torch.tensor(1.0)}),
         "shape: levels.0.norm.0.bias is () in the file and (8,) in the model",
+    ),
+    "whole numbers": (
+        lambda sd: sd.update({"levels.0.norm.0.bias": torch.ones(8, dtype=torch.int32)}),
+        "dtype: levels.0.norm.0.bias holds torch.int32 in the file, and numbers of a torch.float32 are needed",
     ),
     "classifier's width": (
         lambda sd: sd.update({"head.weight": torch.ones(1000, 95)}),
@@ -291,7 +302,7 @@ def test_comparison_reads_nothing(monkeypatch, weights, tmp_path):
     assert reads == []
     path = formats.write("ours", tmp_path / "good", weights)
     new().load_pretrained(path)
-    assert sorted(reads) == sorted(weights)
+    assert sorted(reads) == sorted(tuple(value.shape) for value in weights.values())
 
 
 def test_counter_of_training_steps_is_optional(weights):
@@ -339,9 +350,61 @@ def test_keys_that_would_hide_each_other(weights):
     assert "levels.0.blocks.0.gamma1 (again, as model.levels.0.blocks.0.gamma1)" in message
 
 
-def test_model_on_the_meta_device_cannot_be_filled(weights):
+def test_model_on_the_meta_device_cannot_be_filled(weights, tmp_path):
     with pytest.raises(CheckpointError, match="meta device.*to_empty"):
         new(device="meta").load_pretrained(weights)
+    # before anything is downloaded, or a file is looked for
+    with pytest.raises(CheckpointError, match="device='meta' holds no weights.*pretrained=False"):
+        create(tmp_path / "missing", device="meta")
+    with torch.device("meta"), pytest.raises(CheckpointError, match="device='meta' holds no weights"):
+        create(tmp_path / "missing")
+
+
+def test_pretrained_models_are_whole_models(files, weights):
+    """They are built on the meta device and filled: nothing may be left there, shared, or frozen."""
+    model = create(files("ours"), dtype=torch.bfloat16)
+    assert_equal(
+        model.state_dict(), {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in weights.items()}
+    )
+    model = timm.create_model("internimage_atto", True, pretrained_cfg_overlay=dict(state_dict=weights), **SCALED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert weights["head.weight"].abs().sum() > 0, "the caller's own tensors were taken"
+    model = create(files("ours"), num_classes=5)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.load_pretrained(files("ours"), pretrained_cfg=dict(num_classes=1000))
+    before = model.levels[0].norm[0].weight
+    model.load_pretrained(files("Hub"), pretrained_cfg=dict(num_classes=1000))
+    assert model.levels[0].norm[0].weight is before, "a model in use keeps its parameters: an optimizer has them"
+
+
+# ---- numbers that cannot be right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_is_not_finite_is_named(value, dtype, weights, caplog, tmp_path):
+    bad = formats.cast(weights, dtype)
+    for key in ("levels.2.blocks.1.mlp.fc2.weight", "patch_embed.conv1.bias"):
+        bad[key] = bad[key].clone()
+        bad[key].view(-1)[1] = value
+    model = create(formats.save_safetensors(tmp_path / "w.safetensors", bad))
+    (message,) = warnings_of(caplog)
+    assert "NaN or infinity in 2 tensors: levels.2.blocks.1.mlp.fc2.weight, patch_embed.conv1.bias" in message
+    assert not torch.isfinite(model.patch_embed.conv1.bias[1])
+
+
+def test_large_weights_are_no_cause_for_a_warning(weights, caplog):
+    largest = {
+        k: torch.full_like(v, torch.finfo(v.dtype).max) if v.is_floating_point() else v for k, v in weights.items()
+    }
+    new().load_pretrained(largest)
+    new(dtype=torch.float64).load_pretrained(
+        {k: v.double() if v.is_floating_point() else v for k, v in largest.items()}
+    )
+    assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize(
@@ -532,131 +595,11 @@ def test_tag_without_weights():
             create(None, name, **small)
 
 
-# ---- the Hub
-
-
-class FakeHub:
-    """hf_hub_download of repositories that are folders; `cached` says what is here without a network."""
-
-    def __init__(self, repositories: dict[str, Path]) -> None:
-        self.repositories = repositories
-        self.online = True
-        self.cached: set[tuple[str, str]] = set()
-        self.calls: list[tuple[str, str]] = []
-        self.options: list[dict] = []
-
-    def __call__(self, repo_id: str, filename: str, local_files_only: bool = False, **options) -> str:
-        self.calls.append((repo_id, filename))
-        self.options.append(dict(options, local_files_only=local_files_only))
-        if not self.online or local_files_only:
-            if (repo_id, filename) not in self.cached:
-                raise LocalEntryNotFoundError(f"{filename} is not cached")
-        elif repo_id not in self.repositories:
-            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404")
-        path = self.repositories[repo_id] / filename
-        if not path.exists():
-            raise EntryNotFoundError(f"404: {filename}")
-        self.cached.add((repo_id, filename))
-        return str(path)
+# ---- the Hub, without a network; test_hub.py has the downloads
 
 
 TINY, TINY_REPO = "internimage_tiny.ogvl_in1k", PUBLISHED["internimage_tiny.ogvl_in1k"].hub_id
-PTH_REPO, TINY_PTH = "OpenGVLab/InternImage", "internimage_t_1k_224.pth"
-
-
-@pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
-    folders = {TINY_REPO: tmp_path / "tiny", PTH_REPO: tmp_path / "collected", "me/mine": tmp_path / "mine"}
-    for folder in folders.values():
-        folder.mkdir()
-    fake = FakeHub(folders)
-    monkeypatch.setattr(hub, "hf_hub_download", fake)
-    return fake
-
-
-def test_hub_prefers_safetensors(fake_hub, weights, caplog):
-    folder = fake_hub.repositories[TINY_REPO]
-    formats.write("Hub", folder, weights)
-    (folder / "pytorch_model.bin").write_bytes(b"not read")
-    assert_equal(create(name=TINY).state_dict(), weights)
-    assert fake_hub.calls == [(TINY_REPO, "model.safetensors")]
-    assert warnings_of(caplog) == []
-    assert create(name=TINY, num_classes=5, cache_dir="somewhere").head.out_features == 5
-    assert fake_hub.options[-1]["cache_dir"] == "somewhere"
-
-
-@pytest.mark.parametrize("kind, suffix", [("Hub, shards", "safetensors"), ("Hub, pickled shards", "bin")])
-def test_hub_shards(kind, suffix, fake_hub, weights):
-    formats.write(kind, fake_hub.repositories[TINY_REPO], weights)
-    assert_equal(create(name=TINY).state_dict(), weights)
-    shards = [filename for _, filename in fake_hub.calls if "-of-00003" in filename]
-    assert len(shards) == 3 and all(filename.endswith(suffix) for filename in shards)
-
-
-def test_hub_pickle(fake_hub, weights):
-    formats.write("Hub, pickle", fake_hub.repositories[TINY_REPO], weights)
-    assert_equal(create(name=TINY).state_dict(), weights)
-
-
-@pytest.mark.parametrize("why", ["empty repository", "no repository"])
-def test_collected_files_are_the_second_choice(why, fake_hub, weights):
-    if why == "no repository":
-        del fake_hub.repositories[TINY_REPO]
-    formats.save_official(fake_hub.repositories[PTH_REPO] / TINY_PTH, {"model": weights})
-    assert_equal(create(name=TINY).state_dict(), weights)
-    assert fake_hub.calls[-1] == (PTH_REPO, TINY_PTH)
-
-
-def test_hub_without_the_files(fake_hub):
-    with pytest.raises(hub.DownloadError) as error:
-        create(name=TINY)
-    for part in (TINY_REPO, "model.safetensors", "pytorch_model.bin", PTH_REPO, TINY_PTH):
-        assert part in str(error.value)
-
-
-def test_repository_of_ones_own(fake_hub, weights):
-    formats.write("ours", fake_hub.repositories["me/mine"], weights)
-    overlay = dict(hf_hub_id="me/mine@v2", hf_hub_filename="w.safetensors")
-    model = timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay=overlay, **SCALED)
-    assert_equal(model.state_dict(), weights)
-    assert fake_hub.calls == [("me/mine", "w.safetensors")] and fake_hub.options[0]["revision"] == "v2"
-    overlay["hf_hub_filename"] = "other.safetensors"
-    with pytest.raises(hub.DownloadError, match=r"me/mine \(revision v2\) has none of other.safetensors"):
-        timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay=overlay, **SCALED)
-    assert {repo for repo, _ in fake_hub.calls} == {"me/mine"}
-
-
-def test_hub_that_does_not_answer_leaves_what_is_cached(fake_hub, weights):
-    formats.write("Hub, shards", fake_hub.repositories[TINY_REPO], weights)
-    create(name=TINY)
-    fake_hub.online = False
-    fake_hub.options.clear()
-    assert_equal(create(name=TINY).state_dict(), weights)
-    asked = [options["local_files_only"] for options in fake_hub.options]
-    assert asked == [False] + [True] * 4, "one attempt is long enough to wait for"
-    fake_hub.cached.discard((TINY_REPO, "model-00002-of-00003.safetensors"))
-    with pytest.raises(hub.DownloadError, match="nor is any of them in the cache"):
-        create(name=TINY)
-
-
-def test_download_that_breaks(fake_hub, monkeypatch):
-    def broken(*args, **kwargs):
-        raise ConnectionResetError("by peer")
-
-    monkeypatch.setattr(hub, "hf_hub_download", broken)
-    with pytest.raises(hub.DownloadError, match="downloading 'model.safetensors' failed: by peer"):
-        create(name=TINY)
-
-
-def test_repository_that_does_not_exist_or_is_closed(fake_hub):
-    with pytest.raises(hub.DownloadError, match=r"who/ever was not found.*HF_TOKEN.*Revision: main"):
-        hub.download("who/ever")
-
-
-def test_broken_index_on_the_hub(fake_hub):
-    (fake_hub.repositories["me/mine"] / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(hub.DownloadError, match="model.safetensors.index.json.*is not a shard index"):
-        hub.download("me/mine")
+TINY_PTH = "internimage_t_1k_224.pth"
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from internimage.models.containers import CheckpointError, open_checkpoint
+from internimage import CheckpointError
+from internimage.models.containers import open_checkpoint
 
 STATE_DICT = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "n": torch.tensor(7)}
 
@@ -117,7 +118,35 @@ def test_safetensors_are_read_tensor_by_tensor(monkeypatch, tmp_path):
     entries = open_checkpoint(formats.save_index(tmp_path, STATE_DICT))
     assert len(entries) == 3 and reads == []
     entries["a.bias"].read()
-    assert reads == ["a.bias"]
+    assert reads == [(2,)]
+
+
+@pytest.mark.parametrize("kind", ["ours", "official", "official, before torch 1.6"])
+def test_tensors_are_the_callers_own(kind, tmp_path):
+    """They outlive the file, and what is done to one is done to no other."""
+    path = formats.write(kind, tmp_path, STATE_DICT)
+    entries = open_checkpoint(path)
+    first = entries["a.weight"].read()
+    first.zero_()
+    assert torch.equal(entries["a.weight"].read(), STATE_DICT["a.weight"])
+    kept = {key: entry.read() for key, entry in entries.items()}
+    path.write_bytes(b"x" * 5000)
+    assert all(torch.equal(value, STATE_DICT[key]) for key, value in kept.items())
+
+
+@pytest.mark.parametrize("kind", ["ours", "official"])
+@pytest.mark.parametrize("change", ["replaced", "cut", "removed"])
+def test_file_that_changes_while_it_is_read(change, kind, tmp_path):
+    path = formats.write(kind, tmp_path, STATE_DICT)
+    entries = open_checkpoint(path)
+    if change == "replaced":
+        formats.write(kind, tmp_path / "other", formats.shifted(STATE_DICT)).replace(path)
+    elif change == "cut":
+        os.truncate(path, path.stat().st_size - 8)
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match="was changed while it was being read|cannot be read: No such file"):
+        entries["a.weight"].read()
 
 
 def test_pickles_are_mapped_and_never_trusted(monkeypatch, tmp_path):
@@ -335,6 +364,51 @@ def test_nothing_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         open_checkpoint("missing.pth")
     assert str(tmp_path) in str(error.value)
+
+
+def lying(change):
+    """A safetensors file whose header was changed: function of (header, bytes of data)."""
+
+    def write(folder):
+        path = formats.save_safetensors(folder / "w.pth", STATE_DICT)
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+        header.pop("__metadata__", None)
+        text = change(header, body)
+        text = json.dumps(header).encode() if text is None else text
+        path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+    return write
+
+
+LYING = {
+    "larger shape": lambda header, body: header["a.weight"].update(shape=[3, 3]),
+    "smaller shape": lambda header, body: header["a.weight"].update(shape=[2, 2]),
+    "huge shape": lambda header, body: header["a.weight"].update(shape=[2**40, 2**40]),
+    "negative shape": lambda header, body: header["a.weight"].update(shape=[-2, -3]),
+    "wider dtype": lambda header, body: header["a.weight"].update(dtype="F64"),
+    "unknown dtype": lambda header, body: header["a.weight"].update(dtype="F99"),
+    "beyond the end": lambda header, body: header["a.weight"].update(data_offsets=[len(body), len(body) + 24]),
+    "backwards": lambda header, body: header["a.weight"].update(data_offsets=[24, 0]),
+    "overlapping": lambda header, body: header["a.weight"].update(data_offsets=header["n"]["data_offsets"]),
+    "a hole": lambda header, body: header.pop("n") and None,
+    "no offsets": lambda header, body: header["a.weight"].pop("data_offsets") and None,
+    "no json": lambda header, body: b"{" + b"x" * 200,
+    "longer than the file": lambda header, body: b"{" + b" " * 10,
+}
+
+
+@pytest.mark.parametrize("what", LYING)
+def test_header_that_lies(what, tmp_path):
+    lying(LYING[what])(tmp_path)
+    if what == "longer than the file":
+        data = bytearray((tmp_path / "w.pth").read_bytes())
+        data[:8] = (10**7).to_bytes(8, "little")
+        (tmp_path / "w.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged or truncated") as error:
+        open_checkpoint(tmp_path / "w.pth")
+    assert str(tmp_path / "w.pth") in str(error.value)
 
 
 # ---- broken folders

@@ -10,14 +10,14 @@ import sys
 
 from .. import __version__
 from ..errors import UserError
-from . import evaluate, finetune, info, predict
+from . import convert, evaluate, finetune, info, predict, push
 
-_VERBS = (evaluate, predict, finetune, info)
+_VERBS = (evaluate, predict, finetune, convert, push, info)
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line's parser."""
-    top = argparse.ArgumentParser(prog="internimage", description="InternImage: evaluate, predict, fine-tune.")
+    top = argparse.ArgumentParser(prog="internimage", description="InternImage: evaluate, predict, fine-tune, convert.")
     top.add_argument("--version", action="version", version=f"internimage {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb in _VERBS:

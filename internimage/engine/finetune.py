@@ -46,6 +46,7 @@ class FinetuneConfig:
     model: str = "internimage_tiny"  # any name that `internimage evaluate --model` takes
     pretrained: bool = True  # start from the weights that the name stands for
     checkpoint: str | None = None  # start from this file or folder instead
+    head_from_22k: bool = False  # take the classifier from ImageNet-22k weights, for class folders named by synsets
     overwrite: bool = False  # replace an earlier result in `output`
     img_size: int | None = None  # image side in pixels; None: the model's own
     in_chans: int | None = None  # image channels, 1 reads images as grey; None: the model's own
@@ -86,6 +87,8 @@ class FinetuneConfig:
             raise ConfigError(f"'precision' must be one of {', '.join(DTYPES)}, got '{self.precision}'")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise ConfigError(f"mixup and cutmix pair images, so 'batch_size' must be even, got {self.batch_size}")
+        if self.head_from_22k and not (self.pretrained or self.checkpoint):
+            raise ConfigError("'head_from_22k' needs weights to take the head from: pretrained=true or checkpoint=PATH")
         if not 0 < self.scale_min <= 1:
             raise ConfigError(f"'scale_min' must be above 0 and at most 1, got {self.scale_min}")
 
@@ -122,6 +125,24 @@ def save_model(model: nn.Module, folder: Path, names: list[str], preprocessing: 
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _create_model(config: FinetuneConfig, names: list[str]) -> nn.Module:
+    kwargs = {"head_from_22k": names} if config.head_from_22k else {}
+    try:
+        return create_model(
+            config.model,
+            config.checkpoint,
+            pretrained=config.pretrained,
+            num_classes=len(names),
+            in_chans=config.in_chans,
+            drop_path_rate=config.drop_path,
+            **kwargs,
+        )
+    except TypeError as error:
+        if "head_from_22k" not in str(error):
+            raise
+        raise ConfigError(f"'head_from_22k' is for InternImage models, which '{config.model}' is not") from error
 
 
 def _autocast(config: FinetuneConfig, device: torch.device) -> torch.autocast:
@@ -167,14 +188,7 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> Path:
             raise DataError(f"'{split}' and '{validation}' have different classes: {names} and {class_names(val_set)}")
 
     seed_everything(config.seed)
-    model = create_model(
-        config.model,
-        config.checkpoint,
-        pretrained=config.pretrained,
-        num_classes=len(names),
-        in_chans=config.in_chans,
-        drop_path_rate=config.drop_path,
-    )
+    model = _create_model(config, names)
     preprocessing = data_config(model, config.img_size)
     if preprocessing["input_size"][0] == 1:
         train_set.input_img_mode = "L"

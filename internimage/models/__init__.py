@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Models, registered with timm on import."""
 
-from .checkpoints import CheckpointError
+from ..errors import CheckpointError
 from .internimage import InternImage
 from .published import PUBLISHED, Published
 

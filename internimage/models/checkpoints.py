@@ -12,9 +12,10 @@ The whole key set and every shape are compared before a single parameter is writ
 """
 
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,14 @@ import torch
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor
 
-from .. import hub
-from .containers import CheckpointError, Entry, existing_path, from_state_dict, open_checkpoint
-from .published import HUB_PTH_REPO, PUBLISHED
+from ..errors import CheckpointError, some
+from . import imagenet22k
+from .containers import Entry, from_state_dict, open_checkpoint
 
 if TYPE_CHECKING:
     from .internimage import InternImage
 
-__all__ = ["CheckpointError", "load_pretrained", "resolve_source"]
+__all__ = ["CheckpointError", "count_classes", "describe", "has_head", "load_pretrained", "match"]
 
 _logger = logging.getLogger(__name__)
 
@@ -39,53 +40,6 @@ _PREFIX = re.compile(r"(?:(?:module|_orig_mod|student|model|backbone)\.)*")
 _CLASSIFIER = ("head.weight", "head.bias")
 _HEAD = ("conv_head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.", "head.")
 _OPTIONAL = "num_batches_tracked"  # counts training steps; without meaning for the model's output
-
-# ---- where weights come from
-
-
-def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = None) -> Path | Mapping[str, Tensor]:
-    """The local file or folder, or the state dict, that a timm pretrained cfg names; downloads it if need be.
-
-    Args:
-        variant: Model name, for messages.
-        cfg: A timm pretrained cfg as a dict.
-        cache_dir: For downloads.
-
-    Raises:
-        CheckpointError: The cfg names no weights.
-        internimage.hub.DownloadError: They could not be downloaded.
-    """
-    if cfg.get("source") == "hf-hub":  # create_model("hf-hub:...")
-        return hub.download(cfg["hf_hub_id"], cache_dir=cache_dir)
-    if cfg.get("state_dict") is not None:
-        return cfg["state_dict"]
-    if cfg.get("file"):
-        return existing_path(cfg["file"])
-    if cfg.get("url"):  # before the tag's repository: none of our cfgs has one, so it was asked for
-        return hub.download_url(cfg["url"], cache_dir)
-    if cfg.get("hf_hub_id"):
-        return _download_tag(variant, cfg, cache_dir)
-    name = f"{variant}.{cfg['tag']}" if cfg.get("tag") else variant
-    raise CheckpointError(f"no weights were released for '{name}'; use pretrained=False, or name a file of your own")
-
-
-def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> Path:
-    published = PUBLISHED.get(f"{variant}.{cfg.get('tag')}")
-    preferred = cfg.get("hf_hub_filename")
-    filenames = hub.WEIGHT_FILES
-    if preferred and preferred not in filenames:
-        filenames = (preferred,)
-    try:
-        return hub.download(cfg["hf_hub_id"], filenames, cache_dir)
-    except hub.DownloadError as error:
-        if published is None or published.hub_id != cfg["hf_hub_id"] or published.pth is None:
-            raise
-        _logger.info("%s; trying %s in %s", error, published.pth, HUB_PTH_REPO)
-        try:
-            return hub.download(HUB_PTH_REPO, (published.pth,), cache_dir)
-        except hub.DownloadError as second:
-            raise hub.DownloadError(f"{error}\nNor from the collected files: {second}") from second
-
 
 # ---- names
 
@@ -132,12 +86,14 @@ def load_pretrained(
     backbone_only: bool = False,
     use_ema: bool = False,
     pretrained_cfg: dict[str, Any] | None = None,
+    head_from_22k: bool | Sequence[str] = False,
+    device: torch.device | str | None = None,
 ) -> None:
     """Load weights into a model, whole or not at all.
 
     The classifier may be new, with a warning, if the model was asked for another number of classes than the weights'
     cfg names; the first convolution is adapted if it was asked for another number of image channels (timm's rule). All
-    else must fit.
+    else must fit. Weights that hold NaN or infinity are loaded, and a warning names them.
 
     Args:
         model: The model.
@@ -145,15 +101,58 @@ def load_pretrained(
         backbone_only: Only the stages matter: whatever the file has of the head is taken or left.
         use_ema: Take the averaged weights of a file that has both.
         pretrained_cfg: What the weights were made for (`num_classes`, `input_size`); the model's own cfg if None.
+        head_from_22k: Make the classifier of the rows that an ImageNet-22k one has for these synsets, one a class; True
+            stands for ImageNet-1k's.
+        device: Where a model that was built on the meta device goes: each tensor is read and put in its place, so that
+            the weights exist once.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit; the message lists the first ten differences.
         FileNotFoundError: There is no such file.
     """
-    cfg = pretrained_cfg or getattr(model, "pretrained_cfg", None) or {}
     target = model.state_dict()
-    if any(value.is_meta for value in target.values()):
+    on_meta = any(value.is_meta for value in target.values())
+    if on_meta and (device is None or torch.device(device).type == "meta"):
         raise CheckpointError("a model on the meta device cannot hold weights; call its to_empty(device=...) first")
+    origin, found = match(model, source, backbone_only, use_ema, pretrained_cfg, head_from_22k)
+    odd: list[str] = []
+
+    def read(key: str) -> Tensor:
+        tensor = found[key].read()
+        if _is_odd(tensor):
+            odd.append(key)
+        return tensor
+
+    with torch.no_grad():
+        if on_meta:
+            # what the file lacks belongs to a child of the model (the head) that gets initial values first
+            model.materialize({key.partition(".")[0] for key in target if key not in found}, device)
+            dtypes = {key: value.dtype for key, value in target.items()}
+            filled = {key: read(key).to(device=device, dtype=dtypes[key]) for key in target if key in found}
+            model.load_state_dict(filled, strict=False, assign=True)
+        else:
+            for key, value in target.items():
+                if key in found:
+                    value.copy_(read(key))
+    if odd:
+        _logger.warning("%s: NaN or infinity in %d tensors: %s", origin, len(odd), some(odd))
+
+
+def match(
+    model: "InternImage",
+    source: str | Path | Mapping[str, Tensor],
+    backbone_only: bool = False,
+    use_ema: bool = False,
+    pretrained_cfg: dict[str, Any] | None = None,
+    head_from_22k: bool | Sequence[str] = False,
+) -> tuple[str, dict[str, Entry]]:
+    """What `load_pretrained` would read, compared whole with the model; nothing is read. Arguments as there.
+
+    Returns:
+        A name of the source for messages, and the model's names with the tensors for them; those that the model keeps
+        (a new classifier) are not among them.
+    """
+    cfg = pretrained_cfg or getattr(model, "pretrained_cfg", None) or {}
     if isinstance(source, Mapping):
         origin = "the state dict"
         entries = from_state_dict(source, origin, use_ema)
@@ -162,10 +161,19 @@ def load_pretrained(
     found, beside = _own_names(entries, origin)
     if beside:
         _logger.info("%s: left out %d tensors beside the backbone (%s, ...)", origin, len(beside), beside[0])
+    target = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in target.items()}
+    if head_from_22k:
+        synsets = imagenet22k.imagenet_1k() if head_from_22k is True else list(head_from_22k)
+        _reduce_head(model.num_classes, synsets, origin, found)
     _drop_head(model, origin, found, expected, cfg, backbone_only)
     _adapt_first_conv(model.in_chans, (cfg.get("input_size") or (3,))[0], origin, found)
     differences = _differences(found, expected)
+    differences += [
+        f"dtype: {key} holds {found[key].dtype} in the file, and numbers of a {value.dtype} are needed"
+        for key, value in target.items()
+        if key in found and found[key].dtype.is_floating_point != value.is_floating_point()
+    ]
     if differences:
         listed = "\n".join(f"  {line}" for line in differences[:10])
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
@@ -174,10 +182,38 @@ def load_pretrained(
             f"{origin} does not fit the model; nothing was loaded. {len(differences)} differences:\n"
             f"{listed}{more}{hint}"
         )
-    with torch.no_grad():
-        for key in expected:
-            if key in found:
-                target[key].copy_(found[key].read())
+    return origin, {key: found[key] for key in target if key in found}
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    """Whether there is NaN or infinity in it.
+
+    The sum tells of almost all tensors that there is not, and takes no memory: what is taken and given back between
+    tensors that stay leaves holes, in the end as large as the weights.
+    """
+    if not tensor.is_floating_point() or math.isfinite(tensor.sum()):
+        return False
+    return not bool(torch.isfinite(tensor).all())
+
+
+def _reduce_head(num_classes: int, synsets: Sequence[str], origin: str, found: dict[str, Entry]) -> None:
+    """Have an ImageNet-22k classifier read as one of its rows for `synsets`."""
+    if num_classes != len(synsets):
+        raise CheckpointError(
+            f"a head from ImageNet-22k for {len(synsets)} synsets needs num_classes={len(synsets)}, got {num_classes}"
+        )
+    classes = _classes(found)
+    if classes != imagenet22k.NUM_CLASSES:
+        raise CheckpointError(
+            f"{origin} has {classes} classes; a head from ImageNet-22k needs its {imagenet22k.NUM_CLASSES}"
+        )
+    rows = imagenet22k.rows(synsets)
+    for key in _CLASSIFIER:
+        if key in found:
+            whole = found[key]
+            shape = (len(rows), *whole.shape[1:])
+            found[key] = Entry(shape, whole.dtype, lambda whole=whole: whole.read()[rows])
+    _logger.info("%s: took %d of the classifier's %d rows", origin, len(rows), classes)
 
 
 def _adapt_first_conv(in_chans: int, source_chans: int, origin: str, found: dict[str, Entry]) -> None:
@@ -187,6 +223,7 @@ def _adapt_first_conv(in_chans: int, source_chans: int, origin: str, found: dict
         return
     found[_FIRST_CONV] = Entry(
         (first.shape[0], in_chans, *first.shape[2:]),
+        first.dtype,
         lambda: adapt_input_conv(in_chans, first.read(), base_chans=source_chans),
     )
     _logger.info("%s: adapted the first convolution from %d to %d channels", origin, source_chans, in_chans)
@@ -207,9 +244,7 @@ def _drop_head(
                 found.pop(key, None)
                 expected.pop(key, None)
         return
-    has_head = any(key.startswith(_HEAD) for key in found)
-    wants_head = any(key.startswith(_HEAD) for key in expected)
-    if not has_head and wants_head:
+    if not has_head(found) and has_head(expected):
         if model.num_classes > 0:
             raise CheckpointError(
                 f"{origin} has a backbone and no head, so it cannot classify. Load it with features_only=True or "
@@ -236,12 +271,18 @@ def _drop_head(
         for key in _CLASSIFIER:
             found.pop(key, None)
             expected.pop(key, None)
+        hint = "; head_from_22k=True would take ImageNet-1k's rows of it" if _could_reduce(in_file, model) else ""
         _logger.warning(
-            "%s has %d classes and %d were asked for: the classifier is new and untrained",
+            "%s has %d classes and %d were asked for: the classifier is new and untrained%s",
             origin,
             in_file,
             model.num_classes,
+            hint,
         )
+
+
+def _could_reduce(in_file: int, model: "InternImage") -> bool:
+    return in_file == imagenet22k.NUM_CLASSES and model.num_classes == 1000
 
 
 def _differences(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -250,6 +291,7 @@ def _differences(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) 
     ]
     lines += [
         f"shape: {key} is {found[key].shape} in the file and {shape} in the model"
+        + (" (transposed)" if len(shape) == 2 and found[key].shape == shape[::-1] else "")
         for key, shape in expected.items()
         if key in found and found[key].shape != shape
     ]
@@ -260,7 +302,7 @@ def _differences(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) 
 def _hint(found: dict[str, Entry], expected: dict[str, tuple[int, ...]]) -> str:
     """What to do about the commonest differences."""
     in_file = {key: entry.shape for key, entry in found.items()}
-    size, wanted_size = _size(in_file), _size(expected)
+    size, wanted_size = size_of(in_file), size_of(expected)
     if size and size != wanted_size:
         return f"\nThe file is of another size: {size}; the model has {wanted_size}"
     if any(key.endswith(".gamma1") for key in set(found) - set(expected)):
@@ -278,7 +320,7 @@ def _classes(found: dict[str, Entry]) -> int:
     return head.shape[0] if head is not None and head.shape else 0
 
 
-def _size(shapes: dict[str, tuple[int, ...]]) -> str | None:
+def size_of(shapes: dict[str, tuple[int, ...]]) -> str | None:
     """Channels and depths, as names and shapes tell them; None if they do not."""
     channels = shapes.get("patch_embed.conv2.bias")
     if not channels:
@@ -288,7 +330,23 @@ def _size(shapes: dict[str, tuple[int, ...]]) -> str | None:
     return f"channels={channels[0]}, depths={tuple(depths.values())}"
 
 
+def describe(source: str | Path, use_ema: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's model under our names; reads no weights.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no InternImage.
+        FileNotFoundError: There is no such file.
+    """
+    found, _ = _own_names(open_checkpoint(source, use_ema), f"'{source}'")
+    return {key: entry.shape for key, entry in found.items()}
+
+
 def count_classes(source: str | Path, use_ema: bool = False) -> int:
     """How many classes the classifier of a checkpoint has; 0 without one. Reads names and shapes only."""
     found, _ = _own_names(open_checkpoint(source, use_ema), f"'{source}'")
     return _classes(found)
+
+
+def has_head(names: Iterable[str]) -> bool:
+    """Whether tensors of these names include any of a head, beside the stages of a backbone."""
+    return any(name.startswith(_HEAD) for name in names)

@@ -1,18 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Checkpoint containers: safetensors, shards, pickles. Opened lazily, read tensor by tensor, never executed."""
 
-import _compat_pickle
-import argparse
-import itertools
 import logging
-import pickle
-import pickletools
-import re
-import threading
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import CheckpointError, some
 from ..hub import INDEX_SUFFIX, weight_map
+from .pickles import is_mappable, load_pickle
+from .safetensors_file import DTYPES, positions, read_tensor
 
 _logger = logging.getLogger(__name__)
-
-# Besides tensors and plain containers, an official training checkpoint holds its configuration, a yacs node (a dict),
-# and others hold their command line. Nothing else is unpickled.
-_ALLOWED_GLOBALS = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
-_HARMLESS = re.compile(  # ours and torch's own, not worth naming in a refusal
-    r"yacs\.config\.CfgNode|argparse\.Namespace|collections\.(OrderedDict|Counter)|_codecs\.encode"
-    r"|builtins\.(set|complex|bytearray)|torch\.(\w+|storage\.\w+Storage|nn\.parameter\.Parameter)"
-    r"|torch\.(_utils|_tensor)\._rebuild\w+|torch\.serialization\._get_layout"
-)
-_ALLOW_LIST = threading.Lock()
 
 _WRAPPERS = ("model", "module", "state_dict")  # where a pickle keeps its weights, in upstream's order
 _AVERAGED = ("model_ema", "state_dict_ema")  # upstream's and timm's averaged weights
@@ -42,15 +24,12 @@ _PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # bytes of json in a safetensors file, by its specification
 
 
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be read, or is not of this model. Nothing was written to the model."""
-
-
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint. `read` gives it contiguous and in memory of its own, which the caller may keep."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype
     read: Callable[[], Tensor]
 
 
@@ -81,20 +60,63 @@ def open_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Entry]
 
 def from_state_dict(data: object, origin: str = "the state dict", use_ema: bool = False) -> dict[str, Entry]:
     """What was unpickled, wrapped or not, as a checkpoint; `origin` names it in messages."""
-    state_dict = _unwrap(data, origin, use_ema)
-    entries = {
-        key: Entry(tuple(value.shape), lambda value=value: value)
-        for key, value in state_dict.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    if not entries:
-        raise CheckpointError(f"{origin} holds no tensors; it has {_some(state_dict)}")
-    return entries
+    tensors = _tensors(data, origin, use_ema)
+    return {key: _entry(value, lambda value=value: _own(value)) for key, value in tensors.items()}
 
 
-def _some(names: Iterable[Any], most: int = 10) -> str:
-    names = sorted(map(str, names))
-    return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
+def _entry(tensor: Tensor, read: Callable[[], Tensor]) -> Entry:
+    return Entry(tuple(tensor.shape), tensor.dtype, read)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+class _Unchanged:
+    """Notices that a file was replaced or written to between two reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = self._look()
+
+    def check(self) -> None:
+        if self._look() != self._state:
+            raise CheckpointError(f"'{self._path}' was changed while it was being read")
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            stat = self._path.stat()
+        except OSError as error:
+            raise CheckpointError(f"'{self._path}' cannot be read: {error.strerror}") from error
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class _Mapped:
+    """Reads tensors of a memory-mapped pickle one at a time.
+
+    What was read through a map counts as this process's memory until the map is closed: for the largest models as much
+    again as the weights. So it is opened anew after every 64th of the file, or 32 MiB if that is more.
+
+    Args:
+        path: The file.
+        open_map: Opens it and gives its tensors by name, which may point into the map.
+    """
+
+    def __init__(self, path: Path, open_map: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._open_map = open_map
+        self._unchanged = _Unchanged(path)
+        self._window = max(path.stat().st_size // 64, 32 * 2**20)
+        self._tensors: Mapping[str, Tensor] | None = None
+        self._left = 0
+
+    def read(self, key: str) -> Tensor:
+        if self._tensors is None or self._left <= 0:
+            self._tensors = None  # closes the map
+            self._unchanged.check()
+            self._tensors, self._left = self._open_map(), self._window
+        tensor = _own(self._tensors[key])
+        self._left -= tensor.nbytes
+        return tensor
 
 
 # ---- folders and shards
@@ -115,7 +137,7 @@ def _find_in_folder(folder: Path) -> Path:
             return found[0]
         if found:
             raise CheckpointError(
-                f"'{folder}' holds several weight files ({_some(file.name for file in found)}) and no "
+                f"'{folder}' holds several weight files ({some(file.name for file in found)}) and no "
                 f"'model.safetensors{INDEX_SUFFIX}' that says how they belong together; name one file"
             )
     raise CheckpointError(f"'{folder}' holds no weights: no .safetensors, {', '.join(p[1:] for p in _PICKLES)} file")
@@ -129,13 +151,13 @@ def _open_shards(index: Path, use_ema: bool) -> dict[str, Entry]:
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        raise CheckpointError(f"'{index}' names {len(shards)} shards; {len(missing)} are missing: {_some(missing)}")
+        raise CheckpointError(f"'{index}' names {len(shards)} shards; {len(missing)} are missing: {some(missing)}")
     entries: dict[str, Entry] = {}
     for shard in shards:
         found = _open_file(index.parent / shard, use_ema)
         odd = set(found) ^ {key for key, name in shard_of.items() if name == shard}
         if odd:
-            raise CheckpointError(f"'{index}' and its shard '{shard}' disagree about {len(odd)} tensors: {_some(odd)}")
+            raise CheckpointError(f"'{index}' and its shard '{shard}' disagree about {len(odd)} tensors: {some(odd)}")
         entries.update(found)
     return entries
 
@@ -166,118 +188,64 @@ def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
-        file = safe_open(path, framework="pt", device="cpu")
-        return {
-            key: Entry(tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key))
-            for key in file.keys()
-        }
+        file = safe_open(path, framework="pt", device="cpu")  # checks the header
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        place = positions(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is damaged or truncated: {error}") from error
+    odd = {part.get_dtype() for part in slices.values()} - set(DTYPES)
+    if odd:
+        raise CheckpointError(f"'{path}' has tensors of {some(odd)}, which are no weights of this package")
+    unchanged = _Unchanged(path)
+
+    def entry(key: str) -> Entry:
+        shape, dtype = tuple(slices[key].get_shape()), DTYPES[slices[key].get_dtype()]
+
+        def read() -> Tensor:
+            unchanged.check()
+            try:
+                return read_tensor(path, place[key], shape, dtype)
+            except (OSError, EOFError) as error:
+                raise CheckpointError(f"reading '{key}' of '{path}' failed: {error}") from error
+
+        return Entry(shape, dtype, read)
+
+    return {key: entry(key) for key in slices}
 
 
 def _open_pickle(path: Path, use_ema: bool) -> dict[str, Entry]:
-    try:
-        with _only_allowed_globals():
-            # memory-mapped: a tensor's bytes are read when it is copied, not all at once
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, error)) from error
-    except Exception as error:  # there is no end to how reading damaged bytes can fail
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"'{path}' is damaged, truncated or no torch checkpoint: {reason}") from error
-    return from_state_dict(data, f"'{path}'", use_ema)
-
-
-def _is_mappable(path: Path) -> bool:
-    """Whether the tensors' bytes stand in the file as they are.
-
-    They do not in the format before torch 1.6, nor in an archive that was packed again with compression, which torch
-    would map all the same and give wrong numbers.
-    """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
-
-
-@contextmanager
-def _only_allowed_globals() -> Iterator[None]:
-    """Our allow-list instead of, not beside, what the process has allowed; the latter is put back."""
-    with _ALLOW_LIST:
-        others = torch.serialization.get_safe_globals()
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(_ALLOWED_GLOBALS)
-        try:
-            yield
-        finally:
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(others)
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    odd = [name for name in _globals_of_pickle(path) if not _HARMLESS.fullmatch(name)]
-    if not odd:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
-        return f"'{path}' cannot be unpickled safely (torch can up to protocol 2), or is damaged: {reason}"
-    return (
-        f"'{path}' was refused: unpickling it would call {_some(odd)}, and this package unpickles nothing but data. "
-        f"Nothing of it was run. If you trust its source, save its weights alone: "
-        f"safetensors.torch.save_file(state_dict, PATH)"
-    )
-
-
-def _globals_of_pickle(path: Path) -> list[str]:
-    """What a pickle imports, read off its instructions without following them; incomplete for a damaged one."""
-    found: dict[str, None] = {}
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if name.endswith("data.pkl"):
-                        found.update(dict.fromkeys(_imports(archive.open(name))))
-        else:
-            with path.open("rb") as file:
-                for _ in range(5):  # the format before torch 1.6: magic number, version, system, data, storage keys
-                    found.update(dict.fromkeys(_imports(file)))
-    except Exception as error:  # only a message depends on it
-        _logger.debug("'%s': %s", path, error)
-    return list(found)
-
-
-def _imports(file: Any) -> Iterator[str]:
-    strings: list[str] = []
-    memo: dict[int, str] = {}
-    count = itertools.count()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
-            # up to protocol 2, modules stand under their Python 2 names
-            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-            yield f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif opcode.name == "MEMOIZE":
-            memo[next(count)] = strings[-1] if strings else ""
-        elif opcode.name in ("BINGET", "LONG_BINGET"):
-            strings.append(memo.get(argument, ""))
-        elif isinstance(argument, str):
-            strings.append(argument)
+    origin = f"'{path}'"
+    if not is_mappable(path):
+        return from_state_dict(load_pickle(path, mmap=False), origin, use_ema)
+    tensors = _tensors(load_pickle(path, mmap=True), origin, use_ema)
+    mapped = _Mapped(path, lambda: _tensors(load_pickle(path, mmap=True), origin, use_ema, quiet=True))
+    return {key: _entry(value, lambda key=key: mapped.read(key)) for key, value in tensors.items()}
 
 
 # ---- what was unpickled
 
 
-def _unwrap(data: object, origin: str, use_ema: bool) -> Mapping[Any, Any]:
+def _tensors(data: object, origin: str, use_ema: bool, quiet: bool = False) -> dict[str, Tensor]:
+    """The named tensors of what was unpickled; `quiet` says nothing about which of several were taken."""
+    state_dict = _unwrap(data, origin, use_ema, logging.DEBUG if quiet else logging.INFO)
+    tensors = {k: v for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{origin} holds no tensors; it has {some(state_dict)}")
+    return tensors
+
+
+def _unwrap(data: object, origin: str, use_ema: bool, level: int) -> Mapping[Any, Any]:
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{origin} holds a {type(data).__name__}, not a state dict")
     plain = [name for name in _WRAPPERS if isinstance(data.get(name), Mapping)]
     averaged = [name for name in _AVERAGED if isinstance(data.get(name), Mapping)]
     if use_ema and not averaged:
         if plain:
-            raise CheckpointError(f"{origin} has no averaged weights ('model_ema'); it has {_some(data)}")
-        _logger.warning("%s holds one set of weights; use_ema has no choice", origin)
+            raise CheckpointError(f"{origin} has no averaged weights ('model_ema'); it has {some(data)}")
+        if level > logging.DEBUG:
+            _logger.warning("%s holds one set of weights; use_ema has no choice", origin)
     wrappers = averaged + plain if use_ema else plain + averaged
     if plain and averaged:
         other = plain[0] if use_ema else averaged[0]
-        _logger.info("%s holds '%s' and '%s': took '%s'", origin, wrappers[0], other, wrappers[0])
+        _logger.log(level, "%s holds '%s' and '%s': took '%s'", origin, wrappers[0], other, wrappers[0])
     return data[wrappers[0]] if wrappers else data

@@ -20,8 +20,9 @@ from ..layers.dcn import DCNv3
 from ..layers.format import create_norm
 from ..layers.linear import Mlp
 from ..layers.pool import AttentivePool
-from . import checkpoints
+from . import checkpoints, imagenet22k
 from .published import PUBLISHED
+from .sources import resolve_source
 
 __all__ = ["InternImage"]
 
@@ -334,6 +335,8 @@ class InternImage(nn.Module):
         self.attend = global_pool == "attn"  # pooling by attention, which is not one of timm's
         pool_type = "" if self.attend else global_pool
         self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        if self.attend:
+            self.global_pool.pool_type = "attn"  # timm saves the name with the model, whose constructor takes it
         self.global_pool.train(self.training)
         pooled = self.num_features if self.attentive and not self.attend else self._head_channels
         self.head_hidden_size = pooled * self.global_pool.feat_mult()
@@ -356,7 +359,11 @@ class InternImage(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise every parameter and buffer anew, e.g. after `to_empty()` of a model built on the meta device."""
-        for module in self.modules():
+        self._init_part(self)
+
+    def _init_part(self, part: nn.Module) -> None:
+        """`init_weights` of the model or of one of its children."""
+        for module in part.modules():
             if isinstance(module, (nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)):
                 module.reset_parameters()
             elif isinstance(module, Block):
@@ -364,7 +371,20 @@ class InternImage(nn.Module):
             elif isinstance(module, AttentivePool):
                 for bias in (module.cross_dcn.q_bias, module.cross_dcn.k_bias, module.cross_dcn.v_bias):
                     nn.init.zeros_(bias)
-        self.apply(self._init_module)
+        part.apply(self._init_module)
+
+    @torch.jit.ignore
+    def materialize(self, children: set[str], device: torch.device | str) -> None:
+        """Give children of a model on the meta device memory on `device` and initial values; the others stay there.
+
+        Args:
+            children: Names of direct children, such as "head".
+            device: Where they go.
+        """
+        for name in sorted(children):
+            child = self.get_submodule(name)
+            child.to_empty(device=device)
+            self._init_part(child)
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "", **options) -> None:
@@ -552,6 +572,7 @@ def _create_internimage(
     pretrained_cfg_overlay: dict | None = None,
     cache_dir: str | None = None,
     use_ema: bool = False,
+    head_from_22k: bool | list[str] = False,
     **kwargs,
 ) -> InternImage:
     """Build a model, and load its weights by our own reader whatever their source.
@@ -561,13 +582,32 @@ def _create_internimage(
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     features_only = kwargs.get("features_only", False)
-    # before the model: to initialise billions of parameters takes longer than to see that there are no weights
-    source = checkpoints.resolve_source(variant, cfg, cache_dir) if pretrained else None
+    if "head_from_22k" in (kwargs.get("pretrained_model_args") or {}):
+        head_from_22k = False  # was done before the folder was saved, whose config.json has every argument
+    if head_from_22k and pretrained:
+        synsets = imagenet22k.imagenet_1k() if head_from_22k is True else head_from_22k
+        kwargs.setdefault("num_classes", len(synsets))
+    device = torch.device(kwargs.get("device") or torch.get_default_device())
+    if pretrained and device.type == "meta":
+        raise checkpoints.CheckpointError(
+            "device='meta' holds no weights: use pretrained=False there, or pretrained=True on another device"
+        )
+    # before the model: it is soon seen that there are no weights
+    source = resolve_source(variant, cfg, cache_dir) if pretrained else None
 
     def build(**model_kwargs) -> InternImage:
-        model = InternImage(**model_kwargs)
-        if pretrained:
-            model.load_pretrained(source, backbone_only=features_only, use_ema=use_ema, pretrained_cfg=cfg)
+        if not pretrained:
+            return InternImage(**model_kwargs)
+        # on the meta device first: no memory and no time for initial values that the weights would replace
+        model = InternImage(**{**model_kwargs, "device": "meta"})
+        model.load_pretrained(
+            source,
+            backbone_only=features_only,
+            use_ema=use_ema,
+            pretrained_cfg=cfg,
+            head_from_22k=head_from_22k,
+            device=device,
+        )
         return model
 
     return build_model_with_cfg(
@@ -586,7 +626,7 @@ def _cfg(name: str, size: int = 224, num_classes: int = 1000, stride: int = 32, 
     published = PUBLISHED.get(name)
     source = {}
     if published is not None and published.hub_id is not None:
-        source = dict(hf_hub_id=published.hub_id, hf_hub_filename="model.safetensors", custom_load="hf")
+        source = dict(hf_hub_id=published.hub_source, hf_hub_filename="model.safetensors", custom_load="hf")
     return {
         **source,
         "num_classes": num_classes,

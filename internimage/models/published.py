@@ -19,6 +19,24 @@ class Published:
     top1: float | None = None  # ImageNet-1k top-1 accuracy in percent
     gmacs: float | None = None  # printed as FLOPs
     pretrain: str = "ImageNet-1k"
+    # The commits of the two repositories that the weights are taken from; None takes what stands on their main branch.
+    # All are None because the Hub could not be reached where this was written: no commit was seen, and none is made up.
+    revision: str | None = None
+    pth_revision: str | None = None
+
+    @property
+    def hub_source(self) -> str | None:
+        """The per-model repository, as `owner/name` or `owner/name@revision`."""
+        return _pinned(self.hub_id, self.revision) if self.hub_id else None
+
+    @property
+    def pth_source(self) -> str:
+        """The repository of the .pth files, as `owner/name` or `owner/name@revision`."""
+        return _pinned(HUB_PTH_REPO, self.pth_revision)
+
+
+def _pinned(repo_id: str, revision: str | None) -> str:
+    return repo_id if revision is None else f"{repo_id}@{revision}"
 
 
 PUBLISHED: dict[str, Published] = {

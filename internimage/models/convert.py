@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""Weights in any format to a folder that timm, transformers and the Hub take.
+
+The folder has `model.safetensors` (or shards and their index) under our names, timm's `config.json`, and a model card.
+Weights are read, cast and written a tensor at a time.
+"""
+
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from timm.models._hub import save_config_for_hf
+from torch import Tensor
+
+from .. import hub
+from ..errors import CheckpointError
+from . import checkpoints
+from .card import model_card
+from .containers import Entry, open_checkpoint
+from .identify import CONFIG, ConvertError, find_source, is_timm_folder, model_of
+from .safetensors_file import nbytes, write_safetensors
+
+_logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+HEAD_22K_TO_1K = "22k-to-1k"
+
+
+@dataclass
+class Conversion:
+    """What was written."""
+
+    folder: Path
+    model: str  # architecture, with the tag of released weights
+    files: dict[str, int] = field(default_factory=dict)  # name -> bytes
+    tensors: int = 0
+    parameters: int = 0
+    dtypes: list[str] = field(default_factory=list)
+    verified: bool = False
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    model: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: int | str = "5GB",
+    head: str | None = None,
+    use_ema: bool = False,
+    verify: bool = False,
+    overwrite: bool = False,
+    cache_dir: str | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Conversion:
+    """Convert weights to a folder, which appears under its name only when it is whole.
+
+    Args:
+        source: See `find_source`.
+        destination: Folder to make.
+        model: timm's name of the model, with or without a tag; found out if None.
+        model_kwargs: Arguments of the model where it differs from that name.
+        dtype: Of all floating-point tensors; None keeps each as it is.
+        shard_size: Largest file of weights, in bytes or as in "5GB"; more are split, with an index.
+        head: "22k-to-1k" keeps ImageNet-1k's rows of an ImageNet-22k classifier.
+        use_ema: Take the averaged weights of a source that has both.
+        verify: Read the result and compare every tensor, bit by bit, before it gets its name.
+        overwrite: Replace a folder that an earlier conversion has written.
+        cache_dir: For downloads.
+        progress: Called with the bytes of each tensor written.
+
+    Raises:
+        ConvertError: See there.
+        CheckpointError: The weights cannot be read, or do not fit the model.
+    """
+    destination = Path(destination).expanduser()
+    if head not in (None, HEAD_22K_TO_1K):
+        raise ConvertError(f"head must be '{HEAD_22K_TO_1K}' or None, got '{head}'")
+    _check_destination(destination, overwrite)
+    found_source = find_source(str(source), cache_dir)
+    reduce_head = head == HEAD_22K_TO_1K
+    built, headless = model_of(found_source, model, dict(model_kwargs or {}), use_ema, reduce_head)
+    origin, found = checkpoints.match(
+        built, found_source.path, backbone_only=headless, use_ema=use_ema, head_from_22k=reduce_head
+    )
+    if headless:
+        _logger.warning("%s has no head: the folder is for features_only=True and num_classes=0", origin)
+    entries = {key: _cast(entry, dtype) for key, entry in found.items()}
+    # other classes under a released name are somebody's own weights, of which nothing is known
+    own = built.num_classes != built.pretrained_cfg["num_classes"] and not reduce_head
+    published = None if own else found_source.published
+    name = f"{built.pretrained_cfg['architecture']}"
+    if published is not None and built.pretrained_cfg.get("tag"):
+        name += f".{built.pretrained_cfg['tag']}"
+    result = Conversion(
+        destination,
+        name,
+        tensors=len(entries),
+        parameters=sum(torch.Size(entries[key].shape).numel() for key, _ in built.named_parameters() if key in entries),
+        dtypes=sorted({str(e.dtype).removeprefix("torch.") for e in entries.values() if e.dtype.is_floating_point}),
+    )
+    partial = _beside(destination, "partial")
+    try:
+        partial.mkdir(parents=True)
+        _check_room(partial, entries)
+        _write_weights(partial, entries, shard_size, progress)
+        _write_config(partial / CONFIG, built, known=published is not None)
+        card = model_card(
+            built,
+            name,
+            source=found_source.name,
+            published=published,
+            parameters=result.parameters,
+            dtypes=result.dtypes,
+            head_from_22k=reduce_head,
+            headless=headless,
+        )
+        (partial / CARD).write_text(card, encoding="utf-8")
+        if verify:
+            _verify(partial, entries)
+            result.verified = True
+        result.files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        _replace(partial, destination)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ConvertError(
+                f"'{destination.parent}' has no room for the result ({error.strerror}); nothing was left there"
+            ) from error
+        raise ConvertError(f"'{destination}' cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def _beside(folder: Path, what: str) -> Path:
+    """A name on the same disk that nobody has and no reader looks for."""
+    return folder.parent / f".{folder.name}.{what}-{secrets.token_hex(4)}"
+
+
+def _check_destination(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConvertError(f"'{folder}' is not a folder; the result is one")
+    if folder.is_dir() and any(folder.iterdir()):
+        ours = (folder / CONFIG).is_file()
+        if not (ours and overwrite):
+            raise ConvertError(
+                f"the folder '{folder}' " + ("holds a model; overwrite replaces it" if ours else "is not empty")
+            )
+
+
+def _cast(entry: Entry, dtype: torch.dtype | None) -> Entry:
+    if dtype is None or not entry.dtype.is_floating_point or entry.dtype == dtype:
+        return entry
+    return Entry(entry.shape, dtype, lambda: entry.read().to(dtype))
+
+
+def _check_room(folder: Path, entries: dict[str, Entry]) -> None:
+    needed = sum(nbytes(entry.shape, entry.dtype) for entry in entries.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConvertError(
+            f"'{folder.parent}' has {free / 1e9:.2f} GB of room, and the result takes {needed / 1e9:.2f} GB"
+        )
+
+
+def _write_weights(
+    folder: Path, entries: dict[str, Entry], shard_size: int | str, progress: Callable[[int], object]
+) -> None:
+    try:
+        plan = split_state_dict_into_shards_factory(
+            entries,
+            get_storage_size=lambda entry: nbytes(entry.shape, entry.dtype),
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_size,
+        )
+    except ValueError as error:
+        raise ConvertError(f"shard_size must be a number of bytes or such as '5GB' or '500MB': {error}") from error
+
+    def read(key: str) -> Tensor:
+        tensor = entries[key].read()
+        progress(tensor.nbytes)
+        return tensor
+
+    for file, keys in plan.filename_to_tensors.items():
+        write_safetensors(folder / file, {key: (entries[key].shape, entries[key].dtype) for key in keys}, read)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / f"{WEIGHTS}{hub.INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(path: Path, model: torch.nn.Module, known: bool) -> None:
+    """timm's config.json. `known`: the weights are released ones, so that their tag may stand in it."""
+    cfg = model.pretrained_cfg
+    labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
+    if labels and len(labels.get("label_names", ())) != model.num_classes:
+        labels = {}
+    save_config_for_hf(model, str(path), model_config=labels)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # stands at the top already; transformers passes it and these arguments, and Python refuses the same one twice
+    config.get("model_args", {}).pop("num_classes", None)
+    if not known:
+        config["pretrained_cfg"].pop("tag", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _verify(folder: Path, entries: dict[str, Entry]) -> None:
+    written = open_checkpoint(folder)
+    if set(written) != set(entries):
+        raise ConvertError(f"the result has other tensors than the source: {sorted(set(written) ^ set(entries))[:10]}")
+    for key, entry in entries.items():
+        expected, actual = entry.read(), written[key].read()
+        # as bytes: NaN equals nothing, and -0 is not 0
+        same = (expected.shape, expected.dtype) == (actual.shape, actual.dtype) and torch.equal(
+            expected.reshape(-1).view(torch.uint8), actual.reshape(-1).view(torch.uint8)
+        )
+        if not same:
+            raise ConvertError(f"the result differs from the source in '{key}'; the disk may be at fault")
+
+
+def _replace(partial: Path, destination: Path) -> None:
+    """Give a folder its name, and remove what had that name before."""
+    if not destination.exists():
+        os.rename(partial, destination)
+        return
+    old = _beside(destination, "old")
+    os.rename(destination, old)
+    try:
+        os.rename(partial, destination)
+    except OSError:
+        os.rename(old, destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- before an upload
+
+
+def check_folder(folder: str | Path) -> list[str]:
+    """The files of a converted folder that belong on the Hub, after a look at whether it is whole.
+
+    Raises:
+        CheckpointError: Its configuration and its weights do not belong together, or some of them are missing.
+    """
+    folder = Path(folder).expanduser()
+    if not is_timm_folder(folder):
+        raise CheckpointError(f"'{folder}' is no folder with timm's {CONFIG}; `internimage convert` makes one")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", device="meta")
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"the {CONFIG} of '{folder}' builds no model: {error}") from error
+    entries = open_checkpoint(folder)
+    checkpoints.match(model, folder, backbone_only=not checkpoints.has_head(entries))
+    index = folder / f"{WEIGHTS}{hub.INDEX_SUFFIX}"
+    weights = [index.name, *sorted(set(hub.weight_map(index).values()))] if index.is_file() else [WEIGHTS]
+    if not index.is_file() and not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"'{folder}' has no {WEIGHTS}; `internimage convert` writes one")
+    return [*weights, CONFIG, *(name for name in (CARD, "LICENSE") if (folder / name).is_file())]
