@@ -134,6 +134,40 @@ def test_refusals():
         torch.ops.internimage.dcnv3(x, offset, mask, [3, 3], [1, 1], [1, 1], [1, 1], 3, 1.0, False, True)
 
 
+def one_point(x, factor):
+    """x * factor by DCNv3: a 1x1 kernel on images of one pixel, so that nothing else takes part."""
+    n, channels = x.shape
+    image, mask = x.view(n, 1, 1, channels), factor.view(n, 1, 1, 1)
+    offset = torch.zeros(n, 1, 1, 2, dtype=x.dtype)
+    return torch.ops.internimage.dcnv3(
+        image, offset, mask, [1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0, False, False
+    ).view(n, channels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [16, 15], ids=str)
+def test_every_half_number_comes_through(dtype, channels):
+    """All 65,536 of them, subnormal and infinite ones too, as vectors and one by one; a NaN stays a NaN."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.repeat(2)[: 2**16 // channels * channels + channels].view(-1, channels).contiguous().view(dtype)
+    output = one_point(x, torch.ones(len(x), dtype=dtype))
+    assert torch.equal(output.isnan(), x.isnan())
+    keep = ~x.isnan()
+    assert torch.equal(output[keep], x[keep])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_numbers_are_rounded_as_torch_rounds(dtype):
+    """Products of random bits over the whole range: ties, subnormal results, overflow."""
+    bits = torch.randint(-(2**15), 2**15, (2, 50_000, 16), dtype=torch.int32).to(torch.int16).view(dtype)
+    x, factor = bits[0], bits[1, :, :1].nan_to_num(1.5, 1.5, 1.5)  # an infinite factor of a share of 0 is no number
+    output = one_point(x, factor)
+    expected = (x.float() * factor.float()).to(dtype)
+    assert torch.equal(output.isnan(), expected.isnan())
+    keep = ~expected.isnan()
+    assert torch.equal(output[keep], expected[keep])
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 def test_binary_depends_on_the_stable_abi_alone():
     """No symbol of ATen, c10 or Python: such a binary runs on any torch from 2.10 and any Python from 3.10."""

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""The linear layer and the MLP, in inference on a CPU and elsewhere, against float64 arithmetic."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close
+from torch import nn
+
+from internimage.layers import linear
+from internimage.layers.linear import Linear, Mlp, runs_plainly
+
+
+def exact_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
+    w1, b1, w2, b2 = (p.detach().double() for p in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
+    hidden = x.double() @ w1.T + b1
+    return 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5)) @ w2.T + b2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 7, 12), (40, 12), (1, 1, 1, 12), (0, 4, 4, 12)], ids=str)
+def test_mlp_in_pieces(monkeypatch, shape, dtype):
+    """Whatever the number of rows, whole pieces and a rest."""
+    monkeypatch.setattr(linear, "_HIDDEN_BYTES", 3 * 48 * dtype.itemsize)
+    monkeypatch.setattr(linear, "_HALF_ROWS", 7)
+    calls = []
+    mlp = Mlp(12, 48).to(dtype)
+    nn.init.normal_(mlp.fc1.bias)
+    nn.init.normal_(mlp.fc2.bias)
+    mlp.fc1.register_forward_hook(lambda module, arguments, output: calls.append(output.shape[0]))
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        output = mlp(x)
+    assert_close(output, exact_mlp(mlp, x))
+    assert output.dtype == dtype and output.is_contiguous()
+    rows = x.numel() // 12
+    piece = max(3, 7 if dtype.itemsize == 2 else 0) * torch.get_num_threads()
+    assert len(calls) == max(1, -(-rows // piece))  # it did go through in pieces
+
+
+def test_mlp_reads_any_layout(monkeypatch):
+    monkeypatch.setattr(linear, "_HIDDEN_BYTES", 1)
+    mlp = Mlp(12, 24)
+    x = torch.randn(2, 12, 5, 6).permute(0, 2, 3, 1)
+    with torch.inference_mode():
+        assert_close(mlp(x), exact_mlp(mlp, x))
+
+
+def test_mlp_has_gradients(monkeypatch):
+    monkeypatch.setattr(linear, "_HIDDEN_BYTES", 1)
+    mlp = Mlp(6, 8).double()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mlp, (x,))
+    frozen = Mlp(6, 8).double().requires_grad_(False)
+    assert torch.autograd.gradcheck(frozen, (x,))
+    mlp(x.detach()).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mlp.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 9), (2, 3, 5, 9), (0, 9), (9,)], ids=str)
+def test_linear_in_bfloat16(shape, bias):
+    layer = Linear(9, 5, bias=bias).bfloat16()
+    x = torch.randn(shape).bfloat16()
+    with torch.inference_mode():
+        output = layer(x)
+        strided = layer(x.mT.contiguous().mT) if x.dim() > 1 else output
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert_close(output, expected)
+    assert_close(strided, expected)
+    assert output.dtype == torch.bfloat16
+
+
+def test_what_runs_plainly():
+    weight = torch.randn(3, 3)
+    x = torch.randn(3, 3)
+    assert runs_plainly(x, weight, None)
+    assert not runs_plainly(x, weight.double())
+    assert not runs_plainly(x.to("meta"), weight)
+    leaf = nn.Parameter(weight)
+    assert not runs_plainly(x, leaf)
+    with torch.no_grad():
+        assert runs_plainly(x, leaf.detach())
+        assert runs_plainly(x, leaf)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not runs_plainly(x, weight)
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(runs_plainly(row, weight)), row)[1])(x)
+    torch.jit.trace(lambda row: (seen.append(runs_plainly(row, weight)), row + 1)[1], x, check_trace=False)
+    assert seen == [False, False]
+
+
+def test_under_vmap_and_autocast():
+    mlp = Mlp(6, 8).requires_grad_(False)
+    x = torch.randn(4, 5, 6)
+    assert_close(torch.func.vmap(mlp)(x), exact_mlp(mlp, x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mlp(x).dtype == torch.bfloat16
