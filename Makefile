@@ -32,8 +32,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# BENCH_ARGS="--official PATH --rounds N": with a checkout of OpenGVLab/InternImage its code is a peer, too
 bench: $(VENV)/.installed-dev
-	$(BIN)/python scripts/bench_ops.py $(BENCH_ARGS)
+	$(BIN)/internimage benchmark ops $(BENCH_ARGS)
+	$(BIN)/internimage benchmark models $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist internimage.egg-info

@@ -10,9 +10,9 @@ import sys
 
 from .. import __version__
 from ..errors import UserError
-from . import evaluate, finetune, info, predict
+from . import benchmark, evaluate, finetune, info, predict
 
-_VERBS = (evaluate, predict, finetune, info)
+_VERBS = (evaluate, predict, finetune, benchmark, info)
 
 
 def parser() -> argparse.ArgumentParser:
