@@ -21,6 +21,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from ..extension import cpu_capability
 
 QUIET = 0.1  # cores that other processes may use during a round of wall times
 PICKS = {"min": min, "median": statistics.median}
@@ -143,7 +144,7 @@ def facts(clock: Clock | None = None, times: Times | None = None) -> dict[str, o
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
         "timm": _version("timm"),
-        "capability": cpu_capability(),
+        "capability": cpu_capability() or "none",
         "malloc": " ".join(malloc) or "default",
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "threads": clock.threads if clock else "",
@@ -161,14 +162,6 @@ def processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-
-
-def cpu_capability() -> str:
-    """The instruction set of our kernels, or "none" if they are not there."""
-    try:
-        return torch.ops.internimage.cpu_capability()
-    except (NotImplementedError, RuntimeError):
-        return "none"
 
 
 def _version(package: str) -> str:
