@@ -64,16 +64,21 @@ class Environment:
     def pip(self, *arguments: str) -> None:
         self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
 
-    def run(self, *arguments, **kwargs) -> None:
-        subprocess.run([self.python, *arguments], env={**self.variables, **kwargs.pop("env", {})}, check=True, **kwargs)
+    def run(self, *arguments: str) -> None:
+        subprocess.run([self.python, *arguments], env=self.variables, check=True)
 
 
-def build(environment: Environment, work: Path) -> Path:
-    """The compiled module, built anew with the environment's torch."""
+def build_module(python: Path, variables: dict[str, str], work: Path) -> Path:
+    """The compiled module, built anew with the torch of an interpreter's environment."""
     folder = work / "build"
     shutil.rmtree(folder, ignore_errors=True)
-    arguments = ["--build-lib", folder / "lib", "--build-temp", folder / "temp"]
-    environment.run("setup.py", "--quiet", "build_ext", *arguments, cwd=ROOT, env={"INTERNIMAGE_BUILD_CPU": "1"})
+    command = [python, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    variables = {**variables, "INTERNIMAGE_BUILD_CPU": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode != 0:
+        sys.exit(f"{result.stdout}\nbuilding the module failed")
     (module,) = (folder / "lib" / "internimage").glob("_C.*so")
     return module
 
@@ -105,7 +110,7 @@ def main() -> int:
     for environment in environments:
         environment.prepare()
         print(f"{environment.folder.name}: torch {environment.torch_version()}", flush=True)
-    module = arguments.module or build(environments[-1], work)
+    module = arguments.module or build_module(environments[-1].python, environments[-1].variables, work)
     digest = hashlib.sha256(module.read_bytes()).hexdigest()[:16]
     origin = "given" if arguments.module else f"built with torch {environments[-1].torch_version()}"
     print(f"{module.name}: {module.stat().st_size} bytes, sha256 {digest}, {origin}", flush=True)
@@ -114,16 +119,10 @@ def main() -> int:
     for environment in environments:
         version = environment.torch_version()
         print(f"\n== {module.name} ({digest}) under torch {version}", flush=True)
-        command = [
-            environment.folder / "bin" / "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            f"not {NEED_TORCHVISION}",
-        ]
+        tests = [ROOT / "tests" / name for name in TESTS]
+        selection = ["-k", f"not {NEED_TORCHVISION}", *arguments.pytest, *tests]
         result = subprocess.run(
-            [*command, *arguments.pytest, *(ROOT / "tests" / name for name in TESTS)],
+            [environment.folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *selection],
             env={**environment.variables, "PYTHONPATH": str(package), "INTERNIMAGE_FAIL_ON_SKIP": "1"},
             cwd=work,
         )
