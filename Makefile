@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # up to 50 times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow timm-contract lint format bench abi asan wheel clean
+.PHONY: demo test test-slow timm-contract lint format bench abi asan aarch64 wheel clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -45,6 +45,10 @@ abi: $(VENV)/.installed-dev
 # the operator tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 asan: $(VENV)/.installed-dev
 	$(BIN)/python scripts/sanitize.py $(CHECK_ARGS)
+
+# whether the kernels compile for aarch64; needs g++-aarch64-linux-gnu
+aarch64: $(VENV)/.installed-dev
+	$(BIN)/python scripts/aarch64_check.py $(CHECK_ARGS)
 
 # sdist and wheel into dist/, both installed into empty environments and tested there
 wheel: $(VENV)/.installed-dev

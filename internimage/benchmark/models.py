@@ -244,7 +244,7 @@ def benchmark_models(
             for model in own.values():
                 model.train(work is training_step)
             functions = {c: work(m, c.images(batch)) for c, m in own.items()}
-            times = interleave(functions, rounds, clock, settle=False)
+            times = interleave(functions, rounds, clock, settle=False, name=what)
             entries = rows(times, what, batch, facts(clock, times))
             head = describe(entries[0])
             finish(entries, f"{what}, batch {batch}, {img_size} px: {head}\nof the minimum (of the median)")

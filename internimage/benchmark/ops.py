@@ -282,7 +282,7 @@ def benchmark_ops(
     functions = contenders(batch, peers, checkout)
     result: list[dict] = []
     for clock in clocks(wall_threads):
-        times = interleave(functions, rounds, clock, settle=True)
+        times = interleave(functions, rounds, clock, settle=True, name="DCNv3")
         entries = rows(times, {"batch": batch, **facts(clock, times)})
         if csv is not None:
             append_csv(csv, entries)

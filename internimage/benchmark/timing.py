@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .. import __version__
 from ..errors import UserError
@@ -61,7 +62,9 @@ def clocks(wall_threads: int) -> list[Clock]:
     return [Clock("cpu", 1)] + ([Clock("wall", wall_threads)] if wall_threads > 0 else [])
 
 
-def interleave(functions: Mapping[Hashable, Callable[[], object]], rounds: int, clock: Clock, settle: bool) -> Times:
+def interleave(
+    functions: Mapping[Hashable, Callable[[], object]], rounds: int, clock: Clock, settle: bool, name: str = ""
+) -> Times:
     """Time the functions in turn, `rounds` times after one round that warms up.
 
     Of wall times a round counts if the rest of the machine was quiet; up to three times as many are tried, and if too
@@ -73,10 +76,12 @@ def interleave(functions: Mapping[Hashable, Callable[[], object]], rounds: int, 
         clock: Sets torch's threads, too.
         settle: Call each once more, untimed, before it is timed: the function before it left other data in the caches
             and other blocks to malloc. For what takes milliseconds.
+        name: For the progress bar.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(clock.threads)
     taken: list[tuple[float, dict[Hashable, float]]] = []
+    bar = tqdm(total=rounds, unit="round", desc=f"{name} {clock.name}", leave=False, disable=None)  # on a terminal
     try:
         for function in functions.values():
             function()
@@ -94,7 +99,9 @@ def interleave(functions: Mapping[Hashable, Callable[[], object]], rounds: int, 
                     function()
                     seconds[key] = clock() - start
             taken.append((others.cores, seconds))
+            bar.update()
     finally:
+        bar.close()
         torch.set_num_threads(before)
     if clock.name == "wall":
         taken.sort(key=lambda entry: entry[0])
@@ -116,7 +123,8 @@ class _Others:
 
     def __exit__(self, *_) -> None:
         wall, own, busy = (b - a for a, b in zip(self._start, self._now()))
-        self.cores = max(0.0, (busy - own) / max(wall, 1e-9))
+        cores = (busy - own) / max(wall, 1e-9)
+        self.cores = 0.0 if cores < 0 else cores  # NaN stays
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
