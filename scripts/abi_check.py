@@ -122,7 +122,7 @@ def main() -> int:
         tests = [ROOT / "tests" / name for name in TESTS]
         selection = ["-k", f"not {NEED_TORCHVISION}", *arguments.pytest, *tests]
         result = subprocess.run(
-            [environment.folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *selection],
+            [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *selection],
             env={**environment.variables, "PYTHONPATH": str(package), "INTERNIMAGE_FAIL_ON_SKIP": "1"},
             cwd=work,
         )

@@ -136,6 +136,10 @@ def test_no_checkout(what, tmp_path, capsys):
     assert "no checkout of OpenGVLab/InternImage" in error and "classification" in error
 
 
+def test_a_peer_that_there_is_not(capsys):
+    assert "timm has no model 'resnot50'" in fails(capsys, "models", "--quick", "--peers", "official", "resnot50")
+
+
 def test_a_checkout_that_cannot_be_imported(checkout, capsys):
     folder = checkout()
     shutil.rmtree(folder / "classification" / "ops_dcnv3" / "modules")

@@ -72,7 +72,13 @@ def spread_points(model: nn.Module) -> None:
 
 
 def contenders(peers: Sequence[str], checkout: Path | None, dtypes: Sequence[str], img_size: int) -> list[Contender]:
-    """Ours in each dtype, and the peers: the official one in float32, timm's in each dtype and memory format."""
+    """Ours in each dtype, and the peers: the official one in float32, timm's in each dtype and memory format.
+
+    Raises:
+        BenchmarkError: timm has no model of a peer's name.
+    """
+    if unknown := [name for name in peers if name != "official" and not timm.is_model(name)]:
+        raise BenchmarkError(f"timm has no model {', '.join(map(repr, unknown))}; a peer is 'official' or a timm model")
     result = [Contender(OURS, dtype, img_size=img_size) for dtype in dtypes]
     if "official" in peers and checkout is not None:
         result.append(Contender(OFFICIAL, checkout=checkout, img_size=img_size))
