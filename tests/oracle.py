@@ -135,7 +135,7 @@ def differentiable(input: Tensor, offset: Tensor, mask: Tensor, groups: int = 1,
         shares.append(_tent(location[..., None] - torch.arange(length)))
     factors = mask.double().reshape(shares[0].shape[:-1])
     factors = factors.softmax(-1) if softmax else factors
-    image = input.double().reshape(n, height, width, groups, -1)
+    image = input.double().reshape(n, height, width, groups, channels // groups)
     output = torch.einsum("nhwgp,nhwgpy,nhwgpx,nyxgc->nhwgc", factors, shares[1], shares[0], image)
     return output.reshape(*output.shape[:3], channels)
 
@@ -153,3 +153,30 @@ def off_the_grid(offset: Tensor, **geometry) -> Tensor:
         inner = location.floor() + 0.1 + 0.8 * (location - location.floor())
         moves.append((inner - location) / geometry.get("offset_scale", 1.0))
     return offset + torch.stack(moves, dim=-1).reshape(offset.shape)
+
+
+def either_side_of_pixel_centres(offset: Tensor, dtype: torch.dtype, **geometry) -> tuple[Tensor, Tensor]:
+    """The offset for the derivatives on both sides of the pixel centres that rounding may take a location across.
+
+    The derivative with respect to a location jumps where it passes a pixel centre. Coordinates are computed in float32
+    (float64 for float64), so where the exact one is nearer to an integer than that rounds, either side's derivative is
+    right. This is the one allowance for it: compare the gradient of offset with the exact ones at both results, and let
+    each number agree with either. Elsewhere the two are the offset itself.
+
+    Args:
+        offset: float64, of numbers that `dtype` holds.
+        dtype: Of the implementation's tensors.
+    """
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    scale = geometry.get("offset_scale", 1.0)
+    below, above = [], []
+    for location in locations(offset, **geometry):
+        # a handful of roundings: of offset + point, of the scale, of the product and of the sums
+        reach = 8 * unit * (1 + location.abs() + (location.abs() + 8) * abs(scale))
+        centre = location.round()
+        near = (location - centre).abs() <= reach
+        if scale == 0:  # then the offset moves nothing, and its gradient is 0 on both sides
+            near = torch.zeros_like(near)
+        for side, moves in ((-1, below), (1, above)):
+            moves.append(torch.where(near, (centre + side * 2 * reach - location) / (scale or 1.0), 0))
+    return tuple(offset + torch.stack(moves, dim=-1).reshape(offset.shape) for moves in (below, above))

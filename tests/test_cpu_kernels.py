@@ -30,7 +30,8 @@ CAPABILITIES = ["default", "avx2", "avx512"]
 
 
 def run_python(capability, *arguments):
-    environment = dict(os.environ, INTERNIMAGE_CPU_CAPABILITY=capability)
+    paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # this internimage, installed or not
+    environment = dict(os.environ, INTERNIMAGE_CPU_CAPABILITY=capability, PYTHONPATH=os.pathsep.join(paths))
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=TESTS)
 
 
@@ -41,13 +42,9 @@ def test_every_instruction_set_gives_the_golden_numbers(capability):
     used = run_python(capability, "-c", code).stdout.strip()
     best = torch.ops.internimage.cpu_capability()
     assert used == min(capability, best, key=CAPABILITIES.index)
-    selected = [
-        "test_dcnv3.py",
-        "-k",
-        "test_golden or test_half or test_empty or one_pixel",
-        "-m",
-        "not slow and not gpu",
-    ]
+    names = "golden or half or empty or one_pixel or layout or batches or nowhere or group_channels or strips"
+    files = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py"]
+    selected = [*files, "-k", f"({names}) and not every_instruction_set", "-m", "not slow and not gpu"]
     result = run_python(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected)
     assert result.returncode == 0, result.stdout[-3000:]
 

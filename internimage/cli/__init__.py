@@ -10,9 +10,9 @@ import sys
 
 from .. import __version__
 from ..errors import UserError
-from . import convert, evaluate, finetune, info, predict, push
+from . import benchmark, convert, evaluate, finetune, info, predict, push
 
-_VERBS = (evaluate, predict, finetune, convert, push, info)
+_VERBS = (evaluate, predict, finetune, convert, push, benchmark, info)
 
 
 def parser() -> argparse.ArgumentParser:

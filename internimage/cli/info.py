@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__, list_models
-from ..extension import backend, build_facts, devices
+from ..extension import backend, build_facts, capability_note, cpu_capability, devices
 
 HELP = "Versions, devices, and which backend serves each."
 
@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
         "safetensors": metadata.version("safetensors"),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernel_capability": cpu_capability(),
+        "kernel_capability_note": capability_note() or None,
         "backends": [vars(backend(device)) | {"hardware": _hardware(device)} for device in devices()],
         "kernels_built_with": {k: v for k, v in build_facts().items() if k != "reason"} or None,
         "models": list_models(),
@@ -43,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{entry['device']} ({entry['hardware']}): DCNv3 is served by {entry['name']}")
         if entry["reason"]:
             print(f"  not by a faster one: {entry['reason']}")
+        if entry["device"] == "cpu" and facts["kernel_capability_note"]:
+            print(f"  {facts['kernel_capability_note']}")
     built = facts["kernels_built_with"]
     print(f"kernels built with torch {built['torch']}" if built else "no compiled kernels are installed")
     print(f"models: {', '.join(facts['models'])}")

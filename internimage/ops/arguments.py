@@ -22,13 +22,13 @@ def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{name} must be an int or a (height, width) pair, got {len(values)} values: {value!r}")
-    for entry in values:
-        # dynamo hands symbolic ints through `int`-typed variables, so ask for what an index can be, not for a type
-        if isinstance(entry, (bool, float)) or not hasattr(entry, "__index__"):
-            raise TypeError(f"{name} must be an int or a (height, width) pair of ints, got {value!r}")
     try:
+        # asks what can be an index, not for a type: dynamo hands symbolic ints through (on which torch 2.10 traces no
+        # hasattr), and a float tensor or a numpy array has an __index__ and refuses it
+        if isinstance(values[0], bool) or isinstance(values[1], bool):
+            raise TypeError
         height, width = operator.index(values[0]), operator.index(values[1])
-    except TypeError:  # a float tensor or a numpy array has an __index__, and refuses it
+    except TypeError:
         raise TypeError(f"{name} must be an int or a (height, width) pair of ints, got {value!r}") from None
     if height < minimum or width < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
@@ -58,8 +58,12 @@ def check_channels(channels: int, groups: int) -> None:
     """
     if channels < 1:
         raise ValueError(f"input must have at least 1 channel, got {channels} channels")
-    if isinstance(groups, (bool, float)) or not hasattr(groups, "__index__"):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+    try:
+        if isinstance(groups, bool):
+            raise TypeError
+        groups = operator.index(groups)
+    except TypeError:
+        raise TypeError(f"groups must be an int, got {groups!r}") from None
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if channels % groups != 0:

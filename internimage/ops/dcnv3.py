@@ -144,12 +144,8 @@ def _register_autocast(key: str, device_type: str) -> None:
     _library.impl("dcnv3_backward", kernel_backward, key)
 
 
-for _key, _device_type in (
-    ("AutocastCPU", "cpu"),
-    ("AutocastCUDA", "cuda"),
-    ("AutocastXPU", "xpu"),
-    ("AutocastMPS", "mps"),
-):
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
+for _device_type, _key in _AUTOCAST.items():
     _register_autocast(_key, _device_type)
 
 # ---- public function
@@ -211,7 +207,7 @@ def dcnv3(
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
     kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none to ask
+    autocast = kind in _AUTOCAST and torch.is_autocast_enabled(kind)  # "meta" has none to ask
     check_tensors({"input": input, "offset": offset, "mask": mask}, same_dtype=not autocast)
     check_channels(input.shape[3], groups)
     check_offset_scale(offset_scale)

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: MIT
+"""DCNv3 on the CPU against whatever computes the same: times of the four stage shapes of InternImage-T at 224 px.
+
+Peers: our plain-torch reference, `torchvision.ops.deform_conv2d` as a depthwise convolution with weights of one, and
+the official PyTorch function from a checkout of the user's own. Each peer's results are compared with ours before
+anything is timed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..ops import reference
+from .official import official_function
+from .timing import BenchmarkError, Times, append_csv, check_csv, clocks, describe, facts, interleave, markdown
+from .timing import significant as short
+
+STAGES = [(56, 4, 4), (28, 8, 4), (14, 16, 18), (7, 32, 4)]  # side, groups, blocks of InternImage-T
+GROUP_CHANNELS = 16
+KINKS = 2e-3  # no offset comes closer to an integer: there the derivative jumps, and rounding picks its side
+PEERS = ("reference", "torchvision", "official")
+# what is done, and what of theirs stands beside ours in a ratio
+WORKS = ("forward", "softmax+forward", "forward+backward")
+HALF_WORKS = ("forward bf16", "softmax+forward bf16")
+# deviation of the largest value; the official function normalises coordinates to [-1, 1] in float32
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Tensors:
+    """A problem of one stage: N images, 3x3 points, stride and padding 1."""
+
+    input: Tensor  # (N, side, side, groups * GROUP_CHANNELS)
+    offset: Tensor  # (N, side, side, groups * 18), of standard deviation 1
+    mask: Tensor  # (N, side, side, groups * 9), logits
+    grad: Tensor  # as input
+    groups: int
+
+    @classmethod
+    def draw(cls, batch: int, side: int, groups: int) -> "Tensors":
+        generator = torch.Generator().manual_seed(0)
+        channels = (groups * GROUP_CHANNELS, groups * 18, groups * 9, groups * GROUP_CHANNELS)
+        tensors = [torch.randn(batch, side, side, c, generator=generator) for c in channels]
+        whole = tensors[1].floor()
+        tensors[1] = whole + (tensors[1] - whole).clamp(KINKS, 1 - KINKS)
+        return cls(*tensors, groups)
+
+    def to(self, dtype: torch.dtype) -> "Tensors":
+        return Tensors(*(t.to(dtype) for t in (self.input, self.offset, self.mask, self.grad)), self.groups)
+
+    def leaves(self) -> list[Tensor]:
+        """Input, offset and mask, for gradients."""
+        return [t.clone().requires_grad_() for t in (self.input, self.offset, self.mask)]
+
+
+Core = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]  # (input, offset, mask, groups, softmax) -> output
+
+
+def ours(input: Tensor, offset: Tensor, mask: Tensor, groups: int, softmax: bool) -> Tensor:
+    return torch.ops.internimage.dcnv3(input, offset, mask, [3, 3], [1, 1], [1, 1], [1, 1], groups, 1.0, False, softmax)
+
+
+def reference_calls(tensors: Tensors) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """`calls` of our plain-torch reference, whose backward pass is a function and not an autograd rule."""
+    t = tensors
+    inputs, geometry = (t.input, t.offset, t.mask), ([3, 3], [1, 1], [1, 1], [1, 1], t.groups, 1.0, False)
+
+    def both():
+        output = reference.dcnv3(*inputs, *geometry, False)
+        return output, *reference.dcnv3_backward(t.grad, *inputs, *geometry, False, False, [True] * 3)
+
+    return {
+        "forward": lambda: (reference.dcnv3(*inputs, *geometry, False),),
+        "softmax+forward": lambda: (reference.dcnv3(*inputs, *geometry, True),),
+        "forward+backward": both,
+    }
+
+
+def separate_softmax(mask: Tensor, groups: int) -> Tensor:
+    """What everybody does who has no kernel for it."""
+    return mask.unflatten(-1, (groups, 9)).softmax(-1).flatten(-2)
+
+
+def torchvision_core() -> Core:
+    """DCNv3 as torchvision can be made to compute it.
+
+    The tensors come as it wants them (see `arrange`), turned before the clock runs.
+    """
+    from torchvision.ops import deform_conv2d
+
+    def core(input: Tensor, offset: Tensor, mask: Tensor, groups: int, softmax: bool) -> Tensor:
+        channels = input.shape[1]
+        if softmax:
+            mask = mask.unflatten(1, (groups, 9)).softmax(2).flatten(1, 2)
+        return deform_conv2d(input, offset, input.new_ones(channels, 1, 3, 3), padding=1, mask=mask)
+
+    return core
+
+
+def arrange(tensors: Tensors) -> Tensors:
+    """The same problem as torchvision wants it: NCHW, points y-major, offsets (y, x)."""
+    n, h, w, _ = tensors.offset.shape
+    offset = tensors.offset.view(n, h, w, tensors.groups, 3, 3, 2)  # x-major points, (x, y)
+    mask = tensors.mask.view(n, h, w, tensors.groups, 3, 3)
+    return Tensors(
+        tensors.input.permute(0, 3, 1, 2).contiguous(),
+        offset.permute(0, 3, 5, 4, 6, 1, 2).flip(4).reshape(n, -1, h, w),
+        mask.permute(0, 3, 5, 4, 1, 2).reshape(n, -1, h, w),
+        tensors.grad.permute(0, 3, 1, 2).contiguous(),
+        tensors.groups,
+    )
+
+
+def arrange_back(results: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """`arrange` undone, for an output or for (output, gradients)."""
+    n, _, h, w = results[0].shape
+    back = [results[0].permute(0, 2, 3, 1)]
+    if len(results) == 4:
+        back.append(results[1].permute(0, 2, 3, 1))
+        back.append(results[2].view(n, groups, 3, 3, 2, h, w).flip(4).permute(0, 5, 6, 1, 3, 2, 4).reshape(n, h, w, -1))
+        back.append(results[3].view(n, groups, 3, 3, h, w).permute(0, 4, 5, 1, 3, 2).reshape(n, h, w, -1))
+    return back
+
+
+def official_core(checkout: Path) -> Core:
+    function = official_function(checkout)
+
+    def core(input: Tensor, offset: Tensor, mask: Tensor, groups: int, softmax: bool) -> Tensor:
+        if softmax:
+            mask = separate_softmax(mask, groups)
+        return function(input, offset, mask, 3, 3, 1, 1, 1, 1, 1, 1, groups, GROUP_CHANNELS, 1.0, False)
+
+    return core
+
+
+def calls(core: Core, tensors: Tensors, works: Sequence[str]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Work -> function that does it and returns the output, and with backward the three gradients after it."""
+    t, half, leaves = tensors, tensors.to(torch.bfloat16), tensors.leaves()
+
+    def both():
+        output = core(*leaves, t.groups, False)
+        return output, *torch.autograd.grad(output, leaves, t.grad)
+
+    every = {
+        "forward": lambda: (core(t.input, t.offset, t.mask, t.groups, False),),
+        "softmax+forward": lambda: (core(t.input, t.offset, t.mask, t.groups, True),),
+        "forward+backward": both,
+        "forward bf16": lambda: (core(half.input, half.offset, half.mask, t.groups, False),),
+        "softmax+forward bf16": lambda: (core(half.input, half.offset, half.mask, t.groups, True),),
+    }
+    return {work: every[work] for work in works}
+
+
+def contenders(batch: int, peers: Sequence[str], checkout: Path | None) -> dict[tuple, Callable]:
+    """(side, who, work) -> function, all of them checked.
+
+    Raises:
+        BenchmarkError: A peer computes something else than we do, or the checkout is none.
+    """
+    official = official_core(checkout) if "official" in peers and checkout is not None else None
+    functions: dict[tuple, Callable] = {}
+    for side, groups, _ in STAGES:
+        tensors = Tensors.draw(batch, side, groups)
+        stage = {"ours": calls(ours, tensors, (*WORKS, *HALF_WORKS))}
+        if "reference" in peers:
+            stage["reference"] = reference_calls(tensors)
+        if "torchvision" in peers:
+            stage["torchvision"] = calls(torchvision_core(), arrange(tensors), WORKS)
+        if official is not None:
+            stage["official"] = calls(official, tensors, WORKS)
+        check(stage, tensors)
+        functions |= {(side, who, work): f for who, own in stage.items() for work, f in own.items()}
+    return functions
+
+
+def check(stage: dict[str, dict[str, Callable]], tensors: Tensors) -> None:
+    """Whether all do the same work: the peers against ours, and ours in bfloat16 against ours in float32."""
+    right = {work: stage["ours"][work]() for work in WORKS}
+    rounded = tensors.to(torch.bfloat16).to(torch.float32)
+    wide = calls(ours, rounded, WORKS[:2])
+    for work in HALF_WORKS:
+        compare(f"ours, {work}", stage["ours"][work](), wide[work.removesuffix(" bf16")](), torch.bfloat16)
+    for who, own in stage.items():
+        for work in own.keys() & right.keys():
+            results = own[work]()
+            if who == "torchvision":
+                results = arrange_back(results, tensors.groups)
+            compare(f"{who}, {work}", results, right[work], torch.float32)
+
+
+def compare(name: str, results: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Raise BenchmarkError where a result deviates by more than its dtype explains."""
+    for what, result, expected in zip(("output", "gradient of input", "of offset", "of mask"), results, right):
+        deviation = ((result.float() - expected).abs().max() / expected.abs().max()).item()
+        if not deviation <= TOLERANCE[dtype]:  # also NaN
+            raise BenchmarkError(
+                f"{name}: the {what} deviates from ours by {deviation:.1e} of the largest value, "
+                f"allowed {TOLERANCE[dtype]:.0e}; the times would not be of the same work"
+            )
+
+
+# ---- rows
+
+
+def rows(times: Times, about: dict) -> list[dict]:
+    """Times in ms, then ratios, of minima and of medians; `weighted` counts the stages as InternImage-T does."""
+    result: list[dict] = []
+    keys = list(dict.fromkeys((who, work) for _, who, work in times.seconds))
+    for how in ("min", "median"):
+        table = {(who, work): _stages(times, who, work, how) for who, work in keys}
+        for (who, work), ms in table.items():
+            result.append({"what": work, "who": who, "of": how, "unit": "ms", **_rounded(ms), **about})
+        for (who, work), ms in table.items():
+            for own in (work, f"{work} bf16"):
+                if who != "ours" and ("ours", own) in table:
+                    ratio = {column: ms[column] / value for column, value in table["ours", own].items()}
+                    what = work if own == work else f"{work}, ours in bf16"
+                    named = {"what": what, "who": f"{who} / ours", "of": how, "unit": "x"}
+                    result.append({**named, **_rounded(ratio), **about})
+    return result
+
+
+def _stages(times: Times, who: str, work: str, how: str) -> dict[str, float]:
+    ms = {f"{side}x{side}": 1e3 * times.pick((side, who, work), how) for side, _, _ in STAGES}
+    return ms | {"weighted": sum(blocks * ms[f"{side}x{side}"] for side, _, blocks in STAGES)}
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {key: short(value) for key, value in values.items()}
+
+
+COLUMNS = [
+    "what", "who", "of", "unit", *(f"{side}x{side}" for side, _, _ in STAGES), "weighted", "batch", *facts(),
+]  # fmt: skip
+
+
+def table(entries: Sequence[dict]) -> str:
+    """The rows of one clock as two Markdown tables, of times and of ratios: minima and, in parentheses, medians."""
+    stages = [f"{side}x{side}" for side, _, _ in STAGES] + ["weighted"]
+    medians = {(row["what"], row["who"]): row for row in entries if row["of"] == "median"}
+    tables = []
+    for unit, name in (("ms", "ms"), ("x", "times as long")):
+        lines = []
+        for row in entries:
+            if row["of"] == "min" and row["unit"] == unit:
+                median = medians[row["what"], row["who"]]
+                cells = [f"{row[stage]:g} ({median[stage]:g})" for stage in stages]
+                lines.append([row["what"], row["who"], *cells])
+        if lines:
+            tables.append(markdown([name, "who", *stages], lines, names=2))
+    return "\n\n".join(tables)
+
+
+def benchmark_ops(
+    checkout: Path | None = None,
+    peers: Sequence[str] = PEERS,
+    batch: int = 8,
+    rounds: int = 9,
+    wall_threads: int = 2,
+    csv: Path | None = None,
+    report: Callable[[str], None] = print,
+) -> list[dict]:
+    """Time the operator against its peers; returns the rows, reports them as tables and appends them to a file.
+
+    Args:
+        checkout: The user's checkout of OpenGVLab/InternImage; without it there is no official function.
+        peers: Of "reference", "torchvision" and "official" those to time.
+        batch: Images.
+        rounds: Timed calls of each function and clock.
+        wall_threads: Threads of the second clock, wall time; 0 leaves it out.
+        csv: File to append the rows to.
+        report: Takes text for people.
+
+    Raises:
+        BenchmarkError: A peer cannot be had or computes something else; the file has other columns.
+    """
+    if csv is not None:
+        check_csv(csv, COLUMNS)
+    functions = contenders(batch, peers, checkout)
+    result: list[dict] = []
+    for clock in clocks(wall_threads):
+        times = interleave(functions, rounds, clock, settle=True, name="DCNv3")
+        entries = rows(times, {"batch": batch, **facts(clock, times)})
+        if csv is not None:
+            append_csv(csv, entries)
+        report(f"\nDCNv3, batch {batch}: {describe(entries[0])}\nminimum (median)\n")
+        report(table(entries))
+        result += entries
+    return result

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""Interleaved rounds of timed calls, what there is to know about the machine, and rows for people and for files.
+
+All functions that are to be compared run in turn in one process, round after round, so that a machine that slows down
+slows all of them. Two clocks: the CPU time of one thread, which other processes disturb least, and the wall time of
+several, for which rounds count only while the rest of the machine is quiet.
+"""
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import __version__
+from ..errors import UserError
+from ..extension import cpu_capability
+
+QUIET = 0.1  # cores that other processes may use during a round of wall times
+PICKS = {"min": min, "median": statistics.median}
+
+
+class BenchmarkError(UserError, ValueError):
+    """A peer that cannot be had or that computes something else, or a file that cannot take the rows."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How a phase is timed."""
+
+    name: str  # cpu: of the calling thread, time.thread_time; wall: time.perf_counter
+    threads: int
+
+    def __call__(self) -> float:
+        return time.thread_time() if self.name == "cpu" else time.perf_counter()
+
+
+@dataclass
+class Times:
+    """Seconds of every call by what was called, and how the rounds went."""
+
+    clock: Clock
+    seconds: dict[Hashable, list[float]] = field(default_factory=dict)
+    rounds: int = 0
+    others: float = float("nan")  # cores that other processes used meanwhile; of the rounds that count
+
+    def pick(self, key: Hashable, how: str) -> float:
+        """The "min" or the "median" of a function's times, in seconds."""
+        return PICKS[how](self.seconds[key])
+
+
+def clocks(wall_threads: int) -> list[Clock]:
+    """One thread's CPU time, and the wall time of `wall_threads` unless that is 0."""
+    return [Clock("cpu", 1)] + ([Clock("wall", wall_threads)] if wall_threads > 0 else [])
+
+
+def interleave(
+    functions: Mapping[Hashable, Callable[[], object]], rounds: int, clock: Clock, settle: bool, name: str = ""
+) -> Times:
+    """Time the functions in turn, `rounds` times after one round that warms up.
+
+    Of wall times a round counts if the rest of the machine was quiet; up to three times as many are tried, and if too
+    few were quiet, the quietest are taken and `Times.others` says how loud it was.
+
+    Args:
+        functions: Key -> function.
+        rounds: How many times each is timed.
+        clock: Sets torch's threads, too.
+        settle: Call each once more, untimed, before it is timed: the function before it left other data in the caches
+            and other blocks to malloc. For what takes milliseconds.
+        name: For the progress bar.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(clock.threads)
+    taken: list[tuple[float, dict[Hashable, float]]] = []
+    bar = tqdm(total=rounds, unit="round", desc=f"{name} {clock.name}", leave=False, disable=None)  # on a terminal
+    try:
+        for function in functions.values():
+            function()
+        while len(taken) < rounds or (
+            clock.name == "wall"
+            and len(taken) < 3 * rounds
+            and sum(not others > QUIET for others, _ in taken) < rounds  # also where others is unknown
+        ):
+            seconds = {}
+            with _Others() as others:
+                for key, function in functions.items():
+                    if settle:
+                        function()
+                    start = clock()
+                    function()
+                    seconds[key] = clock() - start
+            taken.append((others.cores, seconds))
+            bar.update()
+    finally:
+        bar.close()
+        torch.set_num_threads(before)
+    if clock.name == "wall":
+        taken.sort(key=lambda entry: entry[0])
+    kept = taken[:rounds]
+    times = Times(clock, rounds=rounds, others=statistics.mean(others for others, _ in kept))
+    for key in functions:
+        times.seconds[key] = [seconds[key] for _, seconds in kept]
+    return times
+
+
+class _Others:
+    """Context that measures how many cores the rest of the machine used; NaN where the system does not tell."""
+
+    cores = float("nan")
+
+    def __enter__(self) -> "_Others":
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_) -> None:
+        wall, own, busy = (b - a for a, b in zip(self._start, self._now()))
+        cores = (busy - own) / max(wall, 1e-9)
+        self.cores = 0.0 if cores < 0 else cores  # NaN stays
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        try:
+            with open("/proc/stat") as file:
+                ticks = [int(word) for word in file.readline().split()[1:9]]
+            busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and iowait
+        except (OSError, ValueError, IndexError):
+            busy = float("nan")
+        return time.perf_counter(), time.process_time(), busy
+
+
+# ---- about the machine
+
+
+def facts(clock: Clock | None = None, times: Times | None = None) -> dict[str, object]:
+    """What a row says about where and how it was measured."""
+    malloc = [f"{name}={os.environ[name]}" for name in _MALLOC if os.environ.get(name)]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "machine": processor(),
+        "cores": os.cpu_count(),
+        "internimage": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "timm": _version("timm"),
+        "capability": cpu_capability() or "none",
+        "malloc": " ".join(malloc) or "default",
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "threads": clock.threads if clock else "",
+        "clock": clock.name if clock else "",
+        "rounds": times.rounds if times else "",
+        "others": f"{times.others:.2f}" if times else "",
+    }
+
+
+_MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+# ---- rows
+
+
+def significant(value: float, digits: int = 3) -> float:
+    """`value` rounded to so many significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Append rows to a file, which gets a header if it is new.
+
+    Raises:
+        BenchmarkError: The file has other columns.
+    """
+    columns = list(rows[0])
+    check_csv(path, columns)
+    new = not path.exists() or path.stat().st_size == 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def check_csv(path: Path, columns: Sequence[str]) -> None:
+    """Whether rows of these columns may be appended to a file: to ask before an hour of measuring.
+
+    Raises:
+        BenchmarkError: The file has other columns, or is a folder.
+    """
+    if path.is_dir():
+        raise BenchmarkError(f"'{path}' is a folder; name a csv file")
+    if path.exists() and path.stat().st_size > 0:
+        with path.open(newline="", encoding="utf-8") as file:
+            there = next(csv.reader(file), [])
+        if there != list(columns):
+            odd = sorted(set(there) ^ set(columns)) or ["their order"]
+            raise BenchmarkError(f"'{path}' has other columns (they differ in {', '.join(odd)}); take a new file")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], names: int) -> str:
+    """A Markdown table whose columns line up as text, too: the first `names` to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = [[c.ljust(w) if i < names else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def describe(about: Mapping[str, object]) -> str:
+    """One line for people about how a table was measured."""
+    how = (
+        f"CPU time of {about['threads']} thread"
+        if about["clock"] == "cpu"
+        else f"wall time, {about['threads']} threads"
+    )
+    others = float(str(about["others"] or "nan"))
+    loud = f", others used {others:.2f} cores" if about["clock"] == "wall" else ""
+    if about["clock"] == "wall" and others > QUIET:
+        loud += " (NOT quiet)"
+    return (
+        f"{how}, {about['rounds']} rounds{loud}; {about['machine']}, kernels: {about['capability']}, "
+        f"torch {about['torch']}, malloc {about['malloc']}"
+    )

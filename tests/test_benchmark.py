@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""The bookkeeping of benchmarks, their refusal to time what computes something else, and that they run; no times."""
+
+import csv
+import shutil
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from internimage.benchmark import memory, models, ops, timing
+from internimage.benchmark.official import FUNCTION, MODEL
+from internimage.cli import main
+
+FUNCTION_FILE = """
+    import DCNv3
+    import pkg_resources
+    from internimage.ops import dcnv3
+    version = float(pkg_resources.get_distribution("DCNv3").version)
+
+    def dcnv3_core_pytorch(input, offset, mask, kh, kw, sh, sw, ph, pw, dh, dw, group, group_channels, scale, center):
+        return FACTOR * dcnv3(input, offset, mask, (kh, kw), (sh, sw), (ph, pw), (dh, dw), group, scale, center)
+"""
+MODEL_FILE = """
+    import timm
+    from ops_dcnv3 import modules
+    from timm.models.layers import DropPath
+
+    def InternImage(core_op, channels, depths, groups, drop_path_rate):
+        assert (core_op, channels, depths, groups) == ("DCNv3_pytorch", 64, [4, 4, 18, 4], [4, 8, 16, 32])
+        model = timm.create_model("internimage_tiny", drop_path_rate=drop_path_rate)
+        model.register_forward_hook(lambda module, inputs, logits: logits * FACTOR)
+        return model
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What stands in for a checkout of the official code: the same files with the same imports, computing by ours."""
+
+    def make(factor=1.0):
+        folder = tmp_path / f"checkout-{factor}"
+        for file, text in ((FUNCTION, FUNCTION_FILE), (MODEL, MODEL_FILE)):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text(textwrap.dedent(text).replace("FACTOR", str(factor)))
+        (folder / "classification" / "ops_dcnv3" / "modules").mkdir()
+        (folder / "classification" / "ops_dcnv3" / "modules" / "__init__.py").touch()
+        return folder
+
+    return make
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- running
+
+
+def test_ops(checkout, tmp_path, capsys):
+    path = tmp_path / "new" / "ops.csv"
+    command = ["benchmark", "ops", "--quick", "--official", str(checkout()), "--csv", str(path)]
+    assert main(command) == 0
+    rows = read(path)
+    assert list(rows[0]) == ops.COLUMNS
+    assert {row["who"] for row in rows} == {
+        *("ours", "reference", "torchvision", "official"),
+        *("reference / ours", "torchvision / ours", "official / ours"),
+    }
+    assert {(row["clock"], row["threads"]) for row in rows} == {("cpu", "1"), ("wall", "2")}
+    assert {row["what"] for row in rows if row["who"] == "official / ours"} == {
+        *ops.WORKS, "forward, ours in bf16", "softmax+forward, ours in bf16"
+    }  # fmt: skip
+    for row in rows:
+        assert all(float(row[column]) > 0 for column in (*(f"{s}x{s}" for s, _, _ in ops.STAGES), "weighted"))
+        assert row["machine"] and row["date"] and row["torch"] == torch.__version__ and row["malloc"]
+    printed = capsys.readouterr().out
+    assert "| softmax+forward" in printed and "official / ours" in printed
+    # a second run is appended
+    assert main([*command, "--peers", "--wall-threads", "0"]) == 0
+    assert len(read(path)) == len(rows) + 2 * 5
+
+
+def test_models(checkout, tmp_path):
+    path = tmp_path / "models.csv"
+    command = ["benchmark", "models", "--quick", "--official", str(checkout()), "--wall-threads", "0", "--no-memory"]
+    assert main([*command, "--peers", "official", "resnet10t", "--csv", str(path)]) == 0
+    rows = [row for row in read(path) if row["of"] == "min"]
+    assert [(row["what"], row["who"], row["dtype"], row["unit"]) for row in rows] == [
+        ("inference", "internimage_tiny", "fp32", "images/s"),
+        ("inference", "internimage_tiny", "bf16", "images/s"),
+        ("inference", "official InternImage-T", "fp32", "images/s"),
+        ("inference", "resnet10t", "fp32", "images/s"),
+        ("inference", "resnet10t", "bf16", "images/s"),
+        ("inference", "internimage_tiny / official InternImage-T", "fp32", "x"),
+        ("inference", "internimage_tiny / official InternImage-T", "bf16 / fp32", "x"),
+        ("inference", "internimage_tiny / resnet10t", "fp32", "x"),
+        ("inference", "internimage_tiny / resnet10t", "bf16", "x"),
+        ("training step", "internimage_tiny", "fp32", "images/s"),
+        ("training step", "official InternImage-T", "fp32", "images/s"),
+        ("training step", "resnet10t", "fp32", "images/s"),
+        ("training step", "internimage_tiny / official InternImage-T", "fp32", "x"),
+        ("training step", "internimage_tiny / resnet10t", "fp32", "x"),
+    ]
+    assert all(float(row["value"]) > 0 for row in rows)
+
+
+def test_memory_grows_with_the_images():
+    contender = models.Contender("internimage_atto", img_size=64)
+    small, large = (memory.peak(contender, batch, training=True) for batch in (1, 32))
+    # the activations of 31 more images of 64 px, 4 stages: at the least the stem's two maps of 16 channels in float32
+    assert large - small > 31 * (16 * 16 * 16 + 32 * 32 * 8) * 4 / 1e6
+
+
+# ---- refusals
+
+
+def fails(capsys, *arguments):
+    assert main(["benchmark", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["ops", "models"])
+def test_a_peer_that_computes_something_else_is_not_timed(what, checkout, tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    error = fails(capsys, what, "--quick", "--official", checkout(1.01), "--csv", path)
+    assert "deviate" in error and "official" in error
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("what", ["ops", "models"])
+def test_no_checkout(what, tmp_path, capsys):
+    error = fails(capsys, what, "--quick", "--official", tmp_path)
+    assert "no checkout of OpenGVLab/InternImage" in error and "classification" in error
+
+
+def test_a_peer_that_there_is_not(capsys):
+    assert "timm has no model 'resnot50'" in fails(capsys, "models", "--quick", "--peers", "official", "resnot50")
+
+
+def test_a_checkout_that_cannot_be_imported(checkout, capsys):
+    folder = checkout()
+    shutil.rmtree(folder / "classification" / "ops_dcnv3" / "modules")
+    assert "ops_dcnv3" in fails(capsys, "models", "--quick", "--official", folder)
+
+
+def test_the_stand_ins_are_gone_afterwards(checkout):
+    before = sys.modules.get("pkg_resources"), list(sys.path)
+    ops.official_core(checkout())
+    assert (sys.modules.get("pkg_resources"), sys.path) == before
+    assert not [name for name in sys.modules if name in ("DCNv3", "ops_dcnv3")]
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "old.csv"
+    path.write_text("what,of,weighted\nforward,min,3\n")
+    assert "other columns" in fails(capsys, "ops", "--quick", "--csv", path)
+    assert "other columns" in fails(capsys, "models", "--quick", "--csv", path)
+    assert path.read_text() == "what,of,weighted\nforward,min,3\n"
+    assert "is a folder" in fails(capsys, "ops", "--quick", "--csv", tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--batch", "-1"], ["--peers", "mmcv"]])
+def test_arguments_out_of_range(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["benchmark", "ops", *arguments])
+    assert error.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+# ---- arithmetic
+
+
+class Ticks(timing.Clock):
+    """A clock that counts its readings."""
+
+    now = [0.0]
+
+    def __call__(self):
+        self.now[0] += 1.0
+        return self.now[0]
+
+
+def test_rounds_are_interleaved():
+    order = []
+    functions = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.interleave(functions, 2, Ticks("cpu", 1), settle=False)
+    assert "".join(order) == "abc" * 3  # one round warms up
+    assert times.seconds == {name: [1.0, 1.0] for name in "abc"}
+    order.clear()
+    timing.interleave(functions, 2, Ticks("cpu", 1), settle=True)
+    assert "".join(order) == "abc" + "aabbcc" * 2
+
+
+@pytest.mark.parametrize("loads, kept, others", [([0.0, 1.0, 0.05, 0.0], 3, 0.05 / 3), ([1.0, 0.5, 0.9] * 3, 3, 0.5)])
+def test_loud_rounds_of_wall_times_do_not_count(loads, kept, others, monkeypatch):
+    coming = iter(loads)
+
+    class Load:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.cores = next(coming)
+
+    monkeypatch.setattr(timing, "_Others", Load)
+    times = timing.interleave({"a": lambda: None}, 3, Ticks("wall", 1), settle=False)
+    assert len(times.seconds["a"]) == kept
+    assert times.others == pytest.approx(others)
+    assert not list(coming)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+        functions = {"a": lambda: seen.append(torch.get_num_threads()), "b": lambda: 1 / 0}
+        timing.interleave(functions, 1, timing.Clock("wall", 3), settle=False)
+    assert seen == [3] and torch.get_num_threads() == before
+
+
+def test_ratios_of_the_operator():
+    times = timing.Times(timing.Clock("cpu", 1))
+    for factor, (side, _, _) in enumerate(ops.STAGES, 1):
+        times.seconds[side, "ours", "forward"] = [0.001 * factor, 0.004, 0.003]
+        times.seconds[side, "official", "forward"] = [0.030, 0.010, 0.090]
+    rows = {(row["who"], row["of"]): row for row in ops.rows(times, {})}
+    ours, ratio = rows["ours", "min"], rows["official / ours", "min"]
+    assert [ours[f"{side}x{side}"] for side, _, _ in ops.STAGES] == [1, 2, 3, 3]
+    assert ours["weighted"] == pytest.approx(4 * 1 + 4 * 2 + 18 * 3 + 4 * 3)
+    assert ratio["56x56"] == 10 and ratio["weighted"] == pytest.approx(300 / 78, rel=1e-2)
+    assert rows["official / ours", "median"]["56x56"] == 10
+
+
+def test_ratios_of_models_take_the_faster_memory_format():
+    ours, official = models.Contender(models.OURS), models.Contender(models.OFFICIAL)
+    half = models.Contender(models.OURS, "bf16")
+    first, last = (models.Contender("convnext_tiny", channels_last=c) for c in (False, True))
+    times = timing.Times(timing.Clock("cpu", 1), {ours: [2.0], half: [0.5], official: [5.0], first: [4.0], last: [1.0]})
+    about = timing.facts()
+    rows = [row for row in models.rows(times, "inference", 8, about) if row["of"] == "min"]
+    values = {(row["who"], row["dtype"]): (row["value"], row["memory_format"]) for row in rows}
+    assert values == {
+        (models.OURS, "fp32"): (4.0, "default"),
+        (models.OURS, "bf16"): (16.0, "default"),
+        (models.OFFICIAL, "fp32"): (1.6, "default"),
+        ("convnext_tiny", "fp32"): (8.0, "channels_last"),
+        (f"{models.OURS} / {models.OFFICIAL}", "fp32"): (2.5, "default"),
+        (f"{models.OURS} / {models.OFFICIAL}", "bf16 / fp32"): (10.0, "default"),
+        (f"{models.OURS} / convnext_tiny", "fp32"): (0.5, "channels_last"),
+    }
+
+
+def test_markdown():
+    assert timing.markdown(["who", "ms"], [["a", 1.5], ["longer", 10]], names=1) == (
+        "| who    |  ms |\n| ------ | --: |\n| a      | 1.5 |\n| longer |  10 |"
+    )
