@@ -5,7 +5,6 @@ INTERNIMAGE_BUILD_CPU: `auto` (the default) builds what can be built and keeps t
 `internimage info` then tells; `0` builds nothing; `1` stops where it cannot build.
 """
 
-import glob
 import json
 import os
 import sys
