@@ -22,9 +22,13 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define INTERNIMAGE_VECTOR_ATOMICS (__CUDA_ARCH__ >= 900)
+#if __CUDA_ARCH__ >= 900
+#define INTERNIMAGE_VECTOR_ATOMICS true
+#else
+#define INTERNIMAGE_VECTOR_ATOMICS false
+#endif
 #else  // who includes this provides the names of CUDA that are used here
-#define INTERNIMAGE_VECTOR_ATOMICS 1
+#define INTERNIMAGE_VECTOR_ATOMICS true
 #endif
 
 namespace internimage {
@@ -176,14 +180,12 @@ __device__ __forceinline__ void store(S* to, const Compute<S> (&values)[N]) {
 // Adds where other threads add too. From compute capability 9.0 on, four floats are one operation.
 template <typename T, int N>
 __device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
-#if INTERNIMAGE_VECTOR_ATOMICS
-  if constexpr (std::is_same<T, float>::value && N == 4) {
+  if constexpr (INTERNIMAGE_VECTOR_ATOMICS && std::is_same<T, float>::value && N == 4) {
     atomicAdd(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
-    return;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int i = 0; i < N; ++i) atomicAdd(to + i, values[i]);
+    for (int i = 0; i < N; ++i) atomicAdd(to + i, values[i]);
+  }
 }
 
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
@@ -201,9 +203,10 @@ struct Divider {
 
   Divider() = default;
   explicit Divider(int64_t number) : divisor(static_cast<Index>(number)), multiplier(0), shift(0) {
-    if (sizeof(Index) > 4) return;
-    while ((int64_t{1} << shift) < number) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - number)) / number + 1);
+    if constexpr (sizeof(Index) == 4) {
+      while ((int64_t{1} << shift) < number) ++shift;
+      multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - number)) / number + 1);
+    }
   }
   __device__ __forceinline__ Index quotient(Index dividend) const {
     if constexpr (sizeof(Index) > 4) {
@@ -417,7 +420,7 @@ __device__ __forceinline__ Cell<T, Index> locate(const Arguments<T, Index>& a, c
 
 // kSoftmax holds for kPoints > 0; the general kernel asks its arguments.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPoints > 0 ? 0 : 3)
     forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
                    const S* __restrict__ mask, S* __restrict__ output) {
   using T = Compute<S>;
@@ -450,22 +453,27 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- backward
 
-// The sum over the threads of a unit, in all of them. All threads of the warp must come here.
-template <typename T, typename Index>
-__device__ __forceinline__ T sum_over_lanes(const Arguments<T, Index>& a, T value) {
-  for (uint32_t distance = a.lanes / 2; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
-  return value;
+// The sums of N values over the threads of a unit, in all of them. All threads of the warp must come here.
+template <int N, typename T, typename Index>
+__device__ __forceinline__ void sum_over_lanes(const Arguments<T, Index>& a, T (&values)[N]) {
+#pragma unroll 1
+  for (uint32_t distance = a.lanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], distance);
+  }
 }
 
 // This thread's part of <grad, corner> for the four corners.
 template <typename S, int kChannels, typename T, typename Index>
 __device__ __forceinline__ void dot_corners(const Arguments<T, Index>& a, const Cell<T, Index>& cell, const S* image,
-                                            const S* grad_output, T (&grad)[kChannels], T (&dots)[4]) {
+                                            const S* grad_output, uint32_t chunks, T (&grad)[kChannels],
+                                            T (&dots)[4]) {
+#pragma unroll
   for (int corner = 0; corner < 4; ++corner) dots[corner] = 0;
-  for (uint32_t chunk = 0; chunk < a.chunks; ++chunk) {
+#pragma unroll 1
+  for (uint32_t chunk = 0; chunk < chunks; ++chunk) {
     const uint32_t channel = chunk * a.lanes * kChannels;
-    if (a.chunks > 1) load<S, kChannels>(grad_output + channel, grad);
+    if (chunks > 1) load<S, kChannels>(grad_output + channel, grad);
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       T values[kChannels];
@@ -482,9 +490,10 @@ __device__ __forceinline__ T interpolate(const Cell<T, Index>& cell, const T (&d
          cell.below * ((1 - cell.right) * dots[2] + cell.right * dots[3]);
 }
 
+// With kPoints > 0 each thread has all its channels at once (one chunk).
 // grad_input holds zeros, of the compute type; it or the pair of grad_offset and grad_mask may be null: not asked for.
 template <typename S, int kChannels, int kPoints, typename Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
                     const S* __restrict__ input, const S* __restrict__ offset, const S* __restrict__ mask,
                     Compute<S>* __restrict__ grad_input, S* __restrict__ grad_offset, S* __restrict__ grad_mask) {
@@ -508,19 +517,22 @@ __global__ void __launch_bounds__(kThreads)
   offset += 2 * first_point;
   const Factors<S, kPoints> factors(mask + first_point, points, a.softmax);
   const bool writes = real && lane == 0;
+  const uint32_t chunks = kPoints > 0 ? 1 : a.chunks;
   const bool want_points = grad_offset != nullptr;
 
   T mean = 0;  // sum of factor * its gradient, for the softmax
   [[maybe_unused]] T grad_factors[kPoints > 0 ? kPoints : 1];
   if constexpr (kPoints == 0) {  // too many to keep, so once more for the mean alone
     if (want_points && a.softmax) {
+      T sums[1] = {0};
       for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {
         const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
         T dots[4];
-        dot_corners<S, kChannels>(a, cell, image, grad_output, grad, dots);
-        mean += cell.inside ? factors.at(k) * interpolate(cell, dots) : T(0);
+        dot_corners<S, kChannels>(a, cell, image, grad_output, chunks, grad, dots);
+        sums[0] += cell.inside ? factors.at(k) * interpolate(cell, dots) : T(0);
       });
-      mean = sum_over_lanes(a, mean);
+      sum_over_lanes(a, sums);
+      mean = sums[0];
     }
   }
 
@@ -529,15 +541,15 @@ __global__ void __launch_bounds__(kThreads)
     const T factor = cell.inside ? factors.at(k) : T(0);
     if (want_points) {
       T dots[4];
-      dot_corners<S, kChannels>(a, cell, image, grad_output, grad, dots);
-      const T along_x = (1 - cell.below) * (dots[1] - dots[0]) + cell.below * (dots[3] - dots[2]);
-      const T along_y = (1 - cell.right) * (dots[2] - dots[0]) + cell.right * (dots[3] - dots[1]);
-      const T sum_x = sum_over_lanes(a, along_x), sum_y = sum_over_lanes(a, along_y);
-      const T sum = sum_over_lanes(a, interpolate(cell, dots));
-      const T grad_factor = cell.inside ? sum : T(0);
+      dot_corners<S, kChannels>(a, cell, image, grad_output, chunks, grad, dots);
+      T sums[3] = {(1 - cell.below) * (dots[1] - dots[0]) + cell.below * (dots[3] - dots[2]),   // along x
+                   (1 - cell.right) * (dots[2] - dots[0]) + cell.right * (dots[3] - dots[1]),   // along y
+                   interpolate(cell, dots)};
+      sum_over_lanes(a, sums);
+      const T grad_factor = cell.inside ? sums[2] : T(0);
       if (writes) {
         const T scale = factor * a.offset_scale;
-        const T grad_shift[2] = {cell.inside ? sum_x * scale : T(0), cell.inside ? sum_y * scale : T(0)};
+        const T grad_shift[2] = {cell.inside ? sums[0] * scale : T(0), cell.inside ? sums[1] * scale : T(0)};
         store<S, 2>(grad_offset + 2 * (first_point + k), grad_shift);
       }
       if constexpr (kPoints > 0) {
@@ -549,9 +561,10 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (grad_input != nullptr && real && cell.inside) {
-      for (uint32_t chunk = 0; chunk < a.chunks; ++chunk) {
+#pragma unroll 1
+      for (uint32_t chunk = 0; chunk < chunks; ++chunk) {
         const uint32_t channel = chunk * a.lanes * kChannels;
-        if (a.chunks > 1) load<S, kChannels>(grad_output + channel, grad);
+        if (chunks > 1) load<S, kChannels>(grad_output + channel, grad);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
           if (!cell.has(corner)) continue;
@@ -579,7 +592,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_input alone, the same bits each time: one thread owns a channel of an image and goes through all that was sampled
 // from it in a fixed order. Slow, as it has no more threads than the batch has channels.
 template <typename S, typename Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     deterministic_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
                          const S* __restrict__ offset, const S* __restrict__ mask, Compute<S>* __restrict__ grad_input) {
   using T = Compute<S>;
@@ -669,7 +682,7 @@ void backward_of_width(const Problem& p, const S* grad_output, const S* input, c
   const Arguments<Compute<S>, uint32_t> a(p, 1, lanes, chunks, threads);
   auto kernel = backward_kernel<S, kChannels, 0, uint32_t>;
   if constexpr (kChannels > 1 && sizeof(S) < 8) {
-    if (is_3x3(p))
+    if (is_3x3(p) && chunks == 1)
       kernel = p.remove_center ? backward_kernel<S, kChannels, 8, uint32_t> : backward_kernel<S, kChannels, 9, uint32_t>;
   }
   launch(kernel, threads, a, grad_output, input, offset, mask, grad_input, grad_offset, grad_mask);
