@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # up to 50 times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow timm-contract lint format bench clean
+.PHONY: demo test test-slow timm-contract lint format bench wheel gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -35,6 +35,16 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python scripts/bench_ops.py $(BENCH_ARGS)
 
+# dist/internimage-*.whl with the CPU kernels; CUDA=1 adds those for CUDA, and is an error where they cannot be built
+wheel: export INTERNIMAGE_BUILD_CPU := 1
+wheel: export INTERNIMAGE_BUILD_CUDA := $(if $(filter 1,$(CUDA)),1,0)
+wheel: $(VENV)/.installed-torch
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+# on a machine with a GPU; see scripts/gpu_check.sh for its variables
+gpu-check: $(VENV)/.installed-dev
+	PYTHON=$(BIN)/python scripts/gpu_check.sh all
+
 clean:
 	rm -rf build dist internimage.egg-info
 
@@ -44,6 +54,6 @@ $(VENV)/.installed-torch:
 	touch $@
 
 # without build isolation, so that the torch above is built against and none is downloaded twice
-$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.py csrc/cpu/* csrc/cuda/*)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@

@@ -12,6 +12,7 @@ the newest for those to come. MAX_JOBS is how many of them are compiled at a tim
 """
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension
+from setuptools.modified import newer_group
 
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 HOST_COMPILER = "c++" if sys.platform == "darwin" else "g++"
@@ -161,6 +163,37 @@ class CudaExtension(Extension):
             "torch": self.torch.version,
             "reason": "",
         }
+
+
+LIBRARY = "_C_cuda.abi3.so"
+
+
+def build_into(folder: Path, extension: CudaExtension | None, reason: str) -> dict[str, object]:
+    """Build into the package's folder; returns facts for `internimage info`.
+
+    What is there is taken if it is from these sources, and does not stay where it is not, or where none is wanted. A
+    failure ends the build only with `1`.
+    """
+    library, facts = folder / LIBRARY, folder / "_build.json"
+    if extension is None:
+        library.unlink(missing_ok=True)
+        return {"reason": reason}
+    before = json.loads(facts.read_text()).get("cuda") if facts.is_file() else None
+    if (
+        library.is_file()
+        and before == extension.facts()
+        and not newer_group([*extension.depends, __file__], str(library))
+    ):
+        return before
+    library.unlink(missing_ok=True)
+    try:
+        extension.build(library)
+    except CannotBuild as error:
+        if wanted() == "1":
+            sys.exit(f"INTERNIMAGE_BUILD_CUDA=1, but {error}")
+        print(f"internimage: {error}\ninternimage: installing without them", file=sys.stderr)
+        return {"reason": str(error)}
+    return extension.facts()
 
 
 def wanted() -> str:

@@ -92,7 +92,20 @@ def loads() -> str:
     return "" if "compiled kernel" in result.stdout else (result.stdout + result.stderr)[-500:]
 
 
-def build(report: Report, _) -> int:
+def peers(arguments: argparse.Namespace) -> list[str]:
+    return [w for name in ("official", "dcnv4") if (path := getattr(arguments, name)) for w in (f"--{name}", str(path))]
+
+
+def build(report: Report, arguments: argparse.Namespace) -> int:
+    status = build_ours(report)
+    if peers(arguments):
+        report.write("\nPeers:\n")
+        if report.run([sys.executable, "scripts/cuda_peers.py", *peers(arguments)], seconds=SECONDS - 100) is None:
+            report.write("The time was up.")
+    return status
+
+
+def build_ours(report: Report) -> int:
     carried = sorted(path.name for path in (ROOT / "internimage").glob("_C_cuda*.so"))
     if carried and not loads():
         report.write(f"`{carried[0]}` was carried here and loads: not built.")
@@ -163,9 +176,9 @@ def sanitize(report: Report, _) -> int:
 def bench(what: str):
     def run(report: Report, arguments: argparse.Namespace) -> int:
         command = [sys.executable, "scripts/bench_cuda.py", what, "--budget", str(SECONDS - 80)]
-        for name in ("official", "dcnv4"):
-            if getattr(arguments, name):
-                command += [f"--{name}", str(getattr(arguments, name))]
+        command += (
+            peers(arguments) if what == "ops" else peers(argparse.Namespace(official=arguments.official, dcnv4=None))
+        )
         status = report.run(command)
         if status is None:
             report.write("\nThe time was up.")

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__, list_models
-from ..extension import backend, build_facts, devices
+from ..extension import backend, build_facts, cuda_note, devices
 
 HELP = "Versions, devices, and which backend serves each."
 
@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "backends": [vars(backend(device)) | {"hardware": _hardware(device)} for device in devices()],
-        "kernels_built_with": {k: v for k, v in build_facts().items() if k != "reason"} or None,
+        "kernels_built_with": {k: v for k, v in build_facts().items() if k not in ("reason", "cuda")} or None,
+        "cuda_kernels": cuda_note(),
         "models": list_models(),
     }
     if arguments.json:
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  not by a faster one: {entry['reason']}")
     built = facts["kernels_built_with"]
     print(f"kernels built with torch {built['torch']}" if built else "no compiled kernels are installed")
+    print(f"CUDA kernels: {facts['cuda_kernels']}")
     print(f"models: {', '.join(facts['models'])}")
     return 0
 
