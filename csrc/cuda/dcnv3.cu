@@ -54,10 +54,12 @@ void check_sizes(const Problem& p, const Tensor& input, const Tensor& offset, co
                   "internimage::dcnv3: input, offset and mask must be on one device");
 }
 
-// As the kernels want a tensor: contiguous, its memory aligned to the widest load. New memory always is.
+// As the kernels want a tensor: contiguous, and aligned to what a thread takes of a pixel. New memory always is.
 Tensor prepare(const Tensor& tensor) {
   const Tensor t = torch::stable::contiguous(tensor);
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % cuda::kForwardBytes == 0
+             ? t
+             : torch::stable::clone(t);
 }
 
 // Calls run with a value of the storage type.

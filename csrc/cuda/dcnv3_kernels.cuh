@@ -166,8 +166,9 @@ __device__ __forceinline__ void store(S* to, const Compute<S> (&values)[N]) {
     Storage<S>::template pack<N>(values, words);
     if constexpr (kBytes % 16 == 0) {
 #pragma unroll
-      for (int i = 0; i < kBytes / 16; ++i)
-        reinterpret_cast<uint4*>(to)[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      for (int i = 0; i < kBytes / 16; ++i)  // by name, as an assignment may be taken apart
+        __stwb(reinterpret_cast<uint4*>(to) + i,
+               make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]));
     } else if constexpr (kBytes == 8) {
       *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
     } else {
@@ -369,7 +370,10 @@ struct Unit {
   }
 };
 
-__device__ uint4 zero_row[kForwardBytes / 16];  // nothing ever writes here
+struct alignas(kForwardBytes) Zeros {
+  uint4 words[kForwardBytes / 16];
+};
+__device__ Zeros zero_row;  // nothing ever writes here
 
 // The four pixels around a location. Corners are counted upper left, upper right, lower left, lower right.
 template <typename T, typename Index>
@@ -403,7 +407,7 @@ struct Cell {
   // A corner's values, of channels that begin at `image`.
   template <typename S, int N>
   __device__ __forceinline__ void read(int corner, const S* image, T (&values)[N]) const {
-    load<S, N>(has(corner) ? image + at(corner) : reinterpret_cast<const S*>(zero_row), values);
+    load<S, N>(has(corner) ? image + at(corner) : reinterpret_cast<const S*>(&zero_row), values);
   }
 };
 
@@ -418,6 +422,12 @@ __device__ __forceinline__ Cell<T, Index> locate(const Arguments<T, Index>& a, c
 
 // ---- forward
 
+// The other 16 bytes of 32 that are aligned: an operation less than to keep two pointers.
+template <typename S>
+__device__ __forceinline__ const S* other_half(const S* pointer) {
+  return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(pointer) ^ 16);
+}
+
 // kSoftmax holds for kPoints > 0; the general kernel asks its arguments.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
 __global__ void __launch_bounds__(kThreads, kPoints > 0 ? 0 : 3)
@@ -429,26 +439,37 @@ __global__ void __launch_bounds__(kThreads, kPoints > 0 ? 0 : 3)
   const Index index = a.slices.quotient(thread);
   const Unit<T, Index> unit(a, index);
   const Index slice = thread - index * a.slices.divisor;
-  const S* image = input + unit.image * a.image + (unit.group * a.group_channels + slice * kChannels);
+  // A thread that has 32 bytes of a pixel loads them in two halves. Of eight neighbours, which are served at once, four
+  // begin with their second half: all eight with the first would meet in one half of the cache's banks.
+  constexpr int kHalves = kChannels * sizeof(S) / 16 > 0 ? kChannels * sizeof(S) / 16 : 1, kHalf = kChannels / kHalves;
+  const uint32_t near = kHalves == 2 && threadIdx.x % 8 >= 4 ? kHalf : 0;
+  const S* image = input + unit.image * a.image + (unit.group * a.group_channels + slice * kChannels + near);
+  const S* zeros = reinterpret_cast<const S*>(&zero_row) + near;
   const int points = kPoints > 0 ? kPoints : a.points;
   offset += static_cast<uint64_t>(index) * (2 * points);
   const Factors<S, kPoints> factors(mask + static_cast<uint64_t>(index) * points, points,
                                     kPoints > 0 ? kSoftmax : a.softmax);
-  T sums[kChannels] = {};
+  T sums[kHalves][kHalf] = {};
   for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {
     const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
     const T factor = cell.inside ? factors.at(k) : T(0);  // a NaN there does not count
     const T lines[2] = {factor * (1 - cell.below), factor * cell.below};
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      T values[kChannels];
-      cell.template read<S, kChannels>(corner, image, values);
+      const S* from = cell.has(corner) ? image + cell.at(corner) : zeros;
       const T weight = (corner % 2 ? cell.right : 1 - cell.right) * lines[corner / 2];
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) sums[i] += weight * values[i];
+      for (int half = 0; half < kHalves; ++half) {
+        T values[kHalf];
+        load<S, kHalf>(half == 0 ? from : other_half(from), values);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) sums[half][i] += weight * values[i];
+      }
     }
   });
-  store<S, kChannels>(output + static_cast<uint64_t>(thread) * kChannels, sums);
+  output += static_cast<uint64_t>(thread) * kChannels;
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) store<S, kHalf>(output + (half == 0 ? near : kHalf - near), sums[half]);
 }
 
 // ---- backward
@@ -624,8 +645,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- which kernel serves a problem
 //
-// `launch(kernel, threads, arguments...)` runs a kernel in blocks of kThreads. All pointers are aligned to 16 bytes and
-// the tensors are contiguous and not empty. `wide` asks for 64-bit indices where 32 would do, for tests.
+// `launch(kernel, threads, arguments...)` runs a kernel in blocks of kThreads. All pointers are aligned to
+// kForwardBytes and the tensors are contiguous and not empty. `wide` asks for 64-bit indices where 32 would do, for tests.
 
 inline bool needs_wide_index(const Problem& p, int64_t threads) {
   constexpr int64_t kLimit = int64_t{1} << 31;

@@ -180,6 +180,11 @@ T __ldg(const T* address) {
   cuda_host::check_aligned(address);
   return *address;
 }
+template <typename T>
+void __stwb(T* address, T value) {
+  cuda_host::check_aligned(address);
+  *address = value;
+}
 
 // ---- numbers
 
@@ -248,8 +253,7 @@ void atomicAdd(T* address, T value) {
   *address += value;
 }
 inline void atomicAdd(float4* address, float4 value) {
-  cuda_host::check_aligned(reinterpret_cast<const uint4*>(address));
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(float4) != 0) cuda_host::fail("misaligned atomic", address);
+  cuda_host::check_aligned(address);
   address->x += value.x;
   address->y += value.y;
   address->z += value.z;
