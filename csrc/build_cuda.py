@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension
-from setuptools.modified import newer_group
 
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 HOST_COMPILER = "c++" if sys.platform == "darwin" else "g++"
@@ -179,11 +178,9 @@ def build_into(folder: Path, extension: CudaExtension | None, reason: str) -> di
         library.unlink(missing_ok=True)
         return {"reason": reason}
     before = json.loads(facts.read_text()).get("cuda") if facts.is_file() else None
-    if (
-        library.is_file()
-        and before == extension.facts()
-        and not newer_group([*extension.depends, __file__], str(library))
-    ):
+    sources = [Path(__file__), *map(Path, extension.depends)]
+    old = not library.is_file() or any(s.stat().st_mtime > library.stat().st_mtime for s in sources)
+    if not old and before == extension.facts():
         return before
     library.unlink(missing_ok=True)
     try:
