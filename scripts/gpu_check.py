@@ -11,8 +11,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,14 +24,20 @@ SECONDS = 450  # of the 480 that gpu_check.sh gives
 SANITIZED = "test_golden and operator and (float32 or float64) or test_half or test_one_pixel or test_gradients_of_some"
 
 
+def said_by(*command: str) -> str:
+    """What a program prints; nothing where it is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    except OSError:
+        return ""
+
+
 def facts() -> list[str]:
     import torch
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.split()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+    commit = said_by("git", "rev-parse", "--short", "HEAD").strip()
     return [
         ", ".join(f"{g.name} ({g.multi_processor_count} multiprocessors, {g.total_memory >> 30} GiB)" for g in gpus),
         f"driver {driver[0] if driver else 'unknown'}, torch {torch.__version__}, CUDA {torch.version.cuda}",
@@ -60,29 +68,29 @@ class Report:
             text=True,
             env={**os.environ, **variables},
             cwd=ROOT,
+            start_new_session=True,  # so that what it has started ends with it
         )
-        lines, end = [], time.monotonic() + seconds
-        os.set_blocking(process.stdout.fileno(), False)
-        rest = ""
-        while True:
-            text = process.stdout.read() or ""
-            *whole, rest = (rest + text).split("\n")
-            for line in whole:
-                lines.append(line)
+        lines = []
+
+        def collect() -> None:
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
                 if tail is None:
-                    self.write(line)
-            if process.poll() is not None and not text:
-                break
-            if time.monotonic() > end:
-                process.kill()
-                process.wait()
-                break
-            if not text:
-                time.sleep(0.2)
+                    self.write(lines[-1])
+
+        collector = threading.Thread(target=collect, daemon=True)
+        collector.start()
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = None
+        collector.join(timeout=10)
         if tail is not None:
             self.write("```\n" + "\n".join(lines[-tail:]) + "\n```")
         self.output = "\n".join(lines)
-        return process.returncode if process.returncode != -9 else None
+        return status
 
 
 def loads() -> str:
@@ -208,7 +216,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")
     report = Report(arguments.report)
-    if not arguments.report.stat().st_size if arguments.report.exists() else True:
+    if not arguments.report.exists():
         report.write("# What a GPU says\n\nMade by scripts/gpu_check.sh.")
     now = datetime.datetime.now(datetime.timezone.utc)
     report.write(f"\n## {arguments.stage}, {now:%Y-%m-%d %H:%M} UTC\n")
