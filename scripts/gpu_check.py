@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""The stages of gpu_check.sh: build, test, sanitize, bench-ops, bench-models. Each appends a section to the report.
+
+A stage that could not be run says so and why; a stage that failed ends with status 1. What a stage printed until its
+time was up is in the report, too.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 450  # of the 480 that gpu_check.sh gives
+# What the sanitizers run: all paths of the kernels on small problems. They make each launch a hundred times slower.
+SANITIZED = "test_golden and operator and (float32 or float64) or test_half or test_one_pixel or test_gradients_of_some"
+
+
+def said_by(*command: str) -> str:
+    """What a program prints; nothing where it is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    except OSError:
+        return ""
+
+
+def facts() -> list[str]:
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+    commit = said_by("git", "rev-parse", "--short", "HEAD").strip()
+    return [
+        ", ".join(f"{g.name} ({g.multi_processor_count} multiprocessors, {g.total_memory >> 30} GiB)" for g in gpus),
+        f"driver {driver[0] if driver else 'unknown'}, torch {torch.__version__}, CUDA {torch.version.cuda}",
+        f"Python {platform.python_version()}, commit {commit or 'unknown'}",
+    ]
+
+
+class Report:
+    """Appends to a file and prints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, text: str = "") -> None:
+        print(text, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def run(
+        self, command: list[str], tail: int | None = None, seconds: float = SECONDS, **variables: str
+    ) -> int | None:
+        """Run a command; all of its output, or the last lines, into the report. None if its time was up."""
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **variables},
+            cwd=ROOT,
+            start_new_session=True,  # so that what it has started ends with it
+        )
+        lines = []
+
+        def collect() -> None:
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
+                if tail is None:
+                    self.write(lines[-1])
+
+        collector = threading.Thread(target=collect, daemon=True)
+        collector.start()
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = None
+        collector.join(timeout=10)
+        if tail is not None:
+            self.write("```\n" + "\n".join(lines[-tail:]) + "\n```")
+        self.output = "\n".join(lines)
+        return status
+
+
+def loads() -> str:
+    """Why the CUDA kernels are not in use; empty if they are."""
+    code = "import internimage; from internimage.extension import backend; print(backend('cuda'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return "" if "compiled kernel" in result.stdout else (result.stdout + result.stderr)[-500:]
+
+
+def peers(arguments: argparse.Namespace) -> list[str]:
+    return [w for name in ("official", "dcnv4") if (path := getattr(arguments, name)) for w in (f"--{name}", str(path))]
+
+
+def build(report: Report, arguments: argparse.Namespace) -> int:
+    status = build_ours(report)
+    if peers(arguments):
+        report.write("\nPeers:\n")
+        if report.run([sys.executable, "scripts/cuda_peers.py", *peers(arguments)], seconds=SECONDS - 100) is None:
+            report.write("The time was up.")
+    return status
+
+
+def build_ours(report: Report) -> int:
+    carried = sorted(path.name for path in (ROOT / "internimage").glob("_C_cuda*.so"))
+    if carried and not loads():
+        report.write(f"`{carried[0]}` was carried here and loads: not built.")
+        return 0
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    start = time.monotonic()
+    status = report.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        tail=15,
+        INTERNIMAGE_BUILD_CUDA="1",
+        TORCH_CUDA_ARCH_LIST=os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
+    )
+    reason = loads()
+    report.write(f"Built in {time.monotonic() - start:.0f} s, status {status}. {reason or 'The kernels load.'}")
+    return int(status != 0 or bool(reason))
+
+
+def test(report: Report, _) -> int:
+    reason = loads()
+    if reason:
+        report.write(f"Not run: the CUDA kernels are not in use. {reason}")
+        return 1
+    status = report.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsfE", "tests"], tail=25)
+    report.write("The time was up." if status is None else f"Status {status}.")
+    return int(status != 0)
+
+
+def sanitize(report: Report, _) -> int:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        report.write("not available here: there is no compute-sanitizer.")
+        return 0
+    failed = False
+    for name in ("memcheck", "racecheck"):
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "tests/test_dcnv3.py",
+            "-m",
+            "gpu",
+        ]
+        options = ["--tool", name, "--error-exitcode", "99", "--target-processes", "all"]
+        report.write(f"\n{name}:\n")
+        status = report.run(
+            [tool, *options, *tests, "-k", SANITIZED],
+            tail=12,
+            seconds=SECONDS / 2 - 5,
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )
+        summary = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", report.output)
+        if re.search(r"not supported|Unable to|insufficient|permission", report.output, re.I) and not summary:
+            report.write("not available here: the driver refuses it.")
+        elif status is None:
+            report.write("The time was up.")
+        else:
+            report.write(summary[-1] if summary else f"Status {status}.")
+            failed |= status != 0
+    return int(failed)
+
+
+def bench(what: str):
+    def run(report: Report, arguments: argparse.Namespace) -> int:
+        command = [sys.executable, "scripts/bench_cuda.py", what, "--budget", str(SECONDS - 80)]
+        command += (
+            peers(arguments) if what == "ops" else peers(argparse.Namespace(official=arguments.official, dcnv4=None))
+        )
+        status = report.run(command)
+        if status is None:
+            report.write("\nThe time was up.")
+        return int(status not in (0, None))
+
+    return run
+
+
+STAGES = {
+    "build": build,
+    "test": test,
+    "sanitize": sanitize,
+    "bench-ops": bench("ops"),
+    "bench-models": bench("models"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--official", type=Path)
+    parser.add_argument("--dcnv4", type=Path)
+    arguments = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")
+    report = Report(arguments.report)
+    if not arguments.report.exists():
+        report.write("# What a GPU says\n\nMade by scripts/gpu_check.sh.")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    report.write(f"\n## {arguments.stage}, {now:%Y-%m-%d %H:%M} UTC\n")
+    report.write("\n".join(f"- {fact}" for fact in facts()) + "\n")
+    return STAGES[arguments.stage](report, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

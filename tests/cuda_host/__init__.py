@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels on a CPU: csrc/cuda/dcnv3_kernels.cuh compiled for the host (harness.cpp), called through ctypes."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def build(library: Path, *flags: str) -> Path:
+    command = [COMPILER, "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    subprocess.run([*command, *flags, str(FOLDER / "harness.cpp"), "-o", str(library), "-ldl"], check=True)
+    return library
+
+
+class Problem(ctypes.Structure):
+    """`Problem` of csrc/common.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "out_height", "out_width")),
+        *((f"{name}_{axis}", ctypes.c_int64) for name in ("kernel", "stride", "pad", "dilation") for axis in "hw"),
+        *((name, ctypes.c_int64) for name in ("groups", "group_channels", "points")),
+        ("offset_scale", ctypes.c_double),
+        ("remove_center", ctypes.c_bool),
+        ("softmax", ctypes.c_bool),
+    ]
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    assert tensor is None or tensor.is_contiguous()
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class Host:
+    """The kernels of one build; arguments as in the operator's schema."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for name in ("launched", "forward", "backward"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.library.round_trip.restype = ctypes.c_float
+        self.kernels: list[str] = []  # of the last call
+
+    def problem(self, input: Tensor, mask: Tensor, geometry: tuple) -> Problem:
+        kernel, stride, padding, dilation, groups, offset_scale, remove_center, softmax = geometry
+        n, height, width, channels = input.shape
+        points = kernel[0] * kernel[1] - remove_center
+        sizes = n, height, width, channels, *mask.shape[1:3], *kernel, *stride, *padding, *dilation
+        return Problem(*sizes, groups, channels // groups, points, offset_scale, remove_center, softmax)
+
+    def call(self, function, input: Tensor, *arguments) -> None:
+        message = function(str(input.dtype).removeprefix("torch.").encode(), *arguments).decode()
+        self.kernels = self.library.launched().decode().split(";")[:-1]
+        if message:
+            raise RuntimeError(message)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor, *geometry, wide: bool = False) -> Tensor:
+        problem = self.problem(input, mask, geometry)
+        output = input.new_full((*mask.shape[:3], input.shape[3]), float("nan"))
+        tensors = [pointer(t) for t in (input, offset, mask, output)]
+        self.call(self.library.forward, input, ctypes.byref(problem), *tensors, wide)
+        return output
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        offset: Tensor,
+        mask: Tensor,
+        *geometry,
+        deterministic: bool = False,
+        wanted: tuple[bool, bool] = (True, True),
+        wide: bool = False,
+    ) -> list[Tensor | None]:
+        """`wanted`: grad_input; grad_offset and grad_mask."""
+        problem = self.problem(input, mask, geometry)
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        grads = [
+            torch.zeros_like(input, dtype=dtype) if wanted[0] else None,
+            torch.full_like(offset, float("nan")) if wanted[1] else None,
+            torch.full_like(mask, float("nan")) if wanted[1] else None,
+        ]
+        tensors = [pointer(t) for t in (grad_output, input, offset, mask, *grads)]
+        self.call(self.library.backward, input, ctypes.byref(problem), *tensors, deterministic, wide)
+        return [None if g is None else g.to(input.dtype) for g in grads]

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: MIT
+// Every CUDA kernel and nothing else, for tests that look at what the compiler makes of them.
+#include "../../csrc/cuda/dcnv3_kernels.cuh"
+
+namespace internimage {
+namespace cuda {
+
+struct Launch {
+  template <typename Kernel, typename... A>
+  void operator()(Kernel* kernel, int64_t threads, A... arguments) const {
+    kernel<<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads>>>(arguments...);
+  }
+};
+
+#define INTERNIMAGE_INSTANTIATE(S)                                                                               \
+  template void forward<S, Launch>(const Problem&, const S*, const S*, const S*, S*, bool, const Launch&);       \
+  template void backward<S, Launch>(const Problem&, const S*, const S*, const S*, const S*, Compute<S>*, S*, S*, \
+                                    bool, bool, const Launch&);
+
+INTERNIMAGE_INSTANTIATE(__half)
+INTERNIMAGE_INSTANTIATE(__nv_bfloat16)
+INTERNIMAGE_INSTANTIATE(float)
+INTERNIMAGE_INSTANTIATE(double)
+
+}  // namespace cuda
+}  // namespace internimage

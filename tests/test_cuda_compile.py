@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""What nvcc makes of the CUDA kernels: registers, spills, widths of loads, instructions. Needs the toolkit, no GPU.
+
+A change that makes a kernel slow without making it wrong shows here first.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent / "cuda_host" / "all_kernels.cu"
+ARCHITECTURES = ["sm_80", "sm_90"]
+HALF = ["__half", "__nv_bfloat16"]
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit; Triton's wheel, which torch's CUDA builds bring, carries some of them too."""
+    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    folders.append(Path("/usr/local/cuda/bin"))
+    return shutil.which(name) or next((str(f / name) for f in folders if os.access(f / name, os.X_OK)), None)
+
+
+NVCC, CUOBJDUMP = find_tool("nvcc"), find_tool("cuobjdump")
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit)"),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump (the CUDA toolkit, or Triton's wheel)"),
+]
+
+
+@dataclass
+class Kernel:
+    registers: int = 0
+    spilled_bytes: int = 0
+    stack_bytes: int = 0
+    instructions: Counter = field(default_factory=Counter)  # opcode with its modifiers, such as LDG.E.128.CONSTANT
+
+    def count(self, pattern: str = "") -> int:
+        return sum(n for opcode, n in self.instructions.items() if re.match(pattern, opcode))
+
+
+TYPES = {"6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16", "f": "float", "d": "double"}
+
+
+def readable(mangled: str) -> str:
+    """_ZN...14forward_kernelI6__halfLi16ELi9ELb1EjEEv... -> forward_kernel<__half, 16, 9, true, 32>."""
+    name, arguments = re.search(r"\d+([a-z]+_kernel)I(.*?)EEv", mangled).groups()
+    storage, rest = re.match(r"(6__half|13__nv_bfloat16|f|d)(.*)", arguments).groups()
+    numbers, index = re.fullmatch(r"((?:L[ib]\d+E)*)([jm])", rest).groups()
+    values = [
+        value if kind == "i" else str(value == "1").lower() for kind, value in re.findall(r"L([ib])(\d+)E", numbers)
+    ]
+    return f"{name}<{', '.join([TYPES[storage], *values, {'j': '32', 'm': '64'}[index]])}>"
+
+
+def parse_resources(text: str) -> dict[str, Kernel]:
+    """From what `ptxas -v` says."""
+    kernels = {}
+    for part in re.split(r"Compiling entry function ", text)[1:]:
+        kernel = kernels[readable(re.match(r"'(\S+)'", part).group(1))] = Kernel()
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        )
+        kernel.stack_bytes, kernel.spilled_bytes = stack, stores + loads
+        kernel.registers = int(re.search(r"Used (\d+) registers", part).group(1))
+    return kernels
+
+
+def parse_instructions(sass: str) -> dict[str, Counter]:
+    """Instructions of each kernel, without what the assembler pads with after the end."""
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?PT?\d* )?([A-Z][A-Za-z0-9_.]*)", part, re.MULTILINE)
+        while opcodes[-1] in ("NOP", "BRA"):
+            opcodes.pop()
+        found[readable(part.split()[0])] = Counter(opcodes)
+    return found
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def kernels(architecture, tmp_path_factory) -> dict[str, Kernel]:
+    binary = tmp_path_factory.mktemp(architecture) / "kernels.cubin"
+    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", str(SOURCE)]
+    built = subprocess.run([*command, "-o", str(binary)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "warning" not in built.stderr, built.stderr
+    result = parse_resources(built.stderr + built.stdout)
+    sass = subprocess.run([CUOBJDUMP, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
+    for name, instructions in parse_instructions(sass).items():
+        result[name].instructions = instructions
+    assert len(result) > 50 and all(kernel.instructions for kernel in result.values())
+    return result
+
+
+def test_no_spills(kernels):
+    spills = {name: kernel for name, kernel in kernels.items() if kernel.spilled_bytes or kernel.stack_bytes}
+    assert not spills, spills.keys()
+
+
+def test_registers_leave_room(kernels):
+    """At least two blocks of 256 threads a multiprocessor, three of the 3x3 forward."""
+    for name, kernel in kernels.items():
+        assert kernel.registers <= (80 if re.match(r"forward_kernel<.*, [89], ", name) else 128), name
+
+
+@pytest.mark.parametrize("softmax, limit", [("false", 140), ("true", 150)])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("points", [9, 8])
+def test_instructions_for_an_output_element(points, dtype, softmax, limit, kernels):
+    """Straight-line code, so that what is there is what runs: 16 channels a thread."""
+    kernel = kernels[f"forward_kernel<{dtype}, 16, {points}, {softmax}, 32>"]
+    assert kernel.count("CALL|BRX|WARPSYNC") == 0
+    assert kernel.count("BRA") == 0  # but for the padding, which was cut off
+    assert kernel.count() / 16 <= limit, kernel.instructions.most_common()
+
+
+def vector_width(name: str) -> tuple[str, int, int]:
+    dtype, channels, points = re.match(r"\w+<(\w+), (\d+), (\d+), ", name).groups()
+    return dtype, int(channels), int(points)
+
+
+SIZES = {"__half": 2, "__nv_bfloat16": 2, "float": 4, "double": 8}
+
+
+def test_forward_loads_16_bytes_at_once(kernels):
+    for name in (n for n in kernels if n.startswith("forward_kernel")):
+        dtype, channels, points = vector_width(name)
+        if channels == 1:
+            continue
+        bytes_a_corner = channels * SIZES[dtype]
+        assert bytes_a_corner in (16, 32)
+        loads = 4 * (points or 1) * bytes_a_corner // 16  # corners; the general kernel is a loop
+        assert kernels[name].count(r"LDG\.E\.128") >= loads, name
+        assert kernels[name].count(r"STG\.E\.128") == bytes_a_corner // 16, name
+        assert kernels[name].count(r"LD\.") == 0, f"{name}: loads from generic addresses"
+
+
+def test_backward_loads_4_channels_at_once(kernels):
+    loads = {"__half": r"LDG\.E\.64", "__nv_bfloat16": r"LDG\.E\.64", "float": r"LDG\.E\.128"}
+    for name in (n for n in kernels if n.startswith("backward_kernel")):
+        dtype, channels, points = vector_width(name)
+        if points:
+            assert channels == 4
+            assert kernels[name].count(loads[dtype]) >= 4 * points + 1, name
+
+
+def test_backward_adds_4_floats_at_once(kernels, architecture):
+    kernel = kernels["backward_kernel<__half, 4, 9, 32>"]
+    wide, all_of_them = kernel.count(r"REDG?\.E\.ADD\..*F32x4"), kernel.count(r"REDG?\.E\.ADD")
+    # from compute capability 9.0 on
+    assert (wide, all_of_them) == ((36, 36) if architecture == "sm_90" else (0, 144)), kernel.instructions
+
+
+def test_backward_shuffles(kernels):
+    assert kernels["backward_kernel<__half, 4, 9, 32>"].count("SHFL") == 9 * 3

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels' source, compiled for the CPU and run against the reference: all but races and speed.
+
+Needs no GPU and no CUDA toolkit, only a C++ compiler. `cuda_host` explains how it is done.
+"""
+
+import ctypes
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_host
+import golden
+import oracle
+import pytest
+import torch
+from conftest import assert_close
+from hypothesis import HealthCheck, given, settings
+from test_dcnv3 import golden_problem, problems, schema
+
+from internimage.ops import reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("input", "offset", "mask")
+ROOT = Path(__file__).parents[1]
+LIBRARY = "INTERNIMAGE_TEST_CUDA_HOST"  # a library that is already built
+
+pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs a C++ compiler (g++, or CXX)")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> cuda_host.Host:
+    built = os.environ.get(LIBRARY)
+    return cuda_host.Host(built or cuda_host.build(tmp_path_factory.mktemp("cuda_host") / "kernels.so"))
+
+
+def compare(host, tensors, grad_output, arguments, dtype, deterministic=False, wide=False) -> None:
+    """Forward and backward of `dtype` against the reference in float64 on the same rounded numbers."""
+    geometry = schema(arguments)
+    tensors, grad_output = [t.to(dtype) for t in tensors], grad_output.to(dtype)
+    exact = [t.double() for t in tensors]
+    output = host.forward(*tensors, *geometry, wide=wide)
+    assert_close(output, reference.dcnv3(*exact, *geometry), name="output")
+    grads = host.backward(grad_output, *tensors, *geometry, deterministic=deterministic, wide=wide)
+    expected = reference.dcnv3_backward(grad_output.double(), *exact, *geometry, False, [True] * 3)
+    for name, grad, right in zip(NAMES, grads, expected):
+        assert_close(grad, right, name=f"grad_{name}")
+
+
+# arguments, input size, channels of a group
+CASES = {
+    "plain": ({"padding": (1, 1), "groups": 2}, (6, 7), 16),
+    "softmax": ({"padding": (1, 1), "groups": 2, "softmax": True}, (6, 7), 16),
+    "no centre": ({"padding": (1, 1), "groups": 3, "remove_center": True}, (5, 4), 16),
+    "no centre, softmax": ({"padding": (1, 1), "remove_center": True, "softmax": True}, (5, 4), 16),
+    "two slices": ({"padding": (1, 1), "groups": 2, "softmax": True}, (5, 6), 32),
+    "three slices": ({"padding": (1, 1), "groups": 2, "softmax": True}, (4, 5), 48),
+    "many chunks": ({"padding": (1, 1), "softmax": True}, (3, 4), 192),
+    "all of a warp": ({"padding": (1, 1), "groups": 2, "softmax": True}, (3, 3), 256),
+    "half a vector": ({"padding": (1, 1), "groups": 3, "softmax": True}, (5, 6), 8),
+    "half vectors": ({"kernel_size": (2, 3), "padding": (1, 1), "groups": 2}, (5, 6), 24),
+    "1 channel": ({"padding": (1, 1), "groups": 3, "softmax": True}, (5, 6), 1),
+    "2 channels": ({"padding": (1, 1), "groups": 3}, (5, 6), 2),
+    "3 channels": ({"padding": (1, 1), "groups": 2, "softmax": True}, (5, 6), 3),
+    "12 channels": ({"padding": (1, 1), "groups": 2, "softmax": True}, (5, 6), 12),
+    "20 channels": ({"padding": (1, 1), "groups": 2}, (5, 6), 20),
+    "strides": ({"padding": (1, 2), "stride": (2, 3), "groups": 2, "softmax": True}, (9, 10), 16),
+    "scale": ({"padding": (1, 1), "offset_scale": 1.3, "groups": 2}, (6, 7), 16),
+    "dilation": ({"padding": (2, 3), "dilation": (2, 3), "groups": 2, "offset_scale": 0.5}, (6, 9), 16),
+    "no padding": ({"groups": 2}, (5, 3), 16),
+    "much padding": ({"padding": (4, 5), "softmax": True}, (2, 3), 16),
+    "oblong": ({"kernel_size": (3, 5), "padding": (1, 2), "groups": 2, "softmax": True}, (6, 7), 16),
+    "oblong, no centre": ({"kernel_size": (5, 3), "padding": (2, 1), "remove_center": True}, (6, 7), 16),
+    "even": ({"kernel_size": (2, 4), "padding": (1, 2), "groups": 2, "softmax": True}, (5, 6), 16),
+    "large": ({"kernel_size": (7, 7), "padding": (3, 3), "softmax": True}, (7, 8), 16),
+    "one point": ({"kernel_size": (1, 1), "groups": 2, "softmax": True}, (5, 6), 16),
+    "one pixel": ({"padding": (1, 1), "groups": 5, "softmax": True}, (1, 1), 16),
+    "one row": ({"padding": (1, 1), "groups": 2}, (1, 9), 16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_reference(case, dtype, host):
+    arguments, size, group_channels = CASES[case]
+    *tensors, grad_output = oracle.draw(1, 2, size, group_channels, 2.0, **arguments)
+    tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
+    compare(host, tensors, grad_output, arguments, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["softmax", "no centre", "half a vector", "3 channels", "many chunks", "strides"])
+def test_64_bit_indices(case, dtype, host):
+    arguments, size, group_channels = CASES[case]
+    *tensors, grad_output = oracle.draw(2, 2, size, group_channels, 2.0, **arguments)
+    tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
+    compare(host, tensors, grad_output, arguments, dtype, wide=True)
+    assert all(re.search("unsigned long", kernel) for kernel in host.kernels)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["softmax", "no centre", "1 channel", "20 channels", "many chunks", "strides", "even"])
+def test_deterministic(case, dtype, wide, host):
+    arguments, size, group_channels = CASES[case]
+    *tensors, grad_output = oracle.draw(3, 2, size, group_channels, 2.0, **arguments)
+    tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
+    compare(host, tensors, grad_output, arguments, dtype, deterministic=True, wide=wide)
+    first, *others = host.kernels
+    assert first.startswith("deterministic_kernel<") and [k.split("<")[0] for k in others] == ["backward_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", golden.cases("op"))
+def test_golden(name, dtype, host):
+    tensors, arguments = golden_problem(golden.cases("op")[name])
+    *tensors, grad_output = (t.to(dtype) for t in tensors)
+    output = host.forward(*tensors, *schema(arguments))
+    grads = host.backward(grad_output, *tensors, *schema(arguments))
+    for which, result in zip(("output", "grad_input", "grad_offset", "grad_mask"), (output, *grads)):
+        assert_close(result, golden.tensors("op")[f"{name}/{which}"], name=which)
+
+
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(problem=problems())
+def test_any_problem(problem, host):
+    *tensors, grad_output = problem[0]
+    geometry = schema(problem[1])
+    torch.testing.assert_close(
+        host.forward(*tensors, *geometry), reference.dcnv3(*tensors, *geometry), rtol=1e-11, atol=1e-11
+    )
+    expected = reference.dcnv3_backward(grad_output, *tensors, *geometry, False, [True] * 3)
+    for deterministic in (False, True):
+        grads = host.backward(grad_output, *tensors, *geometry, deterministic=deterministic)
+        for name, grad, right in zip(NAMES, grads, expected):
+            torch.testing.assert_close(grad, right, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---- semantics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("case", ["softmax", "no centre", "3 channels", "even"])
+def test_locations_that_are_nowhere(case, value, dtype, host):
+    arguments, size, group_channels = CASES[case]
+    *tensors, grad_output = oracle.draw(4, 2, size, group_channels, 1.0, **arguments)
+    tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
+    tensors[1].view(-1)[::7] = value
+    compare(host, tensors, grad_output, arguments, dtype)
+    compare(host, tensors, grad_output, arguments, dtype, deterministic=True)
+    grads = host.backward(*(t.to(dtype) for t in (grad_output, *tensors)), *schema(arguments))
+    assert not grads[1].reshape(-1)[::7].any()
+
+
+def test_a_mask_of_nan_does_not_count_outside(host):
+    arguments, size, group_channels = CASES["plain"]
+    *tensors, grad_output = oracle.draw(5, 1, size, group_channels, 1.0, **arguments)
+    tensors[1].view(-1, 2)[::5] = -20.0
+    tensors[2].view(-1)[::5] = math.nan
+    compare(host, tensors, grad_output, arguments, torch.float64)
+    compare(host, tensors, grad_output, arguments, torch.float32, deterministic=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softmax", [False, True])
+def test_pixel_centres(softmax, dtype, host):
+    """All locations on the kinks of the interpolation, those on the border of the image among them."""
+    arguments = {"padding": (2, 2), "groups": 2, "softmax": softmax}
+    *tensors, grad_output = oracle.draw(6, 2, (4, 5), 16, 1.5, **arguments)
+    tensors[1] = tensors[1].round()
+    compare(host, tensors, grad_output, arguments, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("case", ["plain", "3 channels", "strides", "even"])
+def test_infinities_reach_what_they_reach_in_the_reference(case, value, dtype, host):
+    arguments, size, group_channels = CASES[case]
+    *tensors, grad_output = oracle.draw(7, 2, size, group_channels, 2.0, **arguments)
+    tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
+    tensors[1].view(-1, 2)[::3] = tensors[1].view(-1, 2)[::3].round()  # weights of exactly zero
+    tensors[2] = tensors[2].abs() + 0.1  # so that infinities do not cancel
+    tensors[0].view(-1)[::37] = value
+    tensors, grad_output = [t.to(dtype) for t in tensors], grad_output.to(dtype)
+    geometry, exact = schema(arguments), [t.double() for t in tensors]
+    results = host.forward(*tensors, *geometry), *host.backward(grad_output, *tensors, *geometry)
+    expected = (
+        reference.dcnv3(*exact, *geometry),
+        *reference.dcnv3_backward(grad_output.double(), *exact, *geometry, False, [True] * 3),
+    )
+    for result, right in zip(results, expected):
+        assert torch.equal(result.isnan(), right.isnan()) and torch.equal(result.isposinf(), right.isposinf())
+    assert not results[0].isfinite().all() and results[0].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["softmax", "even"])
+def test_softmax_of_large_logits(case, dtype, host):
+    arguments, size, group_channels = CASES[case]
+    *tensors, grad_output = oracle.draw(8, 1, size, group_channels, 1.0, **arguments)
+    tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
+    tensors[2] = tensors[2] * 300
+    tensors[2].view(-1)[::4] = -math.inf
+    compare(host, tensors, grad_output, arguments, dtype)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", ["softmax", "even", "20 channels"])
+def test_part_of_the_gradients(case, deterministic, wanted, host):
+    arguments, size, group_channels = CASES[case]
+    *tensors, grad_output = oracle.draw(9, 2, size, group_channels, 1.0, **arguments)
+    everything = host.backward(grad_output, *tensors, *schema(arguments), deterministic=deterministic)
+    part = host.backward(grad_output, *tensors, *schema(arguments), deterministic=deterministic, wanted=wanted)
+    for grad, right, want in zip(part, everything, (wanted[0], wanted[1], wanted[1])):
+        if want:
+            assert_close(grad, right)  # the order of atomic additions may be another
+        else:
+            assert grad is None
+
+
+# ---- which kernel
+
+FORWARD = {  # dtype, channels of a group -> channels of a thread
+    (torch.float16, 16): 16,
+    (torch.bfloat16, 32): 16,
+    (torch.float16, 8): 8,
+    (torch.float16, 24): 8,
+    (torch.float16, 12): 1,
+    (torch.float32, 16): 8,
+    (torch.float32, 12): 4,
+    (torch.float32, 3): 1,
+    (torch.float64, 16): 4,
+    (torch.float64, 6): 2,
+    (torch.float64, 1): 1,
+}
+
+
+@pytest.mark.parametrize("dtype, group_channels", FORWARD, ids=str)
+def test_vector_width(dtype, group_channels, host):
+    tensors = [t.to(dtype) for t in oracle.draw(0, 1, (3, 3), group_channels, padding=(1, 1))]
+    host.forward(*tensors[:3], *schema({"padding": (1, 1)}))
+    (kernel,) = host.kernels
+    assert kernel.split(", ")[1] == str(FORWARD[dtype, group_channels])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "arguments, points",
+    [
+        ({"padding": (1, 1)}, 9),
+        ({"padding": (1, 1), "remove_center": True}, 8),
+        ({"kernel_size": (2, 4)}, 0),
+        ({"kernel_size": (1, 9)}, 0),
+        ({"kernel_size": (5, 5)}, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("softmax", [False, True])
+def test_kernel_sizes(softmax, arguments, points, dtype, host):
+    arguments = {**arguments, "softmax": softmax}
+    *tensors, grad_output = (t.to(dtype) for t in oracle.draw(0, 1, (9, 9), 16, **arguments))
+    host.forward(*tensors, *schema(arguments))
+    (kernel,) = host.kernels
+    assert kernel.split(", ")[2:4] == [str(points), str(softmax and points > 0).lower()]
+    host.backward(grad_output, *tensors, *schema(arguments))
+    (kernel,) = host.kernels
+    assert kernel.split(", ")[1:3] == ["4", str(points)]
+
+
+def test_division_by_multiplication(host):
+    generator = torch.Generator().manual_seed(0)
+    most = 2**31 - 1
+    divisors = [1, 2, 3, 5, 7, 9, 10, 56, 112, 641, 1023, 1024, 1025, 65535, 65537, 2**30 - 1, 2**30, 2**30 + 1, most]
+    divisors += torch.randint(1, most, (200,), generator=generator).tolist()
+    for divisor in divisors:
+        dividends = torch.randint(0, most, (500,), generator=generator).tolist()
+        multiples = [divisor * k for k in torch.randint(0, most // divisor + 1, (100,), generator=generator).tolist()]
+        dividends += [0, 1, most, *multiples, *(max(m - 1, 0) for m in multiples)]
+        given, result = ((ctypes.c_uint32 * len(dividends))(*values) for values in (dividends, [0] * len(dividends)))
+        host.library.divide(ctypes.c_uint32(divisor), given, result, ctypes.c_int64(len(dividends)))
+        assert list(result) == [d // divisor for d in dividends], divisor
+
+
+# ---- the stand-in for CUDA itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_half_types_round_as_torch_does(dtype, host):
+    values = torch.arange(2**16).to(torch.uint16).view(dtype).float()
+    values = values[values.isfinite()]
+    values = torch.cat([values, values * 1.0003, torch.tensor([65519.0, 65520.0, 1e30, 2.0**-24, 2.0**-25, 1e-40])])
+    values = values[torch.randperm(len(values))[:20000]]
+    for value in values.tolist():
+        result = host.library.round_trip(str(dtype)[6:].encode(), ctypes.c_float(value))
+        assert result == torch.tensor(value).to(dtype).item()
+    for value in (math.inf, -math.inf):
+        assert host.library.round_trip(str(dtype)[6:].encode(), ctypes.c_float(value)) == value
+    assert math.isnan(host.library.round_trip(str(dtype)[6:].encode(), ctypes.c_float(math.nan)))
+
+
+def test_misaligned_tensors_are_noticed(host):
+    tensors = [t.float() for t in oracle.draw(0, 1, (3, 3), 16)]
+    tensors[0] = torch.cat([torch.zeros(1), tensors[0].flatten()])[1:].view(tensors[0].shape)
+    with pytest.raises(RuntimeError, match="misaligned"):
+        host.forward(*tensors[:3], *schema({}))
+
+
+def sanitizer_libraries() -> str:
+    """What must be loaded before Python for AddressSanitizer to see the memory of tensors; empty if it is not there."""
+    names = ("libasan.so", "libubsan.so")
+    found = [
+        subprocess.run([cuda_host.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in names
+    ]
+    return " ".join(found) if all(Path(path).is_absolute() for path in found) else ""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Runs Python with the kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if not sanitizer_libraries():
+        pytest.skip(f"needs the sanitizer libraries of {cuda_host.COMPILER}")
+    library = cuda_host.build(tmp_path_factory.mktemp("sanitized") / "kernels.so", *cuda_host.SANITIZERS)
+    environment = dict(
+        os.environ,
+        LD_PRELOAD=sanitizer_libraries(),
+        ASAN_OPTIONS="detect_leaks=0",
+        OMP_NUM_THREADS="1",
+        **{LIBRARY: str(library)},
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+    return run
+
+
+SANITIZED = "test_against_the_reference and not bfloat16 or (64_bit or deterministic or nowhere) and float16"
+
+
+def test_under_address_sanitizer(sanitized):
+    result = sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda_host.py", "-k", SANITIZED)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    assert re.search(r"\d{3,} passed", result.stdout)
+
+
+ROW_MISSING = """
+import os, sys, torch
+sys.path.insert(0, "tests")
+import cuda_host, oracle
+input, offset, mask, _ = (t.to(torch.float16) for t in oracle.draw(0, 1, (5, 6), 16, padding=(1, 1)))
+host = cuda_host.Host(os.environ["%s"])
+whole = host.problem
+host.problem = lambda short, *rest: whole(input, *rest)  # an image of 5 rows, of which 4 are there
+host.forward(input[:, :4].clone(), offset, mask, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1.0, False, False)
+"""
+
+
+def test_address_sanitizer_sees_a_missing_row(sanitized):
+    result = sanitized("-c", ROW_MISSING % LIBRARY)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr and "dcnv3_kernels.cuh" in result.stderr
