@@ -188,8 +188,9 @@ def test_offsets_that_lead_nowhere(value, channels, dtype, device):
     """All of them, and every fifth of them, among points that are somewhere."""
     arguments = {"padding": (1, 1), "groups": 2}
     for step in (1, 5):
-        tensors = [t.to(dtype) for t in oracle.draw(4, 1, (5, 7), channels, **arguments)]
-        tensors[1].view(-1)[::step] = value
+        tensors = oracle.draw(4, 1, (5, 7), channels, **arguments)
+        tensors[1].view(-1)[::step] = value  # in float64: newer torch writes no number into float16 that it cannot hold
+        tensors = [t.to(dtype) for t in tensors]
         results = run(tensors, arguments, device)
         assert_right(results, tensors, arguments)
         if step == 1:
