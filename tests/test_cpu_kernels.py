@@ -136,9 +136,9 @@ def one_point(x, factor):
     n, channels = x.shape
     image, mask = x.view(n, 1, 1, channels), factor.view(n, 1, 1, 1)
     offset = torch.zeros(n, 1, 1, 2, dtype=x.dtype)
-    return torch.ops.internimage.dcnv3(
-        image, offset, mask, [1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0, False, False
-    ).view(n, channels)
+    return torch.ops.internimage.dcnv3(image, offset, mask, [1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0, False, False).view(
+        n, channels
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

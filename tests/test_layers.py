@@ -347,3 +347,46 @@ def test_attentive_pool_under_autocast(device):
 def test_attentive_pool_errors():
     with pytest.raises(ValueError, match="num_heads must divide the channels: 8 channels, 3 heads"):
         AttentivePool(8, 5, 3)
+
+
+# ---- layer norm in inference
+
+
+def exact_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    deviation = x - x.mean(-1, keepdim=True)
+    variance = deviation.pow(2).mean(-1, keepdim=True)
+    return deviation / (variance + eps).sqrt() * weight.double() + bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 4, 15, 16, 17, 64, 70, 257])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 2), (2, 5, 7), (0, 4)], ids=str)
+def test_layer_norm_operator(shape, channels, dtype):
+    """Any number of rows, as they go four by four, and every tail of a row; far from zero, too."""
+    x = (torch.randn(*shape, channels) * 3 + 100 * (dtype == torch.float32)).to(dtype)
+    weight, bias = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+    output = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6)
+    assert output.dtype == dtype and output.is_contiguous()
+    assert_close(output, exact_layer_norm(x, weight, bias, 1e-6))
+
+
+def test_layer_norm_operator_is_well_behaved():
+    x = torch.randn(4, 6, 5).mT  # strided
+    weight, bias = torch.randn(6), torch.randn(12)[::2]
+    torch.library.opcheck(torch.ops.internimage.layer_norm, (x, weight, bias, 1e-6))
+    assert_close(torch.ops.internimage.layer_norm(x, weight, bias, 0.5), exact_layer_norm(x, weight, bias, 0.5))
+    row = torch.randn(1, 48)
+    many = torch.ops.internimage.layer_norm(row.expand(7, 48), row[0], row[0], 1e-6)
+    assert all(torch.equal(one, many[0]) for one in many)  # a row does not depend on where it stands
+
+
+def test_layer_norm_layer_has_gradients_and_rounds_alike():
+    norm = create_norm(12)[0].double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, (x,))
+    with torch.no_grad():
+        assert_close(norm(x), exact_layer_norm(x, norm.weight, norm.bias, 1e-6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert create_norm(12)[0](torch.randn(3, 12)).dtype == torch.float32  # as torch's own

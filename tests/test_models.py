@@ -240,8 +240,8 @@ def test_forward_intermediates_refuses_an_unknown_layout():
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
 def test_pruning(kind, last):
     model, x = build(kind), image(64, 96)
-    with torch.no_grad():
-        expected = model.forward_intermediates(x, intermediates_only=True)[last]
+    # with gradients, as below: inference may take another way to the same numbers
+    expected = model.forward_intermediates(x, intermediates_only=True)[last].detach()
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([last], prune_norm=True) == [last]
     features, (tap,) = pruned.forward_intermediates(x, [last])

@@ -22,6 +22,9 @@ struct Kernels {
   void (*backward)(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
                    const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
                    int64_t end);
+  // Rows of `channels` numbers.
+  void (*layer_norm)(const void* input, const void* weight, const void* bias, void* output, int64_t channels, double eps,
+                     int64_t begin_row, int64_t end_row);
 };
 
 struct CpuBuild {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The DCNv3 kernels of one instruction set.
+// The kernels of one instruction set: DCNv3, and layer norm (norm.h).
 //
 // Included once by each dcnv3_<isa>.cpp, which sets the compiler's target and defines INTERNIMAGE_ISA (a namespace),
 // INTERNIMAGE_BUILD and INTERNIMAGE_NAME (the table at the end), and INTERNIMAGE_VECTOR_BYTES; no include guards here nor
@@ -18,6 +18,7 @@
 #include "plane.h"
 #include "forward.h"
 #include "backward.h"
+#include "norm.h"
 
 namespace internimage {
 namespace INTERNIMAGE_ISA {
@@ -50,7 +51,7 @@ void backward(const Problem& p, int64_t wanted_tasks, const void* grad_output, c
 }
 
 template <typename S, typename T>
-constexpr Kernels kKernels = {plan_forward<S, T>, forward<S, T>, plan_backward<S, T>, backward<S, T>};
+constexpr Kernels kKernels = {plan_forward<S, T>, forward<S, T>, plan_backward<S, T>, backward<S, T>, layer_norm<S, T>};
 
 }  // namespace INTERNIMAGE_ISA
 

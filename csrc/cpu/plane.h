@@ -49,7 +49,7 @@ inline int64_t groups_near(const Problem& p, int64_t planes) {
   const int64_t reach = p.kernel_h * p.dilation_h + 4;
   const int64_t rows = reach < p.height ? reach : p.height;
   const int64_t group_bytes = planes * rows * (p.width + 2) * p.group_channels * (int64_t)sizeof(T);
-  const int64_t count = group_bytes > 0 ? kCacheBytes / group_bytes : 1;  // an image may have no pixels
+  const int64_t count = kCacheBytes / group_bytes;
   return count < 1 ? 1 : count;
 }
 
@@ -115,7 +115,6 @@ struct GradientPlane : Plane<T> {
                    this->row(g, y) + x * this->channels, this->channels);
   }
 };
-
 
 }  // namespace INTERNIMAGE_ISA
 }  // namespace internimage

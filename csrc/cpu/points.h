@@ -66,7 +66,7 @@ struct Points {
   T *own;  // the factor where the point is inside the image, else 0
 
   // Numbers in an array: room for whole vectors behind, and for the units that `softmax` fills a block of four with.
-  static int64_t padded(const StripShape& shape) { return (shape.size() + 4 * shape.points + 63) / 16 * 16; }
+  static int64_t padded(const StripShape& shape) { return (shape.size() + 4 * shape.points + 143) / 16 * 16; }
 
   static int64_t bytes(const StripShape& shape) {
     return padded(shape) * (int64_t)(20 * sizeof(T) + sizeof(int32_t)) + 64;
@@ -173,7 +173,13 @@ INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t poi
       for (int64_t k = 0; k < points && !own_moderate; ++k) of[k] -= top;
     }
   }
-  for (int64_t t = 0; t < total; t += N) store(s.logits + t, exponential<N>(load<V>(s.logits + t)));
+  constexpr int K = 4;
+  for (int64_t t = 0; t < total; t += K * N) {
+    V v[K];
+    for (int k = 0; k < K; ++k) v[k] = load<V>(s.logits + t + k * N);
+    exponential<N, K>(v);
+    for (int k = 0; k < K; ++k) store(s.logits + t + k * N, v[k]);
+  }
   // Four units at a time, and always so, also where fewer are left: a sum must not depend on where its unit stands.
   for (int64_t u = 0; u < units; u += 4) {
     T sum[4];

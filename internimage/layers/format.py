@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Layout changes as modules, and norms between layouts.
+"""Layer norm, layout changes as modules, and norms between layouts.
 
 The official checkpoints name a norm by its place in a small sequence of layout changes (`norm1.1.weight`), so these
 sequences are part of the state-dict keys.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops.layer_norm import has_layer_norm_kernel
+from .plainly import runs_plainly
 
 
 class ToChannelsFirst(nn.Module):
@@ -21,6 +25,17 @@ class ToChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's layer norm over the last axis; in inference on a CPU by the compiled kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        if runs_plainly(input, self.weight, self.bias) and has_layer_norm_kernel():
+            return torch.ops.internimage.layer_norm(input, self.weight, self.bias, self.eps)
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 def create_norm(
@@ -53,7 +68,7 @@ def create_norm(
         if layout not in change:
             raise ValueError(f"{name} must be 'NHWC' or 'NCHW', got {layout!r}")
     if norm_layer == "layernorm":
-        norm: nn.Module = nn.LayerNorm(channels, eps=eps, device=device, dtype=dtype)
+        norm: nn.Module = LayerNorm(channels, eps=eps, device=device, dtype=dtype)
         works_in = "NHWC"
     elif norm_layer == "batchnorm":
         norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)

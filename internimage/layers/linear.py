@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plainly import runs_plainly
+
 # The operator behind torch.compile's fused linear layers. It is not public, so its schema is compared.
 _SCHEMA = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
@@ -27,24 +29,6 @@ _FUSED_BIAS = _has_fused_bias()
 
 _HIDDEN_BYTES = 2 << 20  # of a piece's hidden layer for each thread: what a second-level cache holds
 _HALF_ROWS = 8192  # least rows of a piece in a half type, whose weights are packed anew with every call
-
-
-def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether x is an ordinary tensor on the CPU, and nothing records what is done with it.
-
-    Not so for gradients, autocast, torch.compile, export, tracing of any kind and torch.func; nor where a parameter has
-    another dtype than x.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
-        return False
-    tensors = [x, *(p for p in parameters if p is not None)]
-    return (
-        x.device.type == "cpu"
-        and all(t.dtype == x.dtype and not t.is_meta for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._functorch.maybe_current_level() is None
-    )
 
 
 class Linear(nn.Linear):
