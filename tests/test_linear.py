@@ -57,18 +57,20 @@ def test_mlp_has_gradients(monkeypatch):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mlp.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(4, 9), (2, 3, 5, 9), (0, 9), (9,)], ids=str)
-def test_linear_in_bfloat16(shape, bias):
-    layer = Linear(9, 5, bias=bias).bfloat16()
-    x = torch.randn(shape).bfloat16()
+@pytest.mark.parametrize("shape", [(4, 9), (2, 3, 5, 9), (0, 9), (9,), (2100, 9), (3, 30, 30, 9)], ids=str)
+def test_linear(shape, bias, dtype):
+    """Few rows and many, as the choice of operator depends on it."""
+    layer = Linear(9, 5, bias=bias).to(dtype)
+    x = torch.randn(shape).to(dtype)
     with torch.inference_mode():
         output = layer(x)
         strided = layer(x.mT.contiguous().mT) if x.dim() > 1 else output
     expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     assert_close(output, expected)
     assert_close(strided, expected)
-    assert output.dtype == torch.bfloat16
+    assert output.dtype == dtype
 
 
 def test_what_runs_plainly():
@@ -96,3 +98,13 @@ def test_under_vmap_and_autocast():
     assert_close(torch.func.vmap(mlp)(x), exact_mlp(mlp, x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mlp(x).dtype == torch.bfloat16
+
+
+def test_without_the_fused_operator(monkeypatch):
+    monkeypatch.setattr(linear, "_SCHEMA", "another")
+    assert linear._least_rows() == {}
+    monkeypatch.setattr(linear, "_LEAST_ROWS", {})
+    layer = Linear(9, 5).bfloat16()
+    x = torch.randn(4, 9).bfloat16()
+    with torch.inference_mode():
+        assert_close(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double()))

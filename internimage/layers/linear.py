@@ -17,31 +17,32 @@ _SCHEMA = (
 )
 
 
-def _has_fused_bias() -> bool:
+def _least_rows() -> dict[torch.dtype, int]:
+    """From how many rows on the fused operator is the faster one, for the dtypes in which it can be used."""
     try:
-        schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
-        return schema == _SCHEMA and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if str(torch.ops.mkldnn._linear_pointwise.default._schema) != _SCHEMA:
+            return {}
+        return {torch.float32: 2048} | ({torch.bfloat16: 1} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {})
     except (AttributeError, RuntimeError):
-        return False
+        return {}
 
 
-_FUSED_BIAS = _has_fused_bias()
+_LEAST_ROWS = _least_rows()
 
 _HIDDEN_BYTES = 2 << 20  # of a piece's hidden layer for each thread: what a second-level cache holds
 _HALF_ROWS = 8192  # least rows of a piece in a half type, whose weights are packed anew with every call
 
 
 class Linear(nn.Linear):
-    """torch's linear layer; in bfloat16 inference on a CPU the bias is added while the product is written."""
+    """torch's linear layer; in inference on a CPU the bias is added while the product is written, where that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
         if (
-            _FUSED_BIAS
-            and runs_plainly(input, self.weight, self.bias)
-            and input.dtype == torch.bfloat16
-            and input.numel() > 0
+            runs_plainly(input, self.weight, self.bias)
+            and input.dtype in _LEAST_ROWS
+            and input.numel() >= _LEAST_ROWS[input.dtype] * self.in_features
             and self.bias is not None
         ):
             return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
