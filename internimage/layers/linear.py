@@ -34,7 +34,7 @@ _HALF_ROWS = 8192  # least rows of a piece in a half type, whose weights are pac
 
 
 class Linear(nn.Linear):
-    """torch's linear layer; in inference on a CPU the bias is added while the product is written, where that is faster."""
+    """torch's linear layer; in inference on a CPU the bias is added on the way, where that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
