@@ -27,13 +27,16 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
+_LEAST_NUMBERS = 1 << 16  # for which the compiled kernel is worth its call, some microseconds longer than torch's
+
+
 class LayerNorm(nn.LayerNorm):
     """torch's layer norm over the last axis; in inference on a CPU by the compiled kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if runs_plainly(input, self.weight, self.bias) and has_layer_norm_kernel():
+        if runs_plainly(input, self.weight, self.bias) and input.numel() >= _LEAST_NUMBERS and has_layer_norm_kernel():
             return torch.ops.internimage.layer_norm(input, self.weight, self.bias, self.eps)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 

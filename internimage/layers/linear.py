@@ -39,11 +39,14 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
+        if torch.compiler.is_compiling() or type(input) is not Tensor:  # the sizes of either must not be asked for
+            return F.linear(input, self.weight, self.bias)
+        least_rows = _LEAST_ROWS.get(input.dtype)
         if (
-            runs_plainly(input, self.weight, self.bias)
-            and input.dtype in _LEAST_ROWS
-            and input.numel() >= _LEAST_ROWS[input.dtype] * self.in_features
+            least_rows is not None
+            and input.numel() >= least_rows * self.in_features
             and self.bias is not None
+            and runs_plainly(input, self.weight, self.bias)
         ):
             return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
         return F.linear(input, self.weight, self.bias)

@@ -11,13 +11,15 @@ def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
     Not so for gradients, autocast, torch.compile, export, tracing of any kind and torch.func; nor where a parameter has
     another dtype than x.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+    # a few microseconds with every layer: no loop over generators, and first what is decided soonest
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or torch.jit.is_tracing():
         return False
-    tensors = [x, *(p for p in parameters if p is not None)]
-    return (
-        x.device.type == "cpu"
-        and all(t.dtype == x.dtype and not t.is_meta for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._functorch.maybe_current_level() is None
-    )
+    records = torch.is_grad_enabled()
+    if records and x.requires_grad:
+        return False
+    for parameter in parameters:
+        if parameter is not None and (
+            parameter.dtype != x.dtype or not parameter.is_cpu or (records and parameter.requires_grad)
+        ):
+            return False
+    return not torch.is_autocast_enabled("cpu") and torch._C._functorch.maybe_current_level() is None
