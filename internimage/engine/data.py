@@ -122,10 +122,11 @@ class Batch:
     images: Tensor | None  # (n, C, H, W), None if none could be read
     targets: Tensor  # (n,)
     failures: list[tuple[str, str]]  # file name, reason
+    places: list[int]  # which of the samples the images are
 
     def pin_memory(self) -> "Batch":
         images = None if self.images is None else self.images.pin_memory()
-        return Batch(images, self.targets.pin_memory(), self.failures)
+        return Batch(images, self.targets.pin_memory(), self.failures, self.places)
 
 
 class GuardedDataset(Dataset):
@@ -175,4 +176,5 @@ class GuardedDataset(Dataset):
             torch.stack([image for image, _ in good]) if good else None,
             torch.tensor([target for _, target in good], dtype=torch.long),
             [failure for _, _, failure in samples if failure is not None],
+            [i for i, (_, _, failure) in enumerate(samples) if failure is None],
         )
