@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A model, its average and its optimizer over several processes: DDP, or FSDP2 with sharded weights."""
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     """The model in DDP, or as it is in a single process. Buffers are the processes' own: batch norm is synchronised."""
     if world.size == 1:
         return model
+    # of depthwise kernels torch counts the strides otherwise than their gradients', and warns that this costs a copy
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [world.device.index] if world.device.type != "cpu" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
