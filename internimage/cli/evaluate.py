@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", required=True, metavar="PATH", help="class folders, tar, or dataset root")
     group.add_argument("--dataset", default="", metavar="NAME", help="timm's dataset name, such as hfds/OWNER/NAME")
     group.add_argument("--split", default="validation", help="split to evaluate, if the data has several")
-    group.add_argument("--class-map", metavar="FILE", help="lines of 'CLASS INDEX', if not all classes occur")
+    group.add_argument("--class-map", metavar="FILE", help="the model's classes, one a line, if not all occur")
     group.add_argument("--labels", metavar="FILE", help="labels of a folder without class folders: 'FILE LABEL' lines")
     group.add_argument(
         "--variant", choices=list(VARIANTS), help="; ".join(f"{name}: {what}" for name, what in VARIANTS.items())
