@@ -79,7 +79,7 @@ def open_dataset(
             dataset called `name` wants.
         split: For a folder, `train`, `validation` (`val`), `test` or any folder name; else the dataset's own word.
         name: timm's name of a dataset kind, such as `hfds/OWNER/NAME` or `torch/cifar10`; empty for folders and tars.
-        class_map: File with a class name a line, in the model's order, for folders whose classes are not all of the model's.
+        class_map: File with a class name a line, in the model's order, for folders that lack some of its classes.
 
     Raises:
         DataError: It cannot be opened; the message says what is missing.

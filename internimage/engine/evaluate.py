@@ -62,8 +62,8 @@ def _check_classes(model: nn.Module, dataset: Dataset) -> list[str]:
     if len(names) < model.num_classes:
         raise DataError(
             f"the dataset has {len(names)} classes and the model {model.num_classes}, so their indices need not agree: "
-            f"pass a class map (a file with a class a line, in the model's order), or name the dataset with --variant if it is one of "
-            f"ImageNet's"
+            f"pass a class map (a file with a class a line, in the model's order), or name the dataset with --variant "
+            f"if it is one of ImageNet's"
         )
     return names
 
