@@ -72,7 +72,10 @@ def evaluate(run, data, *more):
 
 
 def test_finetune_learns_and_writes_everything(run, data):
-    assert {file.name for file in run.iterdir()} == {"model.safetensors", "config.json", "finetune.yaml", "log.csv"}
+    assert {file.name for file in run.iterdir()} == {
+        "model.safetensors", "config.json", "finetune.yaml", "log.csv", "steps.csv", "report.html", "checkpoints",
+    }  # fmt: skip
+    assert [file.name for file in sorted((run / "checkpoints").iterdir())] == ["step-000000015.pt", "step-000000018.pt"]
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert len(rows) == 6
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
@@ -82,6 +85,7 @@ def test_finetune_learns_and_writes_everything(run, data):
     assert config["label_names"] == ["blue", "green", "red"]
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
+    assert "num_classes" not in config["model_args"]  # transformers would pass it twice
 
 
 def test_timm_loads_the_result(run):

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 done with something left out that was not to be left out,
 
 import argparse
 import logging
+import os
 import sys
 
 from .. import __version__
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (UserError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        print(f"internimage {arguments.verb}: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of a torchrun launch: an error may be one process's alone
+        process = "" if rank == "0" else f", process {rank}"
+        print(f"internimage {arguments.verb}{process}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -9,10 +9,16 @@ import sys
 
 from .. import __version__
 from ..engine.data import open_dataset
+from ..engine.distributed import World, join, leave
 from ..engine.evaluate import Evaluation, evaluate
 from ..engine.files import write_text
+from ..engine.imagenet import VARIANTS, open_labelled_folder, protocol
+from ..engine.model import pick_device
+from ..errors import UserError
 from ..models.published import PUBLISHED
 from .arguments import add_model_arguments, load_model
+
+_TOLERANCE = 0.1  # percent, of --expect
 
 HELP = "Top-1, top-5 and loss of a model on a dataset."
 
@@ -23,33 +29,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", required=True, metavar="PATH", help="class folders, tar, or dataset root")
     group.add_argument("--dataset", default="", metavar="NAME", help="timm's dataset name, such as hfds/OWNER/NAME")
     group.add_argument("--split", default="validation", help="split to evaluate, if the data has several")
-    group.add_argument("--class-map", metavar="FILE", help="lines of 'CLASS INDEX', if not all classes occur")
-    group.add_argument("--batch-size", type=int, default=64)
+    group.add_argument("--class-map", metavar="FILE", help="the model's classes, one a line, if not all occur")
+    group.add_argument("--labels", metavar="FILE", help="labels of a folder without class folders: 'FILE LABEL' lines")
+    group.add_argument(
+        "--variant", choices=list(VARIANTS), help="; ".join(f"{name}: {what}" for name, what in VARIANTS.items())
+    )
+    group.add_argument("--real-labels", metavar="FILE", help="ReaL's real.json, instead of timm's copy")
+    group.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
+    group.add_argument("--batch-size", type=int, default=64, help="images a step of each process")
     group.add_argument("--workers", type=int, default=2, help="loader processes")
     group = parser.add_argument_group("report")
     group.add_argument("--json", metavar="PATH", help="write the result as JSON; - for standard output")
     group.add_argument("--csv", metavar="PATH", help="write the result as one CSV row")
     group.add_argument("--per-class", action="store_true", help="report every class")
+    group.add_argument(
+        "--expect",
+        metavar="published | TOP1",
+        help="exit with 1 if top-1 is more than 0.1 from what was published for these weights, or from a number",
+    )
     group.add_argument("--strict", action="store_true", help="exit with 1 if an image could not be read")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    world = join(pick_device(arguments.device))
+    try:
+        return _run(arguments, world)
+    finally:
+        leave()
+
+
+def _run(arguments: argparse.Namespace, world: World) -> int:
     # the data first: a model may have to be downloaded
-    dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map)
-    model, config, device, dtype = load_model(arguments)
+    if arguments.labels:
+        dataset = open_labelled_folder(arguments.data, arguments.labels)
+    else:
+        dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map)
+    model, config, _, dtype = load_model(arguments)
     if config["input_size"][0] == 1:
         dataset.input_img_mode = "L"
+    published = _published_top1(model, arguments)
+    expected = _expected(arguments, published)
     result = evaluate(
         model,
         dataset,
         config,
         arguments.batch_size,
         arguments.workers,
-        device,
+        world.device,
         dtype,
         classes_from_map=arguments.class_map is not None,
+        world=world,
+        flip=arguments.flip,
+        protocol=protocol(arguments.variant, model, dataset, arguments.real_labels),
     )
-    published = _published_top1(model, arguments)
+    wrong = expected is not None and abs(result.top1 - expected) > _TOLERANCE + 1e-9
+    if world.first:
+        _report(arguments, result, config, world.device, published)
+        if wrong:
+            print(f"top-1 is {result.top1:.2f} %, expected {expected} within {_TOLERANCE}", file=sys.stderr)
+    return 1 if wrong or (arguments.strict and result.skipped) else 0
+
+
+def _expected(arguments: argparse.Namespace, published: float | None) -> float | None:
+    if arguments.expect is None:
+        return None
+    if arguments.expect == "published":
+        if published is None:
+            raise UserError(f"no top-1 on ImageNet-1k was published for '{arguments.model}' as it is asked for here")
+        return published
+    try:
+        return float(arguments.expect)
+    except ValueError as error:
+        raise UserError(f"--expect takes 'published' or a number, got '{arguments.expect}'") from error
+
+
+def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, device, published: float | None) -> None:
     row = {
         "model": arguments.model,
         "checkpoint": arguments.checkpoint,
@@ -59,8 +113,16 @@ def run(arguments: argparse.Namespace) -> int:
         "top1": round(result.top1, 4),
         "top5": round(result.top5, 4),
         "loss": round(result.loss, 6),
+        "real_top1": None if result.real_top1 is None else round(result.real_top1, 4),
+        "real_top5": None if result.real_top5 is None else round(result.real_top5, 4),
+        "real_images": result.real_images,
         "published_top1": published,
         "images_per_second": round(result.images_per_second, 2),
+        "model_images_per_second": round(result.model_images_per_second, 2),
+        "peak_memory": result.peak_memory,
+        "processes": result.processes,
+        "variant": arguments.variant,
+        "flip": arguments.flip,
         "img_size": config["input_size"][-1],
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
@@ -85,12 +147,13 @@ def run(arguments: argparse.Namespace) -> int:
         writer.writeheader()
         writer.writerow(row)
         write_text(arguments.csv, text.getvalue())
-    return 1 if arguments.strict and result.skipped else 0
 
 
 def _published_top1(model, arguments: argparse.Namespace) -> float | None:
     """What upstream published for these weights, if they are upstream's and this is what upstream measured."""
     if arguments.checkpoint is not None or arguments.num_classes is not None:
+        return None
+    if arguments.variant not in (None, "imagenet", "real"):  # other images
         return None
     cfg = getattr(model, "pretrained_cfg", {})
     published = PUBLISHED.get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
@@ -102,9 +165,14 @@ def _print(result: Evaluation, row: dict, arguments: argparse.Namespace, out) ->
     if row["published_top1"] is not None:
         top1 += f" (published, ImageNet-1k: {row['published_top1']} %)"
     print(f"{top1}   top-5 {result.top5:.2f} %   loss {result.loss:.4f}", file=out)
+    if result.real_top1 is not None:
+        real = f"ReaL top-1 {result.real_top1:.2f} %   top-5 {result.real_top5:.2f} %"
+        print(f"{real}   of {result.real_images} images that have a label", file=out)
+    processes = f" in {result.processes} processes" if result.processes > 1 else ""
+    memory = f", at most {result.peak_memory / 2**30:.2f} GiB" if result.peak_memory else ""
     print(
         f"{result.images} images at {row['img_size']} px, {result.images_per_second:.1f} images/s with loading, "
-        f"{row['device']}, {row['dtype']}",
+        f"{result.model_images_per_second:.1f} without, {row['device']}, {row['dtype']}{processes}{memory}",
         file=out,
     )
     if arguments.per_class:

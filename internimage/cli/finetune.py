@@ -5,10 +5,12 @@ import argparse
 import csv
 import dataclasses
 import inspect
+import os
 import re
 
 from ..engine.config import load_config
-from ..engine.finetune import LOG_FILE, FinetuneConfig, finetune
+from ..engine.finetune import Preempted, finetune
+from ..engine.settings import LOG_FILE, REPORT_FILE, FinetuneConfig
 
 HELP = "Train a classifier on a folder of images."
 
@@ -39,9 +41,19 @@ def run(arguments: argparse.Namespace) -> int:
     path, *overrides = arguments.settings
     if "=" in path:
         path, overrides = None, arguments.settings
-    output = finetune(load_config(FinetuneConfig, path, overrides))
+    first = os.environ.get("RANK", "0") == "0"  # of a torchrun launch, one process speaks
+    try:
+        output = finetune(load_config(FinetuneConfig, path, overrides))
+    except Preempted as stopped:
+        if first:
+            print(stopped)
+        return 0
+    if not first:
+        return 0
     with (output / LOG_FILE).open(newline="") as file:
         *_, last = csv.DictReader(file)
     print(", ".join(f"{key} {value}" for key, value in last.items() if value))
     print(f"model and settings: {output}")
+    if (output / REPORT_FILE).is_file():
+        print(f"report: {output / REPORT_FILE}")
     return 0

@@ -3,15 +3,17 @@
 
 from .data import DataError, open_dataset
 from .evaluate import Evaluation, evaluate
-from .finetune import FinetuneConfig, finetune
+from .finetune import Preempted, finetune
 from .model import create_model
 from .predict import Prediction, predict
+from .settings import FinetuneConfig
 
 __all__ = [
     "DataError",
     "Evaluation",
     "FinetuneConfig",
     "Prediction",
+    "Preempted",
     "create_model",
     "evaluate",
     "finetune",

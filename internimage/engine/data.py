@@ -79,7 +79,7 @@ def open_dataset(
             dataset called `name` wants.
         split: For a folder, `train`, `validation` (`val`), `test` or any folder name; else the dataset's own word.
         name: timm's name of a dataset kind, such as `hfds/OWNER/NAME` or `torch/cifar10`; empty for folders and tars.
-        class_map: File that maps class names to indices, for folders whose classes are not all of the model's.
+        class_map: File with a class name a line, in the model's order, for folders that lack some of its classes.
 
     Raises:
         DataError: It cannot be opened; the message says what is missing.
@@ -122,10 +122,11 @@ class Batch:
     images: Tensor | None  # (n, C, H, W), None if none could be read
     targets: Tensor  # (n,)
     failures: list[tuple[str, str]]  # file name, reason
+    places: list[int]  # which of the samples the images are
 
     def pin_memory(self) -> "Batch":
         images = None if self.images is None else self.images.pin_memory()
-        return Batch(images, self.targets.pin_memory(), self.failures)
+        return Batch(images, self.targets.pin_memory(), self.failures, self.places)
 
 
 class GuardedDataset(Dataset):
@@ -175,4 +176,5 @@ class GuardedDataset(Dataset):
             torch.stack([image for image, _ in good]) if good else None,
             torch.tensor([target for _, target in good], dtype=torch.long),
             [failure for _, _, failure in samples if failure is not None],
+            [i for i, (_, _, failure) in enumerate(samples) if failure is None],
         )

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Accuracy of a classifier on a dataset."""
 
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from timm.data import create_transform
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from .data import DataError, GuardedDataset, class_names
+from .data import Batch, DataError, GuardedDataset, class_names
+from .distributed import World
+from .imagenet import Protocol
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 @dataclass
@@ -22,10 +31,19 @@ class Evaluation:
     top1: float = 0.0
     top5: float = 0.0
     loss: float = 0.0  # mean cross entropy, nats
+    real_images: int = 0  # with ImageNet-ReaL labels: those that have one
+    real_top1: float | None = None
+    real_top5: float | None = None
     seconds: float = 0.0  # wall time, loading included
     images_per_second: float = 0.0
+    model_images_per_second: float = 0.0  # without loading, all processes together
+    peak_memory: int = 0  # bytes, the largest of the processes: of the device, or on the CPU of the process; 0: unknown
+    processes: int = 1
     skipped: list[tuple[str, str]] = field(default_factory=list)  # file, reason
     per_class: list[dict] = field(default_factory=list)  # class, images, top1
+    answers: list[tuple[int, int, int, float]] = field(
+        default_factory=list
+    )  # index, target, predicted, its probability
 
 
 def _check_classes(model: nn.Module, dataset: Dataset) -> list[str]:
@@ -44,9 +62,59 @@ def _check_classes(model: nn.Module, dataset: Dataset) -> list[str]:
     if len(names) < model.num_classes:
         raise DataError(
             f"the dataset has {len(names)} classes and the model {model.num_classes}, so their indices need not agree: "
-            f"pass a class map (a file of 'CLASS INDEX' lines)"
+            f"pass a class map (a file with a class a line, in the model's order), or name the dataset with --variant "
+            f"if it is one of ImageNet's"
         )
     return names
+
+
+class _Clock:
+    """Time in the model, and memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.images = device, 0.0, 0
+        self.tracks = device.type == "cuda"
+        if self.tracks:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def run(self, model: nn.Module, images: Tensor, flip: bool) -> Tensor:
+        self._wait()
+        start = time.perf_counter()
+        logits = model(images).float()
+        if flip:
+            logits = (logits.softmax(-1) + model(images.flip(-1)).float().softmax(-1)).div(2).log()
+        self._wait()
+        self.seconds += time.perf_counter() - start
+        self.images += len(images)
+        return logits.cpu()
+
+    def peak(self) -> int:
+        if self.tracks:
+            return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _shares(guarded: GuardedDataset, batch_size: int, workers: int, world: World, pin: bool) -> Iterator[Batch | None]:
+    """This process's batches; None where it has no more and another may have."""
+    indices = range(world.rank, len(guarded), world.size)
+    loader = DataLoader(
+        Subset(guarded, indices),
+        batch_size,
+        num_workers=workers,
+        collate_fn=GuardedDataset.collate,
+        pin_memory=pin,
+        generator=torch.Generator(),  # else it draws from the global one, which training may be using
+    )
+    yield from loader
+    most = -(-len(range(0, len(guarded), world.size)) // batch_size)
+    yield from [None] * (most - len(loader))
 
 
 @torch.inference_mode()
@@ -60,68 +128,121 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     classes_from_map: bool = False,
     progress: bool = True,
+    world: World | None = None,
+    flip: bool = False,
+    protocol: Protocol | None = None,
+    keep_answers: bool = False,
 ) -> Evaluation:
     """Top-1, top-5 and loss over a whole dataset. Every image counts once; unreadable ones are listed.
+
+    Several processes share the images, one after the other; each image goes to one of them, whatever the remainder,
+    and all return the same counts.
 
     Args:
         model: Gives (N, num_classes) logits. Is moved to `device` and `dtype` and left in eval mode.
         dataset: From `open_dataset`.
         config: timm's preprocessing, from `internimage.engine.model.data_config`.
-        batch_size: Images a step.
+        batch_size: Images a step of a process.
         workers: Loader processes; 0 loads in this one.
         device, dtype: Where and in what the model runs; metrics are computed in float32.
         classes_from_map: The dataset's indices come from a class map, so its number of classes need not be the model's.
         progress: Show a bar on stderr.
+        world: The processes, from `internimage.engine.distributed.join`; None is this one alone.
+        flip: Average the probabilities of each image and its mirror image.
+        protocol: How a variant of ImageNet is counted, from `internimage.engine.imagenet.protocol`.
+        keep_answers: Return what was predicted for every image.
 
     Raises:
         DataError: The dataset's classes are not the model's, or a label lies outside them.
     """
-    count = model.num_classes
-    names = [str(i) for i in range(count)] if classes_from_map else _check_classes(model, dataset)
-    model = model.to(device=device, dtype=dtype).eval()
+    world, device = world or World(), torch.device(device)
+    protocol = protocol or Protocol()
+    if protocol.classes is not None:
+        count, names = len(protocol.classes), protocol.names
+    else:
+        count = model.num_classes
+        names = [str(i) for i in range(count)] if classes_from_map else _check_classes(model, dataset)
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device != device or parameter.dtype != dtype:
+        model = model.to(device=device, dtype=dtype)
+    model = model.eval()
     guarded = GuardedDataset(dataset, create_transform(**config, is_training=False))
-    loader = DataLoader(
-        guarded,
-        batch_size,
-        num_workers=workers,
-        collate_fn=GuardedDataset.collate,
-        pin_memory=torch.device(device).type == "cuda",
-    )
-    result = Evaluation()
+    blank = torch.zeros(1, *config["input_size"], device=device, dtype=dtype)
+    result = Evaluation(processes=world.size)
     seen, right = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-    right5, loss = 0, 0.0
+    right5, real = 0, torch.zeros(3, dtype=torch.long)  # images, top-1, top-5
+    loss, position = 0.0, world.rank
+    clock = _Clock(device)
     start = time.perf_counter()
-    bar = tqdm(total=len(guarded), unit="img", desc="evaluate", disable=not progress)
-    for batch in loader:
-        result.skipped += batch.failures
-        bar.update(len(batch.failures))
-        if batch.images is None:
+    bar = tqdm(total=len(guarded), unit="img", desc="evaluate", disable=not (progress and world.first))
+    for batch in _shares(guarded, batch_size, workers, world, device.type == "cuda"):
+        if batch is None or batch.images is None:
+            if world.size > 1:
+                model(blank)  # sharded weights are gathered by all processes together
+            result.skipped += batch.failures if batch else []
+            position += world.size * len(batch.failures if batch else [])
             continue
+        result.skipped += batch.failures
         targets = batch.targets
         if targets.min() < 0 or targets.max() >= count:
             odd = next(t for t in targets.tolist() if not 0 <= t < count)
             raise DataError(f"the dataset has label {odd}; the model's classes are 0 to {count - 1}")
-        logits = model(batch.images.to(device=device, dtype=dtype, non_blocking=True)).float().cpu()
+        logits = clock.run(model, batch.images.to(device=device, dtype=dtype, non_blocking=True), flip)
+        if protocol.classes is not None:
+            logits = logits[:, protocol.classes]
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         order = logits.topk(min(5, count)).indices
         hit = order == targets[:, None]
         right5 += int(hit.any(1).sum())
         seen += torch.bincount(targets, minlength=count)
         right += torch.bincount(targets[hit[:, 0]], minlength=count)
+        places = [position + world.size * i for i in batch.places]
+        position += world.size * (len(targets) + len(batch.failures))
+        if protocol.real is not None:
+            real += _real_hits(protocol.real, [guarded.name(i) for i in places], order)
+        if keep_answers:
+            sure = logits.softmax(-1).gather(1, order[:, :1])[:, 0]
+            result.answers += list(zip(places, targets.tolist(), order[:, 0].tolist(), sure.tolist()))
         result.images += len(targets)
-        bar.update(len(targets))
+        bar.update(world.size * (len(targets) + len(batch.failures)))
         bar.set_postfix(top1=f"{100 * right.sum().item() / result.images:.2f}", refresh=False)
     bar.close()
+    parts = world.gather(
+        (result.images, seen, right, right5, loss, real, result.skipped, result.answers, clock.seconds, clock.images,
+         clock.peak())
+    )  # fmt: skip
+    images, seen, right, right5, loss, real, skipped, answers, model_seconds, model_images, peaks = zip(*parts)
+    result.images, right5, loss = sum(images), sum(right5), sum(loss)
+    seen, right, real = sum(seen), sum(right), sum(real)
+    result.skipped = [failure for part in skipped for failure in part]
+    result.answers = sorted(answer for part in answers for answer in part)
     if result.images == 0:
         raise DataError(f"no image of {len(guarded)} could be read; the first: {result.skipped[0]}")
     result.seconds = time.perf_counter() - start
     result.images_per_second = result.images / result.seconds
+    result.model_images_per_second = sum(n / s for n, s in zip(model_images, model_seconds) if s)
+    result.peak_memory = max(peaks)
     result.top1 = 100 * right.sum().item() / result.images
     result.top5 = 100 * right5 / result.images
     result.loss = loss / result.images
+    if protocol.real is not None:
+        result.real_images = int(real[0])
+        if result.real_images == 0:
+            raise DataError("no image has a ReaL label; they are found by names such as ILSVRC2012_val_00000001.JPEG")
+        result.real_top1, result.real_top5 = (100 * real[i].item() / result.real_images for i in (1, 2))
     result.per_class = [
         {"class": names[i], "images": seen[i].item(), "top1": 100 * right[i].item() / seen[i].item()}
         for i in range(count)
         if seen[i] > 0
     ]
     return result
+
+
+def _real_hits(labels: dict[str, list[int]], files: list[str], order: Tensor) -> Tensor:
+    """Images with a label, right ones, right ones within five; an image may have several labels or none."""
+    counts = torch.zeros(3, dtype=torch.long)
+    for file, best in zip(files, order.tolist()):
+        allowed = labels.get(file.replace("\\", "/").rsplit("/", 1)[-1])
+        if allowed:
+            counts += torch.tensor([1, best[0] in allowed, any(i in allowed for i in best)])
+    return counts

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints of a run: written whole or not at all, the last two kept.
+
+A checkpoint is a file, or with sharded weights a folder with a part from every process. It appears under its name by a
+rename, after everything in it has reached the disk: whatever instant a run is killed at, the newest name is whole.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .distributed import World
+
+_logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{9})(?:\.pt)?")
+_PARTIAL = ".partial-"
+KEEP = 2
+
+
+class CheckpointWriteError(UserError, OSError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint as one file.
+
+    Args:
+        folder: Of the run's checkpoints; is made.
+        step: Steps done; part of the name.
+        state: Tensors, numbers, strings and containers of them.
+
+    Raises:
+        CheckpointWriteError: The disk is full, or the like.
+    """
+    try:
+        _make(folder)
+        partial, final = folder / f"{_PARTIAL}{step:09d}", folder / f"step-{step:09d}.pt"
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        raise _failed(folder, step, error) from error
+    _remove_old(folder)
+    return final
+
+
+def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: World) -> Path:
+    """Write a checkpoint as a folder that all processes fill.
+
+    Args:
+        folder, step: As in `save_file`.
+        write: Fills the folder that it is given; is called in every process.
+        world: The processes.
+    """
+    partial, final = folder / f"{_PARTIAL}{step:09d}", folder / f"step-{step:09d}"
+    try:
+        if world.first:
+            _make(folder)
+            partial.mkdir()
+        world.barrier()
+        write(partial)
+        if world.first:
+            for file in partial.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            _sync_folder(partial)
+            os.replace(partial, final)
+            _sync_folder(folder)
+            _remove_old(folder)
+        world.barrier()
+    except OSError as error:
+        raise _failed(folder, step, error) from error
+    return final
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """What `save_file` was given, on the CPU. Runs no code from the file."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def newest(folder: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None:
+    """The newest checkpoint that can be read, and what `load` made of it; None where there is none.
+
+    Only a disk that lost what it had confirmed makes the newest unreadable; the one before it then serves.
+    """
+    for path in checkpoints(folder):
+        try:
+            return path, load(path)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, error)
+    return None
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in folder.glob(f"{_PARTIAL}*") if folder.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
+
+
+def _failed(folder: Path, step: int, error: BaseException) -> CheckpointWriteError:
+    try:
+        remove_partial(folder)  # gives a full disk its space back
+    except OSError:
+        pass
+    cause = error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else error
+    kept = checkpoints(folder)
+    good = f"the last good one is '{kept[0]}'" if kept else "there is none before it"
+    return CheckpointWriteError(
+        f"the checkpoint of step {step} could not be written ({str(cause).splitlines()[0]}); {good}. Make room and run "
+        f"the same command again to go on from there"
+    )
+
+
+def _remove_old(folder: Path) -> None:
+    for path in checkpoints(folder)[KEEP:]:
+        if path.is_dir():
+            # the name goes first: a half removed folder must not look like a checkpoint
+            gone = path.with_name(f"{_PARTIAL}{path.name}")
+            os.replace(path, gone)
+            shutil.rmtree(gone)
+        else:
+            path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

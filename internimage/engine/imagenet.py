@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""ImageNet's usual layouts and variants, by timm's lists of classes and labels."""
+
+import pkgutil
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm.data import ImageDataset, ImageNetInfo, RealLabelsImagenet
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader import Reader
+from torch import nn
+from torch.utils.data import Dataset
+
+from .data import DataError, class_names
+
+VARIANTS = {
+    "imagenet": "ImageNet-1k's validation images",
+    "real": "those, with ImageNet-ReaL's labels beside the usual ones",
+    "a": "ImageNet-A, 200 classes",
+    "r": "ImageNet-R, 200 classes",
+    "v2": "ImageNet-V2, folders 0 to 999",
+    "sketch": "ImageNet-Sketch",
+}
+
+
+@dataclass
+class Protocol:
+    """How a variant is counted."""
+
+    classes: list[int] | None = None  # the outputs that the dataset's classes stand for, in order; None: all
+    names: list[str] | None = None  # of these
+    real: dict[str, list[int]] | None = None  # file name -> the labels that are right
+
+
+class _ListedImages(Reader):
+    """timm's reader interface over (file, index) pairs."""
+
+    def __init__(self, samples: list[tuple[Path, int]], class_to_idx: dict[str, int] | None) -> None:
+        super().__init__()
+        self.samples, self.class_to_idx = samples, class_to_idx
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, target = self.samples[index]
+        return path.open("rb"), target
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        return path.name if basename else str(path)
+
+
+def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
+    """A folder of images without class folders, and a file of their labels.
+
+    Args:
+        root: Folder; images may stand in folders below it.
+        labels: A line an image: `FILE LABEL`, separated by white space or a comma, with or without the file's ending;
+            or `LABEL` alone, in the order of the sorted file names. A label is an index from 0 in the order of the
+            sorted synsets, or a synset (n01440764). More words on a line are ignored, so is a header. The lists that
+            come with ImageNet on Kaggle and with Caffe are of this form.
+
+    Raises:
+        DataError: An image has no label or a label is none; indices stand alone and reach from 1 to 1000, as in the
+            development kit's list, whose numbers are not in the order of the synsets.
+    """
+    root, labels = Path(root), Path(labels)
+    if not labels.is_file():
+        raise DataError(f"there is no file of labels at '{labels}'")
+    if not root.is_dir():
+        raise DataError(f"there is no folder of images at '{root}'")
+    extensions = get_img_extensions(as_set=True)
+    files = sorted((f for f in root.rglob("*") if f.suffix.lower() in extensions), key=lambda f: f.name)
+    if not files:
+        raise DataError(f"'{root}' holds no image; images end in {', '.join(get_img_extensions())}")
+    lines = [
+        re.split(r"[\s,]+", line.strip()) for line in labels.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    if lines and lines[0][0].lower() in ("imageid", "image", "file", "filename"):
+        lines = lines[1:]
+    synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+
+    def index(label: str, where: str) -> int:
+        if label in synsets:
+            return synsets[label]
+        if not label.isdigit():
+            raise DataError(f"'{labels}' has the label '{label}' for {where}, which is neither an index nor a synset")
+        return int(label)
+
+    if all(len(line) == 1 for line in lines):
+        if len(lines) != len(files):
+            raise DataError(f"'{labels}' has {len(lines)} labels, '{root}' {len(files)} images")
+        targets = [index(line[0], file.name) for line, file in zip(lines, files)]
+        if max(targets) == 1000:
+            raise DataError(
+                f"the labels of '{labels}' go up to 1000: that is the development kit's numbering, which is not the "
+                f"order of the classes here. Give a file of 'FILE LABEL' lines or of synsets"
+            )
+        samples = list(zip(files, targets))
+    else:
+        known = {Path(line[0]).stem: line[1] for line in lines if len(line) > 1}
+        missing = [file.name for file in files if file.stem not in known]
+        if missing:
+            raise DataError(f"'{labels}' has no label for {missing[0]} (and {len(missing) - 1} more images)")
+        samples = [(file, index(known[file.stem], file.name)) for file in files]
+    named = any(line[-1] in synsets or (len(line) > 1 and line[1] in synsets) for line in lines)
+    return ImageDataset(str(root), reader=_ListedImages(samples, synsets if named else None))
+
+
+def protocol(
+    variant: str | None, model: nn.Module, dataset: Dataset, real_labels: str | Path | None = None
+) -> Protocol:
+    """How a variant is counted, once it is clear that the dataset and the model are what it takes.
+
+    Args:
+        variant: Of `VARIANTS`; None is an ordinary dataset.
+        model: With ImageNet-1k's 1000 classes.
+        dataset: From `open_dataset` or `open_labelled_folder`.
+        real_labels: ReaL's `real.json`; None takes the copy inside timm.
+
+    Raises:
+        DataError: They are not.
+    """
+    if variant is None:
+        return Protocol()
+    if model.num_classes != 1000:
+        raise DataError(
+            f"--variant {variant} is for models of ImageNet-1k's 1000 classes; this one has {model.num_classes}"
+        )
+    names, synsets = class_names(dataset), ImageNetInfo().label_names()
+    if variant in ("a", "r"):
+        wanted = _lines(f"imagenet_{variant}_synsets.txt")
+        _same(names, wanted, variant)
+        return Protocol([int(i) for i in _lines(f"imagenet_{variant}_indices.txt")], wanted)
+    if variant == "v2":
+        _same(names, [str(i) for i in range(1000)], variant)
+        return Protocol(list(range(1000)), synsets)
+    if names is not None:
+        _same(names, synsets, variant)
+    real = None
+    if variant == "real":
+        if real_labels is not None and not Path(real_labels).is_file():
+            raise DataError(f"there is no file of ReaL labels at '{real_labels}'")
+        # timm's class counts in the order of a whole run; its table alone serves any share of the images
+        try:
+            table = RealLabelsImagenet([""] * 50000, None if real_labels is None else str(real_labels))
+        except (AssertionError, ValueError) as error:
+            raise DataError(f"'{real_labels}' is not ReaL's list of 50000 labels: {error}") from error
+        real = table.real_labels
+    return Protocol(list(range(1000)), synsets, real)
+
+
+def _lines(name: str) -> list[str]:
+    return pkgutil.get_data("timm.data", f"_info/{name}").decode().split()
+
+
+def _same(names: list[str] | None, wanted: list[str], variant: str) -> None:
+    if names != wanted:
+        there = f"{len(names)} from {names[0]} to {names[-1]}" if names else "none"
+        raise DataError(
+            f"{VARIANTS[variant]} has {len(wanted)} class folders from {wanted[0]} to {wanted[-1]}; found {there}"
+        )

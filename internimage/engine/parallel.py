@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""A model, its average and its optimizer over several processes: DDP, or FSDP2 with sharded weights."""
+
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from .distributed import World
+
+
+def replicate(model: nn.Module, world: World) -> nn.Module:
+    """The model in DDP, or as it is in a single process. Buffers are the processes' own: batch norm is synchronised."""
+    if world.size == 1:
+        return model
+    # of depthwise kernels torch counts the strides otherwise than their gradients', and warns that this costs a copy
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    ids = [world.device.index] if world.device.type != "cpu" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
+    """Spread a model's weights over all processes, in place; each block's are gathered when it runs.
+
+    Args:
+        model: InternImage is sharded block by block, another model as a whole.
+        world: The processes.
+        dtype: What blocks compute in; sharded weights, gradients' sums and batch norm stay in float32.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    low = dtype if dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=None)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, output_dtype=low)
+    for stage in getattr(model, "levels", ()):
+        for block in stage.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    if low is not None:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                fully_shard(module, mesh=mesh, mp_policy=exact)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def last_backward(model: nn.Module, last: bool):
+    """Context of a forward and backward pass: gradients are exchanged in the last one of a step alone."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+    return nullcontext()
+
+
+def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state dict on the CPU, in the first process; to be called in all."""
+    if not is_sharded(model):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def write_shards(folder: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
+    """Write this process's part of a sharded checkpoint."""
+    dcp.save(_shards(model, average, optimizer), checkpoint_id=folder)
+
+
+def read_shards(folder: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
+    """Read a sharded checkpoint; the number of processes need not be that of the writers."""
+    state = _shards(model, average, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    if average is not None:
+        set_model_state_dict(average, state["average"])
+
+
+def _shards(model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    if average is not None:
+        state["average"] = get_model_state_dict(average)
+    return state

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""What a run tells: a progress bar, a table of steps, a table of epochs, TensorBoard."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .config import ConfigError
+from .files import write_text
+from .settings import LOG_FILE, STEPS_FILE
+
+_STEP_FIELDS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second")
+
+
+def check_tensorboard() -> None:
+    """ConfigError where TensorBoard's package is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("tensorboard=true needs the package 'tensorboard': pip install tensorboard") from error
+
+
+class TrainingLog:
+    """The log of one run. Each row stands once, also after a run was killed and resumed.
+
+    Args:
+        output: The run's folder.
+        epochs: Rows of the epochs that are done.
+        step: Steps that are done; later rows on the disk are dropped.
+        total: Steps of the whole run.
+        batch_size: Images a step.
+        tensorboard: Write its files, to `output/tensorboard`.
+        progress: Show a bar on stderr.
+        writes: Whether this process is the one that writes.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        epochs: list[dict],
+        step: int,
+        total: int,
+        batch_size: int,
+        tensorboard: bool = False,
+        progress: bool = True,
+        writes: bool = True,
+    ) -> None:
+        self.output, self.epochs, self.batch_size, self.writes = output, epochs, batch_size, writes
+        self.bar = tqdm(
+            total=total * batch_size,
+            initial=step * batch_size,
+            unit="img",
+            desc="finetune",
+            disable=not (progress and writes),
+            dynamic_ncols=True,
+        )
+        self.board = self._steps = None
+        if not writes:
+            return
+        path = output / STEPS_FILE
+        kept = read_steps(output, step) if step else []
+        write_text(path, _csv(kept, _STEP_FIELDS))
+        self._steps = path.open("a", newline="", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def step(self, step: int, epoch: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
+        """Note one step."""
+        self.bar.update(self.batch_size)
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        if self._steps is None:
+            return
+        rate = self.batch_size / seconds
+        # repr: losses can be compared to their last digit
+        self._steps.write(f"{step},{epoch},{loss!r},{lr:.6g},{grad_norm:.6g},{rate:.6g}\n")
+        if self.board is not None:
+            for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm), ("images_per_second", rate)):
+                self.board.add_scalar(f"train/{name}", value, step)
+
+    def epoch(self, row: dict, step: int) -> None:
+        """Note one epoch; the table is rewritten as a whole."""
+        self.epochs.append(row)
+        if not self.writes:
+            return
+        write_text(self.output / LOG_FILE, _csv(self.epochs))
+        if self.board is not None:
+            for name, value in row.items():
+                if name.startswith("val_"):
+                    self.board.add_scalar(f"val/{name[4:]}", value, step)
+
+    def flush(self) -> None:
+        """Everything noted is on the disk: before a checkpoint that says that it was done."""
+        if self._steps is not None:
+            self._steps.flush()
+            os.fsync(self._steps.fileno())
+        if self.board is not None:
+            self.board.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self._steps is not None:
+            self._steps.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_steps(output: Path, last: int | None = None) -> list[dict]:
+    """The rows of the table of steps, up to a step; a half written last row is left out."""
+    path = output / STEPS_FILE
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["step"] and row["images_per_second"]]
+    return [row for row in rows if last is None or int(row["step"]) <= last]
+
+
+def _csv(rows: list[dict], fields: tuple[str, ...] | None = None) -> str:
+    fields = fields or tuple(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return text.getvalue()

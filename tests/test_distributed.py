@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""Several processes, started by torchrun, do what one does: the same losses, weights and counts."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import internimage
+from internimage.cli import main
+
+ROOT = Path(internimage.__file__).parent.parent
+# clip_grad is small, so that gradients are clipped; drop path, mixing and averaging are on
+SETTINGS = [
+    "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=2", "batch_size=8", "workers=0", "lr=0.001",
+    "warmup_epochs=1", "drop_path=0.2", "mixup=0.4", "cutmix=0.5", "clip_grad=0.5", "device=cpu", "report=false",
+    "ema_decay=0.9",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Noise of three brightnesses: 81 images to train on, ten steps an epoch; 17 to validate."""
+    folder = tmp_path_factory.mktemp("noise")
+    generator = torch.Generator().manual_seed(0)
+    for split, counts in (("train", (27, 27, 27)), ("val", (5, 5, 7))):
+        for label, count in enumerate(counts):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.rand(20, 24, 3, generator=generator) * (60 + 60 * label)
+                Image.fromarray(pixels.byte().numpy()).save(folder / split / str(label) / f"{i}.png")
+    return folder
+
+
+def torchrun(processes, *arguments, check=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    result = subprocess.run(
+        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0 or not check, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Folders of the same run: in one process, in two with DDP, in two with FSDP."""
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = [f"data={data}", *SETTINGS]
+    assert main(["finetune", *arguments, f"output={folder / 'one'}"]) == 0
+    torchrun(2, "-m", "internimage", "finetune", *arguments, f"output={folder / 'ddp'}")
+    torchrun(
+        2, "-m", "internimage", "finetune", *arguments, f"output={folder / 'fsdp'}", "parallel=fsdp",
+        "grad_checkpointing=true",
+    )  # fmt: skip
+    return folder
+
+
+def losses(run):
+    with (run / "steps.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(runs, kind):
+    assert len(losses(runs / "one")) == 20
+    np.testing.assert_allclose(losses(runs / kind), losses(runs / "one"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_end_with_the_weights_of_one(runs, kind):
+    """The averaged weights, with batch norm's statistics; AdamW makes more of small gradients than the losses show."""
+    one, two = load_file(runs / "one" / "model.safetensors"), load_file(runs / kind / "model.safetensors")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+    configs = [json.loads((runs / name / "config.json").read_text()) for name in ("one", kind)]
+    assert configs[0] == configs[1]
+
+
+def test_two_processes_validate_like_one(runs):
+    rows = [list(csv.DictReader((runs / name / "log.csv").open(newline=""))) for name in ("one", "ddp", "fsdp")]
+    for a, *others in zip(*rows, strict=True):
+        for b in others:
+            assert a["val_top1"] == b["val_top1"]
+            assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), abs=1e-5)
+
+
+def test_batch_norm_of_two_processes_is_that_of_the_whole_batch(tmp_path):
+    """Outputs, gradients and statistics against torch's BatchNorm2d on both halves at once."""
+    script = tmp_path / "norm.py"
+    script.write_text(
+        """
+import torch
+from torch import nn
+from internimage.engine.distributed import join, leave, synchronise_batch_norm
+world = join(torch.device("cpu"))
+torch.manual_seed(0)
+x = torch.randn(6, 5, 3, 4, dtype=torch.float64).float() * 3 + 100  # a mean that would eat the variance's digits
+grad = torch.randn(6, 5, 3, 4)
+whole, half = nn.BatchNorm2d(5), nn.Sequential(nn.BatchNorm2d(5))
+with torch.no_grad():
+    for norm in (whole, half[0]):
+        norm.weight.copy_(torch.linspace(0.5, 2, 5)), norm.bias.copy_(torch.linspace(-1, 1, 5))
+synchronise_batch_norm(half, torch.device("cpu"))
+mine = slice(3 * world.rank, 3 * world.rank + 3)
+a, b = x.clone().requires_grad_(), x[mine].clone().requires_grad_()
+for _ in range(2):
+    expected, found = whole(a), half(b)
+expected.backward(grad), found.backward(grad[mine])
+torch.testing.assert_close(found, expected[mine], rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(b.grad, a.grad[mine], rtol=1e-3, atol=1e-4)
+torch.testing.assert_close(world.sum(half[0].weight.grad.clone()), whole.weight.grad, rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(half[0].running_mean, whole.running_mean)
+torch.testing.assert_close(half[0].running_var, whole.running_var, rtol=1e-4, atol=1e-4)
+assert half[0].num_batches_tracked == 2
+whole.eval(), half.eval()
+torch.testing.assert_close(half(x), whole(x), rtol=1e-4, atol=1e-4)
+leave()
+"""
+    )
+    torchrun(2, script)
+
+
+STOP = """
+import sys
+from internimage.cli import main
+from internimage.engine import trainer
+run = trainer.Trainer.run
+trainer.Trainer.run = lambda self, stop, progress=True: run(
+    self, lambda: self.world.rank == 1 and self.progress.step + 1 >= 13, progress
+)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_sharded_run_stops_and_resumes_bitwise(data, runs, tmp_path):
+    """One of the processes is asked to stop: both save their shards, and go on from them."""
+    (tmp_path / "stop.py").write_text(STOP)
+    arguments = ["finetune", f"data={data}", *SETTINGS, f"output={tmp_path / 'run'}", "parallel=fsdp"]
+    arguments.append("grad_checkpointing=true")
+    result = torchrun(2, tmp_path / "stop.py", *arguments)
+    assert "saved after step 13 of 20" in result.stdout
+    saved = tmp_path / "run" / "checkpoints" / "step-000000013"
+    assert {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"} == {file.name for file in saved.iterdir()}
+    result = torchrun(2, "-m", "internimage", *arguments)
+    assert "step 13 of 20" in result.stderr
+    assert losses(tmp_path / "run") == losses(runs / "fsdp")
+    whole, parts = (load_file(run / "model.safetensors") for run in (runs / "fsdp", tmp_path / "run"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_sharded_training_in_bfloat16_and_with_frozen_stages(data, runs, tmp_path):
+    arguments = ["-m", "internimage", "finetune", f"data={data}", *SETTINGS, "parallel=fsdp", "precision=bfloat16"]
+    torchrun(2, *arguments, f"output={tmp_path / 'low'}")
+    np.testing.assert_allclose(losses(tmp_path / "low"), losses(runs / "one"), rtol=0, atol=0.1)
+    torchrun(2, *arguments, f"output={tmp_path / 'frozen'}", "freeze=2", "accumulate=2")
+    weights = load_file(tmp_path / "frozen" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_processes_that_do_not_fit_are_refused_once(data, tmp_path):
+    result = torchrun(
+        2, "-m", "internimage", "finetune", f"data={data}", *SETTINGS, f"output={tmp_path / 'x'}", "batch_size=9",
+        "mixup=0", "cutmix=0", check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "'batch_size' must divide by 2 processes times accumulate=1, got 9" in result.stderr
+    assert result.stderr.count("internimage finetune: error:") == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("processes", [3])
+def test_evaluate_counts_every_image_once(data, runs, tmp_path, processes):
+    """17 images, one of them damaged, over three processes: no padding is counted and nothing is left out."""
+    folder = tmp_path / "val"
+    for file in (data / "val").rglob("*.png"):
+        target = folder / file.relative_to(data / "val")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (folder / "1" / "3.png").write_bytes(b"nothing")
+    arguments = [
+        "evaluate",
+        "--model",
+        runs / "one",
+        "--data",
+        folder,
+        "--batch-size",
+        2,
+        "--workers",
+        0,
+        "--per-class",
+    ]
+    assert main([*map(str, arguments), "--json", str(tmp_path / "one.json")]) == 0
+    torchrun(processes, "-m", "internimage", *arguments, "--json", tmp_path / "many.json")
+    one, many = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "many.json"))
+    assert (one["images"], one["skipped"], many["processes"]) == (16, 1, processes)
+    for key in ("images", "skipped", "top1", "top5", "per_class", "skipped_files"):
+        assert one[key] == many[key], key
+    assert one["loss"] == pytest.approx(many["loss"], abs=1e-5)

@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: MIT
+"""Training that can be relied on: the same batches and weights whatever happens in between, and what happens then."""
+
+import csv
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import Mixup
+from timm.layers import DropPath
+from torch import nn
+
+import internimage
+from internimage.cli import main
+from internimage.engine import checkpoint, trainer
+from internimage.engine.config import ConfigError
+from internimage.engine.data import open_dataset
+from internimage.engine.finetune import finetune
+from internimage.engine.randomness import BatchPlan, DropPathDraws, PlanSampler
+from internimage.engine.settings import FinetuneConfig, prepare_output
+from internimage.engine.training_data import training_loader
+from internimage.errors import UserError
+
+ROOT = Path(internimage.__file__).parent.parent
+PREPROCESSING = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=1.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Noise of three brightnesses."""
+    folder = tmp_path_factory.mktemp("noise")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 9), ("val", 4)):
+        for label in range(3):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.rand(20, 24, 3, generator=generator) * (60 + 60 * label)
+                Image.fromarray(pixels.byte().numpy()).save(folder / split / str(label) / f"{i}.png")
+    return folder
+
+
+def settings(data, output, **more):
+    base = dict(
+        data=str(data), output=str(output), model="internimage_atto", pretrained=False, img_size=32, epochs=3,
+        batch_size=8, workers=0, lr=0.003, warmup_epochs=1, drop_path=0.2, mixup=0.4, cutmix=0.5, eval_every=0,
+        auto_augment="rand-m5-mstd0.5", random_erasing=0.3, device="cpu", report=False,
+    )  # fmt: skip
+    return FinetuneConfig(**(base | more))
+
+
+def steps(output):
+    with (Path(output) / "steps.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(a, b):
+    a, b = load_file(Path(a) / "model.safetensors"), load_file(Path(b) / "model.safetensors")
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- draws
+
+
+def batches(data, config, start=0, stop=6):
+    dataset = open_dataset(data / "train", split="")
+    plan = BatchPlan(len(dataset), config.batch_size, config.accumulate, config.seed)
+    sampler = PlanSampler(plan, list(range(config.accumulate)), start, stop)
+    return list(training_loader(dataset, sampler, config, PREPROCESSING, False))
+
+
+def test_any_number_of_workers_gives_the_same_batches(data, tmp_path):
+    expected = batches(data, settings(data, tmp_path))
+    assert len(expected) == 6
+    for workers in (1, 2, 3):
+        torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+        found = batches(data, settings(data, tmp_path, workers=workers))
+        for a, b in zip(expected, found, strict=True):
+            assert a.samples == b.samples and torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
+    assert not torch.equal(expected[0].images, batches(data, settings(data, tmp_path, seed=1))[0].images)
+
+
+def test_batches_from_any_step_are_those_of_a_whole_run(data, tmp_path):
+    expected = batches(data, settings(data, tmp_path))
+    for start in (1, 3, 5):  # an epoch has three steps
+        found = batches(data, settings(data, tmp_path), start)
+        assert all(torch.equal(a.images, b.images) for a, b in zip(expected[start:], found, strict=True))
+
+
+def test_an_epoch_holds_every_image_once_and_an_image_is_drawn_anew_in_the_next(data, tmp_path):
+    found = batches(data, settings(data, tmp_path, batch_size=27, mixup=0.0, cutmix=0.0), stop=2)
+    images = {}
+    for batch in found:
+        assert sorted(index for _, index in batch.samples) == list(range(27))
+        for (epoch, index), image in zip(batch.samples, batch.images):
+            images[epoch, index] = image
+    assert sum(torch.equal(images[0, i], images[1, i]) for i in range(27)) == 0
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_mixing_the_parts_of_a_batch_is_mixing_the_batch(parts):
+    """Against timm's Mixup on the whole batch."""
+    size = 16
+    images, targets = torch.rand(size, 3, 8, 8), torch.arange(size) % 5
+    plan = BatchPlan(100, size, parts, 0)
+    mix = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=5)
+    assert sorted(i for part in range(parts) for i in plan.positions(part)) == list(range(size))
+    for seed in range(4):
+        np.random.seed(seed)
+        expected, expected_targets = mix(images.clone(), targets.clone())
+        for part in range(parts):
+            places = plan.positions(part)
+            np.random.seed(seed)
+            found, found_targets = mix(images[places].clone(), targets[places].clone())
+            assert torch.equal(found, expected[places]) and torch.equal(found_targets, expected_targets[places])
+
+
+def test_drop_path_draws_do_not_depend_on_the_parts_and_have_the_rate():
+    model = nn.Sequential(nn.Linear(4, 4), DropPath(0.25), nn.Sequential(DropPath(0.6)), DropPath(0.0))
+    whole = DropPathDraws(model, BatchPlan(1000, 16, 1, 0), seed=3)
+    assert [layer.drop_prob for layer in whole.layers] == [0.25, 0.6]
+    half_plan = BatchPlan(1000, 16, 2, 0)
+    half = DropPathDraws(nn.Sequential(nn.Linear(4, 4), DropPath(0.25), DropPath(0.6)), half_plan, seed=3)
+    kept = torch.zeros(2)
+    for step in range(200):
+        whole.draw(step, 0)
+        for part in range(2):
+            half.draw(step, part)
+            for a, b in zip(whole.layers, half.layers):
+                assert torch.equal(a.factor[half_plan.positions(part)], b.factor)
+        kept += torch.stack([(layer.factor > 0).float().mean() for layer in whole.layers])
+    torch.testing.assert_close(kept / 200, torch.tensor([0.75, 0.4]), atol=0.03, rtol=0)
+    assert all(value == 0 or value == pytest.approx(1 / 0.75) for value in whole.layers[0].factor.tolist())
+    x = torch.ones(16, 3, 2)
+    model[1].train()
+    assert torch.equal(model[1](x)[:, 0, 0], whole.layers[0].factor)
+    model[1].eval()
+    assert model[1](x) is x
+
+
+def test_unreadable_training_image_is_replaced_by_the_next_and_named(data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    for label in "012":
+        (folder / "train" / label).mkdir()
+        for file in (data / "train" / label).iterdir():
+            (folder / "train" / label / file.name).write_bytes(file.read_bytes())
+    (folder / "train" / "1" / "3.png").write_bytes(b"nothing")
+    finetune(settings(folder, tmp_path / "run", epochs=1, batch_size=27, mixup=0.0, cutmix=0.0), progress=False)
+    out = "".join(capsys.readouterr())
+    assert "3.png' cannot be read (not an image); the next image takes its place" in out
+
+
+# ---- resume
+
+
+def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
+    """20 kills with SIGKILL: at random times, half way in a checkpoint, before and after its rename, in a removal."""
+    result = subprocess.run(
+        [sys.executable, "scripts/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"20 kills, \d+ runs: all the same", result.stdout)
+    for place in ("write", "before-rename", "after-rename", "removal"):
+        assert place in result.stdout
+
+
+def test_workers_and_accumulation_leave_the_weights_what_they_are(data, tmp_path):
+    finetune(settings(data, tmp_path / "a", workers=0), progress=False)
+    finetune(settings(data, tmp_path / "b", workers=2), progress=False)
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_run_in_mixed_precision_resumes_with_its_scaler(data, tmp_path, precision):
+    finetune(settings(data, tmp_path / "whole", precision=precision, checkpoint_every=1), progress=False)
+    calls = iter(range(100))
+    config = settings(data, tmp_path / "parts", precision=precision, checkpoint_every=1)
+    stop_at(config, 4, calls)
+    finetune(config, progress=False)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def stop_at(config, step, calls=None):
+    """Run to a step, as if SIGTERM had come in it."""
+    run = trainer.Trainer.run
+
+    def patched(self, stop, progress=True):
+        return run(self, lambda: self.progress.step + 1 >= step, progress)
+
+    trainer.Trainer.run = patched
+    try:
+        with pytest.raises(internimage.engine.Preempted):
+            finetune(config, progress=False)
+    finally:
+        trainer.Trainer.run = run
+
+
+def test_checkpoint_holds_everything_and_two_are_kept(data, tmp_path):
+    finetune(settings(data, tmp_path, ema_decay=0.9), progress=False)
+    kept = checkpoint.checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in kept] == ["step-000000009.pt", "step-000000006.pt"]
+    state = checkpoint.load_file(kept[0])
+    assert set(state) == {"model", "average", "optimizer", "scaler", "schedule", "progress", "random"}
+    assert state["progress"]["step"] == 9 and len(state["progress"]["epochs"]) == 3
+    assert set(state["random"]) == {"python", "numpy", "torch"}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[key], state["average"][key]) for key in saved)
+    assert not torch.equal(saved["head.weight"], state["model"]["head.weight"])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, caplog):
+    finetune(settings(data, tmp_path / "whole"), progress=False)
+    config = settings(data, tmp_path / "run")
+    stop_at(config, 7)
+    newest = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    finetune(config, progress=False)
+    assert "cannot be read and is passed over" in caplog.text
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_sigterm_saves_exits_with_0_and_the_same_command_goes_on(data, tmp_path):
+    """The whole way: a process, a real signal, the same command again."""
+    arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=60)).items() if v is not None]
+    command = [sys.executable, "-m", "internimage", "finetune", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not checkpoint.checkpoints(tmp_path / "run" / "checkpoints"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    step = int(re.search(r"asked to stop: saved after step (\d+) of 180", out).group(1))
+    assert step < 180 and "the same command goes on from there" in out
+    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step-{step:09d}.pt"
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and f"step {step} of 180" in again.stderr
+    assert [int(row["step"]) for row in steps(tmp_path / "run")] == list(range(1, 181))
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert third.returncode == 2 and "holds an earlier result" in third.stderr
+
+
+def test_an_unfinished_run_of_other_settings_is_not_continued(data, tmp_path):
+    stop_at(settings(data, tmp_path), 4)
+    with pytest.raises(ConfigError, match=r"lr was 0\.003, now 0\.1.*resume=false"):
+        finetune(settings(data, tmp_path, lr=0.1), progress=False)
+    assert prepare_output(settings(data, tmp_path, workers=3)) == (tmp_path, True)
+    finetune(settings(data, tmp_path, lr=0.1, resume=False, epochs=1), progress=False)
+    assert len(steps(tmp_path)) == 3
+
+
+# ---- what goes wrong
+
+
+def poison(monkeypatch, bad, value=float("nan")):
+    """Make the images of some steps bad."""
+    place = trainer.Trainer._place
+
+    def patched(self, batch, step):
+        images, targets = place(self, batch, step)
+        return (images * value if step in bad else images), targets
+
+    monkeypatch.setattr(trainer.Trainer, "_place", patched)
+
+
+def test_a_step_with_a_loss_of_nan_is_left_out_and_its_batch_kept(data, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {2})
+    finetune(settings(data, tmp_path, checkpoint_every=1, ema_decay=0.5), progress=False)
+    assert "the loss is nan in epoch 1, step 3: the step is left out (1 of nan_limit=10)" in "".join(
+        capsys.readouterr()
+    )
+    rows = steps(tmp_path)
+    assert [row["loss"] for row in rows].count("nan") == 1 and rows[2]["loss"] == "nan"
+    with (tmp_path / "log.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert epochs[0]["skipped_steps"] == "1" and float(epochs[0]["train_loss"]) > 0
+    for key, value in load_file(tmp_path / "model.safetensors").items():
+        assert value.isfinite().all(), key  # batch norm's statistics too
+    (file,) = (tmp_path / "bad-batches").iterdir()
+    bad = torch.load(file, weights_only=True)
+    assert bad["images"].isnan().any() and len(bad["indices"]) == 8 and set(bad["epochs"]) == {0}
+    expected = batches(data, settings(data, tmp_path))[2]
+    assert bad["indices"] == [index for _, index in expected.samples]
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_the_weights(data, tmp_path, monkeypatch):
+    """The weights and statistics after a bad first step are those from before it."""
+    seen = []
+    leave_out = trainer.Trainer._leave_out
+
+    def watched(self, *arguments):
+        leave_out(self, *arguments)
+        seen.append({key: value.clone() for key, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(trainer.Trainer, "_leave_out", watched)
+    poison(monkeypatch, {0, 1})
+    finetune(settings(data, tmp_path, epochs=1), progress=False)
+    torch.manual_seed(0)
+    first, second = seen
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["conv_head.1.0.num_batches_tracked"] == 0 and (first["conv_head.1.0.running_mean"] == 0).all()
+
+
+def test_training_stops_after_the_limit_of_bad_steps(data, tmp_path, monkeypatch):
+    poison(monkeypatch, {1, 4, 5}, float("inf"))
+    with pytest.raises(trainer.TrainingError, match=r"epoch 2, step 5, and 2 steps were left out.*bad-batches"):
+        finetune(settings(data, tmp_path, nan_limit=2), progress=False)
+    assert len(list((tmp_path / "bad-batches").iterdir())) == 2
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_count_of_bad_steps_survives_a_resume(data, tmp_path, monkeypatch):
+    poison(monkeypatch, {1, 5})
+    config = settings(data, tmp_path, nan_limit=2)
+    stop_at(config, 4)
+    with pytest.raises(trainer.TrainingError, match="2 steps were left out"):
+        finetune(config, progress=False)
+
+
+def test_a_full_disk_stops_with_a_message_and_keeps_the_last_checkpoint(data, tmp_path):
+    """A real limit of the system on the size of files, in a process of its own."""
+    run = tmp_path / "run"
+    config = settings(data, run, checkpoint_every=2)
+    stop_at(config, 4)
+    before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()}
+    arguments = [f"{k}={v}" for k, v in vars(config).items() if v is not None]
+    code = (
+        "import resource, sys; from internimage.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "finetune", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "the checkpoint of step 6 could not be written" in result.stderr
+    assert "the last good one is" in result.stderr and "step-000000004.pt" in result.stderr
+    assert {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
+    finetune(config, progress=False)
+    finetune(settings(data, tmp_path / "whole"), progress=False)
+    assert same_weights(run, tmp_path / "whole")
+
+
+def test_no_space_left_is_named(tmp_path, monkeypatch):
+    checkpoint.save_file(tmp_path, 1, {"x": torch.zeros(3)})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(UserError, match=r"step 2 could not be written \(.*No space left on device.*step-000000001"):
+        checkpoint.save_file(tmp_path, 2, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+
+
+# ---- options
+
+
+def test_frozen_weights_stay_bitwise_and_the_others_do_not(data, tmp_path):
+    seed = settings(data, tmp_path)
+    torch.manual_seed(seed.seed)
+    for freeze, trained in ((2, ("levels.2.", "levels.3.", "conv_head.", "head.")), (5, ("head.",))):
+        output = tmp_path / f"freeze{freeze}"
+        start = {}
+        init = trainer.Trainer.__init__
+
+        def watched(self, config, world, model, *arguments, start=start, init=init):
+            start |= {key: value.clone() for key, value in model.state_dict().items()}
+            init(self, config, world, model, *arguments)
+
+        trainer.Trainer.__init__ = watched
+        try:
+            finetune(settings(data, output, freeze=freeze, ema_decay=0.9), progress=False)
+        finally:
+            trainer.Trainer.__init__ = init
+        end = load_file(output / "model.safetensors")
+        for key, value in end.items():
+            if not key.startswith(trained):
+                assert torch.equal(value, start[key]), key
+        assert not torch.equal(end["head.weight"], start["head.weight"])
+        if freeze == 2:
+            assert not torch.equal(end["levels.2.blocks.0.mlp.fc1.weight"], start["levels.2.blocks.0.mlp.fc1.weight"])
+
+
+def test_accumulated_parts_give_the_losses_of_the_whole_batch(data, tmp_path):
+    """With batch norm fixed: over a part it is another function than over the batch."""
+    losses = []
+    for parts in (1, 2, 4):
+        config = settings(data, tmp_path / str(parts), accumulate=parts, freeze=5)
+        finetune(config, progress=False)
+        losses.append([float(row["loss"]) for row in steps(tmp_path / str(parts))])
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], atol=1e-5)
+
+
+def test_grad_checkpointing_and_channels_last_leave_the_losses_what_they_are(data, tmp_path):
+    losses = []
+    for name, more in (("plain", {}), ("less", dict(grad_checkpointing=True)), ("last", dict(channels_last=True))):
+        finetune(settings(data, tmp_path / name, **more), progress=False)
+        losses.append([float(row["loss"]) for row in steps(tmp_path / name)])
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_losses_of_uncompiled(data, tmp_path):
+    losses = []
+    for name, more in (("plain", {}), ("compiled", dict(compile=True))):
+        finetune(settings(data, tmp_path / name, opt="sgd", **more), progress=False)
+        losses.append([float(row["loss"]) for row in steps(tmp_path / name)])
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
+
+
+def layer_of(name, model):
+    """The official grouping: a block is a layer; what stands before it goes with it, the head with the last one."""
+    starts = np.cumsum([0] + [len(stage.blocks) for stage in model.levels])
+    if name.startswith("patch_embed."):
+        return 0
+    match = re.match(r"levels\.(\d)\.(blocks|post_norms|norm|downsample)\.(?:(\d+)\.)?", name)
+    if not match:
+        return starts[4] - 1
+    stage = int(match[1])
+    if match[2] == "blocks":
+        return starts[stage] + int(match[3])
+    if match[2] == "post_norms":
+        return starts[stage] + model.levels[stage].post_norm_blocks[int(match[3])]
+    return min(starts[stage + 1], starts[4] - 1)
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny", "small", "base", "large", "xlarge", "huge", "giant"])
+def test_layer_decay_groups_are_timms(size):
+    """Against timm's own grouping, worked out from the model's matcher, for the learning rate of every parameter."""
+    model = timm.create_model(f"internimage_{size}", device="meta")
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = timm.optim.create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.8)
+    layers = timm.models.group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    deepest = max(layers.values())
+    assert layers == {name: layer_of(name, model) for name in names.values()}
+    found = set()
+    for group in ours.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr_scale"] == pytest.approx(0.8 ** (deepest - layers[name])), name
+            assert group["weight_decay"] == (0.0 if parameter.ndim <= 1 or name.endswith(".bias") else 0.05), name
+            found.add(name)
+    assert found == set(names.values())
+    assert deepest == sum(len(stage.blocks) for stage in model.levels) - 1
+
+
+def test_loss_curves_of_the_kernel_and_of_the_reference_agree(data, tmp_path):
+    losses = []
+    main_code = "import sys; from internimage.cli import main; sys.exit(main(sys.argv[1:]))"
+    unload = "import torch, torchvision\ndef fail(path): raise OSError('not here')\ntorch.ops.load_library = fail\n"
+    check = "import internimage.extension as e; assert e.backend('cpu').name == 'plain torch'\n"
+    for name, code in (("kernel", main_code), ("reference", unload + check + main_code)):
+        arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / name, epochs=7)).items() if v is not None]
+        result = subprocess.run(
+            [sys.executable, "-c", code, "finetune", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        losses.append([float(row["loss"]) for row in steps(tmp_path / name)])
+    assert len(losses[0]) == 21
+    np.testing.assert_allclose(losses[0], losses[1], atol=2e-4)
+
+
+def test_settings_that_cannot_be(data, tmp_path):
+    for more, message in (
+        (dict(batch_size=6, accumulate=4), "must divide by 1 processes times accumulate=4"),
+        (dict(batch_size=6, accumulate=2), "must be even"),
+        (dict(parallel="horovod"), "ddp or fsdp"),
+        (dict(parallel="fsdp", precision="float16"), "float32 or bfloat16"),
+        (dict(freeze=6), "0 to 5"),
+        (dict(workers=-1), "must not be negative"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            settings(data, tmp_path, **more)
+    for more in (dict(opt="adamww"), dict(sched="cosin"), dict(sched="plateau"), dict(auto_augment="random")):
+        with pytest.raises(ConfigError):
+            finetune(settings(data, tmp_path / "x", **more), progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_tensorboard_files(data, tmp_path):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = settings(data, tmp_path, tensorboard=True, eval_every=1)
+    stop_at(config, 5)
+    finetune(config, progress=False)
+    events = event_file.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"train/loss", "train/lr", "val/top1"} <= set(events.Tags()["scalars"])
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(int(row["step"]), pytest.approx(float(row["loss"]))) for row in steps(tmp_path)]
+
+
+def test_the_command_line_names_what_is_wrong_with_two_words_alike(data, tmp_path, capsys):
+    assert main(["finetune", f"data={data}", f"output={tmp_path / 'x'}", "acumulate=2"]) == 2
+    assert "did you mean 'accumulate'" in capsys.readouterr().err
