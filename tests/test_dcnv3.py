@@ -7,10 +7,10 @@ import math
 import golden
 import oracle
 import pytest
+import strategies
 import torch
 from conftest import DEVICES, TOLERANCE, assert_close
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,40 +126,10 @@ def test_golden(name, dtype, implementation, device):
 # ---- the formula
 
 
-@st.composite
-def problems(draw) -> tuple[list[torch.Tensor], dict]:
-    remove_center = draw(st.booleans())
-    side = st.sampled_from([1, 3, 5] if remove_center else [1, 2, 3, 4, 5])
-    kernel_size = draw(st.tuples(side, side).filter(lambda k: not remove_center or k != (1, 1)))
-    pair = {low: st.tuples(st.integers(low, 3), st.integers(low, 3)) for low in (0, 1)}
-    arguments = {
-        "kernel_size": kernel_size,
-        "stride": draw(pair[1]),
-        "padding": draw(pair[0]),
-        "dilation": draw(pair[1]),
-        "groups": draw(st.integers(1, 3)),
-        "offset_scale": draw(st.sampled_from([1.0, 2.0, 0.5, 1.5, 0.37, -1.0, 0.0])),
-        "remove_center": remove_center,
-        "softmax": draw(st.booleans()),
-    }
-    smallest = [
-        max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel_size, arguments["padding"], arguments["dilation"])
-    ]
-    size = tuple(low + draw(st.integers(0, 3)) for low in smallest)
-    group_channels = draw(st.sampled_from([1, 3, 8, 12, 16, 20]))
-    seed, std = draw(st.integers(0, 2**16)), draw(st.sampled_from([0.0, 0.5, 2.0, 8.0]))
-    tensors = oracle.draw(seed, draw(st.integers(1, 2)), size, group_channels, std, **arguments)
-    if draw(st.booleans()):
-        offset = tensors[1].view(-1)
-        for value in (math.nan, math.inf, -math.inf, 1e30, -1e30):
-            offset[torch.randint(offset.numel(), (1,))] = value
-    return tensors, arguments
-
-
 @on_devices
 @pytest.mark.parametrize("implementation", ["operator", "reference"])
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(problem=problems())
+@given(problem=strategies.problems(2, 3, 3, [1, 3, 8, 12, 16, 20]))
 def test_formula(problem, implementation, device):
     *tensors, grad_output = problem[0]
     arguments = problem[1]

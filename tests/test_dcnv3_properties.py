@@ -10,6 +10,7 @@ import math
 import numpy as np
 import oracle
 import pytest
+import strategies
 import torch
 from conftest import DEVICES, TOLERANCE, assert_close
 from hypothesis import HealthCheck, given, settings
@@ -75,31 +76,7 @@ LAYOUTS = {
 @st.composite
 def problems(draw, dtype: torch.dtype):
     """Input, offset, mask and grad_output in the dtype and in some layout, and the geometry."""
-    remove_center = draw(st.booleans())
-    side = st.sampled_from([1, 3, 5] if remove_center else [1, 2, 3, 4])
-    kernel_size = draw(st.tuples(side, side).filter(lambda k: not remove_center or k != (1, 1)))
-    pair = {low: st.tuples(st.integers(low, 3), st.integers(low, 3)) for low in (0, 1)}
-    arguments = {
-        "kernel_size": kernel_size,
-        "stride": draw(pair[1]),
-        "padding": draw(pair[0]),
-        "dilation": draw(pair[1]),
-        "groups": draw(st.integers(1, 5)),
-        "offset_scale": draw(st.sampled_from([1.0, 2.0, 0.5, 0.37, -1.0, 0.0])),
-        "remove_center": remove_center,
-        "softmax": draw(st.booleans()),
-    }
-    smallest = [
-        max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel_size, arguments["padding"], arguments["dilation"])
-    ]
-    size = tuple(low + draw(st.integers(0, 6)) for low in smallest)
-    channels = draw(st.sampled_from([1, 2, 3, 4, 8, 12, 16, 20, 24, 32, 40]))
-    seed, std = draw(st.integers(0, 2**16)), draw(st.sampled_from([0.0, 0.5, 2.0, 8.0]))
-    tensors = oracle.draw(seed, draw(st.integers(1, 3)), size, channels, std, **arguments)
-    if draw(st.booleans()):
-        offset = tensors[1].view(-1)
-        for value in (math.nan, math.inf, -math.inf, 1e30, -1e30):
-            offset[torch.randint(offset.numel(), (1,))] = value
+    tensors, arguments = draw(strategies.problems(3, 5, 6, [1, 2, 3, 4, 8, 12, 16, 20, 24, 32, 40]))
     names = [draw(st.sampled_from(list(LAYOUTS))) for _ in tensors]
     return [LAYOUTS[name](t.to(dtype)) for name, t in zip(names, tensors)], arguments
 

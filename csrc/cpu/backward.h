@@ -44,7 +44,7 @@ INTERNIMAGE_INLINE void scatter_block(const Points<T>& s, int64_t t, int64_t poi
     for (; k + kAtOnce <= count; k += kAtOnce) {
       V products[N];
       for (int j = 0; j < kAtOnce; ++j) product(k + j, products + 4 * j);
-      const V sums = reduce_all<T, N>(products);
+      const V sums = sum_all<T, N>(products);
       store(dots + 4 * k, kFirst ? sums : load<V>(dots + 4 * k) + sums);
       if constexpr (kInput)
         for (int j = 0; j < kAtOnce; ++j) add(k + j);
@@ -55,7 +55,7 @@ INTERNIMAGE_INLINE void scatter_block(const Points<T>& s, int64_t t, int64_t poi
       V products[4];
       T sums[4];
       product(k, products);
-      reduce4<Add, T, N>(sums, products[0], products[1], products[2], products[3]);
+      sum4<T, N>(sums, products[0], products[1], products[2], products[3]);
       for (int i = 0; i < 4; ++i) dots[4 * k + i] = kFirst ? sums[i] : dots[4 * k + i] + sums[i];
     }
     if constexpr (kInput) add(k);

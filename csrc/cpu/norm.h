@@ -16,7 +16,7 @@ INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
     for (int r = 0; r < 4; ++r) part[r] += each(r, c, Constant<N>{});
   for (; c < n; ++c)
     for (int r = 0; r < 4; ++r) rest[r] += each(r, c, Constant<1>{})[0];
-  reduce4<Add, T, N>(sums, part[0], part[1], part[2], part[3]);
+  sum4<T, N>(sums, part[0], part[1], part[2], part[3]);
   for (int r = 0; r < 4; ++r) sums[r] += rest[r];
 }
 

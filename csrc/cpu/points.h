@@ -126,14 +126,14 @@ INTERNIMAGE_INLINE void sum_units(T* sum, const T* from, int64_t points) {
     for (int i = 0; i < N; ++i) lane[i] = (T)i;
     const auto own = lane < broadcast<T, N>((T)points);
     const auto part = [&](int i) { return own ? load<V>(from + i * points) : V{}; };
-    reduce4<Add, T, N>(sum, part(0), part(1), part(2), part(3));
+    sum4<T, N>(sum, part(0), part(1), part(2), part(3));
   } else {
     V part[4];
     int64_t k = N;
     for (int i = 0; i < 4; ++i) part[i] = load<V>(from + i * points);
     for (; k + N <= points; k += N)
       for (int i = 0; i < 4; ++i) part[i] += load<V>(from + i * points + k);
-    reduce4<Add, T, N>(sum, part[0], part[1], part[2], part[3]);
+    sum4<T, N>(sum, part[0], part[1], part[2], part[3]);
     for (; k < points; ++k)
       for (int i = 0; i < 4; ++i) sum[i] += from[i * points + k];
   }

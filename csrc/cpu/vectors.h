@@ -185,41 +185,28 @@ struct Constant {
   static constexpr int value = I;
 };
 
-struct Add {
-  template <typename V>
-  static INTERNIMAGE_INLINE V apply(V a, V b) {
-    return a + b;
-  }
-};
-struct Max {
-  template <typename V>
-  static INTERNIMAGE_INLINE V apply(V a, V b) {
-    return a > b ? a : b;
-  }
-};
-
-// Four vectors -> to[0..3], each reduced over its lanes. One order of the lanes for every caller.
-template <typename Op, typename T, int N>
-INTERNIMAGE_INLINE void reduce4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<T, N> v2, Vector<T, N> v3) {
+// Four vectors -> to[0..3], each summed over its lanes. One order of the lanes for every caller.
+template <typename T, int N>
+INTERNIMAGE_INLINE void sum4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<T, N> v2, Vector<T, N> v3) {
   using V = Vector<T, N>;
   if constexpr (N < 4) {
     const V all[4] = {v0, v1, v2, v3};
     for (int j = 0; j < 4; ++j) {
       to[j] = all[j][0];
-      for (int i = 1; i < N; ++i) to[j] = Op::apply(to[j], (T)all[j][i]);
+      for (int i = 1; i < N; ++i) to[j] += all[j][i];
     }
   } else {
     constexpr int H = N / 2, Q = N / 4;
     const auto first = [](int i) { return i % H + i / H * N; };  // the first halves of both vectors
     const auto second = [](int i) { return H + i % H + i / H * N; };
-    const V s01 = Op::apply(shuffle<V, N>(v0, v1, first), shuffle<V, N>(v0, v1, second));
-    const V s23 = Op::apply(shuffle<V, N>(v2, v3, first), shuffle<V, N>(v2, v3, second));
+    const V s01 = shuffle<V, N>(v0, v1, first) + shuffle<V, N>(v0, v1, second);
+    const V s23 = shuffle<V, N>(v2, v3, first) + shuffle<V, N>(v2, v3, second);
     const auto first_q = [](int i) { return i % Q + i / Q * H; };  // the first halves of all four halves
     const auto second_q = [](int i) { return Q + i % Q + i / Q * H; };
-    V s = Op::apply(shuffle<V, N>(s01, s23, first_q), shuffle<V, N>(s01, s23, second_q));
-    if constexpr (Q >= 4) s = Op::apply(s, shuffle<V, N>(s, s, [](int i) { return i ^ 2; }));
+    V s = shuffle<V, N>(s01, s23, first_q) + shuffle<V, N>(s01, s23, second_q);
+    if constexpr (Q >= 4) s += shuffle<V, N>(s, s, [](int i) { return i ^ 2; });
     if constexpr (Q >= 2) {
-      s = Op::apply(s, shuffle<V, N>(s, s, [](int i) { return i ^ 1; }));
+      s += shuffle<V, N>(s, s, [](int i) { return i ^ 1; });
       s = shuffle<V, N>(s, s, [](int i) { return i < 4 ? i * (N / 4) : i; });
     }
     static_assert(Q <= 4, "one more step for wider vectors");
@@ -229,7 +216,7 @@ INTERNIMAGE_INLINE void reduce4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<
 
 // N vectors -> one, whose lane i is the sum over the lanes of v[i]; overwrites v.
 template <typename T, int N>
-INTERNIMAGE_INLINE Vector<T, N> reduce_all(Vector<T, N>* v) {
+INTERNIMAGE_INLINE Vector<T, N> sum_all(Vector<T, N>* v) {
   using V = Vector<T, N>;
   // Step H joins pairs: a lane whose bit H is set goes on for the second vector, the others for the first.
   const auto join = [&](auto half) __attribute__((always_inline)) {
