@@ -233,6 +233,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, caplog):
     assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_checkpoint_of_a_sharded_run_is_not_trained_over_by_one_process(data, tmp_path):
+    """Two sharding processes were stopped, and the same command came back as one process."""
+    config = settings(data, tmp_path / "run", parallel="fsdp")
+    prepare_output(config)
+    sharded = tmp_path / "run" / "checkpoints" / "step-000000003"
+    sharded.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="was written with another 'parallel'"):
+        finetune(config, progress=False)
+    assert checkpoint.checkpoints(sharded.parent) == [sharded]
+
+
 def test_sigterm_saves_exits_with_0_and_the_same_command_goes_on(data, tmp_path):
     """The whole way: a process, a real signal, the same command again."""
     arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=60)).items() if v is not None]

@@ -100,10 +100,15 @@ def newest(folder: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None
     """The newest checkpoint that can be read, and what `load` made of it; None where there is none.
 
     Only a disk that lost what it had confirmed makes the newest unreadable; the one before it then serves.
+
+    Raises:
+        UserError: `load` says that the checkpoint does not go with the settings.
     """
     for path in checkpoints(folder):
         try:
             return path, load(path)
+        except UserError:  # it can be read, and was written for another kind of run: not to be trained over
+            raise
         except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
             _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, error)
     return None
