@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 @st.composite
 def problems(
-    draw, most_images: int, most_groups: int, most_room: int, group_channels: list[int]
+    draw,
+    most_images: int = 2,
+    most_groups: int = 3,
+    most_room: int = 3,
+    group_channels: tuple[int, ...] = (1, 3, 8, 12, 16, 20),
 ) -> tuple[list[torch.Tensor], dict]:
     """Input, offset, mask and grad_output in float64, and the geometry; some offsets are far away or no number.
 

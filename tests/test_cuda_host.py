@@ -16,10 +16,11 @@ import cuda_host
 import golden
 import oracle
 import pytest
+import strategies
 import torch
 from conftest import assert_close
 from hypothesis import HealthCheck, given, settings
-from test_dcnv3 import golden_problem, problems, schema
+from test_dcnv3 import golden_problem, schema
 
 from internimage.ops import reference
 
@@ -125,7 +126,7 @@ def test_golden(name, dtype, host):
 
 
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(problem=problems())
+@given(problem=strategies.problems())
 def test_any_problem(problem, host):
     *tensors, grad_output = problem[0]
     geometry = schema(problem[1])

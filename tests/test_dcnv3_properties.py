@@ -76,7 +76,7 @@ LAYOUTS = {
 @st.composite
 def problems(draw, dtype: torch.dtype):
     """Input, offset, mask and grad_output in the dtype and in some layout, and the geometry."""
-    tensors, arguments = draw(strategies.problems(3, 5, 6, [1, 2, 3, 4, 8, 12, 16, 20, 24, 32, 40]))
+    tensors, arguments = draw(strategies.problems(3, 5, 6, (1, 2, 3, 4, 8, 12, 16, 20, 24, 32, 40)))
     names = [draw(st.sampled_from(list(LAYOUTS))) for _ in tensors]
     return [LAYOUTS[name](t.to(dtype)) for name, t in zip(names, tensors)], arguments
 
