@@ -38,7 +38,9 @@ def cpu_extension():
         from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
         return None, f"torch could not be imported when the package was built ({error})"
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags = ["-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    if "-O" not in os.environ.get("CXXFLAGS", ""):  # these flags stand last, and would overrule it
+        flags.insert(0, "-O3")
     extension = CppExtension(
         "internimage._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": flags}, py_limited_api=True
     )

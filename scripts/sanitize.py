@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""The operator tests on a build of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Linux).
+"""The operator tests on builds of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Linux).
 
 Reads and writes past an array, overflows of signed integers, misaligned accesses and the like end the test run with a
-report. Leaks are not looked for: Python leaves much behind on purpose.
+report. Leaks are not looked for: Python leaves much behind on purpose. Two builds, one after the other: with both
+sanitizers in one, the compiler takes a quarter of an hour for each instruction set.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from abi_check import NEED_TORCHVISION, ROOT, build_module, operators_alone
 
-# -fwrapv is among Python's own flags, and makes overflows defined; vptr would ask for torch's type information
-FLAGS = (
-    "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -fno-wrapv -g1"
-)
+COMMON = "-O1 -g1 -fno-sanitize-recover=all -fno-omit-frame-pointer"
+# -fwrapv is among Python's own flags, and makes overflows defined. vptr would ask for torch's type information;
+# object-size sees the bounds of arrays, as AddressSanitizer does, and takes long to compile.
+FLAGS = {
+    "address": "-fsanitize=address",
+    "undefined": "-fsanitize=undefined -fno-sanitize=vptr,object-size -fno-wrapv",
+}
+LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so"}
 TESTS = ["test_dcnv3_properties.py", "test_cpu_kernels.py", "test_dcnv3.py"]
 NOT_THESE = [NEED_TORCHVISION, "compile", "export", "stable_abi"]  # torch's compiler; and the sanitizers' own symbols
 
@@ -30,16 +36,17 @@ def library(name: str) -> str:
     return str(Path(path).resolve())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "sanitize", help="folder for the build")
-    parser.add_argument("--pytest", nargs="*", default=[], metavar="ARGUMENT", help="for pytest, such as -k=golden")
-    arguments = parser.parse_args()
-    work = arguments.work.resolve()
+def check(sanitizer: str, work: Path, pytest: list[str]) -> bool:
+    """Build with one of the sanitizers, and run the tests; returns whether they passed."""
     work.mkdir(parents=True, exist_ok=True)
-    preload = [library("libasan.so"), library("libstdc++.so")]  # the latter, so that exceptions are seen
-    flags = {"CFLAGS": FLAGS, "CXXFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined"}
-    module = build_module(Path(sys.executable), {**os.environ, **flags}, work)
+    preload = [library(LIBRARIES[sanitizer]), library("libstdc++.so")]  # the latter, so that exceptions are seen
+    flags = f"{COMMON} {FLAGS[sanitizer]}"
+    variables = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": f"-fsanitize={sanitizer}"}
+    start = time.monotonic()
+    module = build_module(Path(sys.executable), os.environ | variables | {"INTERNIMAGE_BUILD_CUDA": "0"}, work)
+    seconds = time.monotonic() - start
+    names = ", ".join(Path(path).name for path in preload)
+    print(f"\n== {module.name} with the sanitizer '{sanitizer}', built in {seconds:.0f} s, behind {names}", flush=True)
     environment = {
         **os.environ,
         "PYTHONPATH": str(operators_alone(module, work)),
@@ -48,11 +55,22 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONMALLOC": "malloc",
     }
-    print(f"{module.name}, sanitized, loaded behind {', '.join(Path(path).name for path in preload)}", flush=True)
-    selection = ["-k", "not (" + " or ".join(NOT_THESE) + ")", *arguments.pytest]
+    selection = ["-k", "not (" + " or ".join(NOT_THESE) + ")", *pytest]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", "--timeout=1800"]
     tests = [ROOT / "tests" / name for name in TESTS]
-    return subprocess.run([*command, *selection, *tests], env=environment, cwd=work).returncode
+    return subprocess.run([*command, *selection, *tests], env=environment, cwd=work).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "sanitize", help="folder for the builds")
+    parser.add_argument("--only", choices=sorted(FLAGS), help="one of the two")
+    parser.add_argument("--pytest", nargs="*", default=[], metavar="ARGUMENT", help="for pytest, such as -k=golden")
+    arguments = parser.parse_args()
+    chosen = [arguments.only] if arguments.only else sorted(FLAGS)
+    failed = [name for name in chosen if not check(name, arguments.work.resolve() / name, arguments.pytest)]
+    print(f"\nfailed: {', '.join(failed)}" if failed else f"\nno finding: {', '.join(chosen)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
