@@ -15,6 +15,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import internimage
+from internimage.layers import format as layer_format
 from internimage.models import PUBLISHED, CheckpointError, InternImage
 from internimage.models.internimage import Block, check_fusable
 
@@ -50,6 +51,19 @@ def image(*size: int, batch: int = 2) -> Tensor:
 @pytest.fixture(params=KINDS, ids=str)
 def kind(request) -> dict:
     return KINDS[request.param]
+
+
+# ---- shorter ways in inference
+
+
+def test_inference_computes_what_training_mode_differentiates(kind, monkeypatch):
+    """Without gradients, norms scale and add in one call if the kernels are there; with them every step is torch's."""
+    monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", 1)
+    model, x = build(kind).double(), image(64, 96).double()
+    recorded = model(x)
+    assert recorded.requires_grad
+    with torch.no_grad():
+        assert_close(model(x), recorded, 1e-12)
 
 
 # ---- sizes

@@ -12,6 +12,14 @@ struct Plan {
 };
 
 // The kernels of one dtype. Tensors are contiguous.
+// output = residual + scale * (layer norm of input), in rows of `channels` numbers; residual and scale may be null.
+struct NormArguments {
+  const void *input, *weight, *bias, *residual, *scale;
+  void* output;
+  int64_t channels;
+  double eps;
+};
+
 struct Kernels {
   Plan (*plan_forward)(const Problem&);
   void (*forward)(const Problem&, const void* input, const void* offset, const void* mask, void* output, void* scratch,
@@ -22,9 +30,7 @@ struct Kernels {
   void (*backward)(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
                    const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
                    int64_t end);
-  // Rows of `channels` numbers.
-  void (*layer_norm)(const void* input, const void* weight, const void* bias, void* output, int64_t channels, double eps,
-                     int64_t begin_row, int64_t end_row);
+  void (*layer_norm)(const NormArguments&, int64_t begin_row, int64_t end_row);
 };
 
 struct CpuBuild {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Layer norm over the last axis, for inference. The rows of a feature map are short; taken one by one, each is a chain of
-// sums that wait for each other.
+// Layer norm over the last axis, for inference, and what follows it there. The rows of a feature map are short; taken one
+// by one, each is a chain of sums that wait for each other.
 
 namespace internimage {
 namespace INTERNIMAGE_ISA {
@@ -20,28 +20,52 @@ INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
   for (int r = 0; r < 4; ++r) sums[r] += rest[r];
 }
 
-// Four rows of `channels` numbers, which may be the same one.
-template <typename S, typename T>
-INTERNIMAGE_INLINE void norm_rows(const S* const (&from)[4], const S* weight, const S* bias, S* const (&to)[4],
-                                  int64_t channels, double eps) {
-  const auto value = [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
-    return Convert<S, T, decltype(lanes)::value>::load(from[r] + c);
+// Of a row of a half type, this many numbers are converted once, for all three passes.
+constexpr int kNormBuffer = 1024;
+
+// Four rows, which may be the same one: `at` says where they begin.
+template <typename S, typename T, bool Residual, bool Buffered>
+INTERNIMAGE_INLINE void norm_rows(const NormArguments& norm, const int64_t (&at)[4]) {
+  const int64_t channels = norm.channels;
+  const S *input = (const S*)norm.input, *residual = (const S*)norm.residual;
+  const S *weight = (const S*)norm.weight, *bias = (const S*)norm.bias, *scale = (const S*)norm.scale;
+  S* output = (S*)norm.output;
+  T buffer[4][Buffered ? kNormBuffer : 1];
+  const auto first = [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
+    const auto v = Convert<S, T, decltype(lanes)::value>::load(input + at[r] + c);
+    if constexpr (Buffered) store(&buffer[r][c], v);
+    return v;
   };
-  T mean[4], scale[4];
-  sum_rows<T>(mean, channels, value);
+  const auto value = [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
+    constexpr int N = decltype(lanes)::value;
+    if constexpr (Buffered)
+      return load<Vector<T, N>>(&buffer[r][c]);
+    else
+      return Convert<S, T, N>::load(input + at[r] + c);
+  };
+  T mean[4], factor[4];
+  sum_rows<T>(mean, channels, first);
   for (int r = 0; r < 4; ++r) mean[r] /= (T)channels;
-  sum_rows<T>(scale, channels, [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
+  sum_rows<T>(factor, channels, [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
     const auto deviation = value(r, c, lanes) - mean[r];
     return deviation * deviation;
   });
-  for (int r = 0; r < 4; ++r) scale[r] = (T)1 / (T)__builtin_sqrt(scale[r] / (T)channels + (T)eps);
+  for (int r = 0; r < 4; ++r) factor[r] = (T)1 / (T)__builtin_sqrt(factor[r] / (T)channels + (T)norm.eps);
   const auto write = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     constexpr int N = decltype(lanes)::value;
     using C = Convert<S, T, N>;
-    const Vector<T, N> w = C::load(weight + c), b = C::load(bias + c);
+    Vector<T, N> w = C::load(weight + c), b = C::load(bias + c);
+    if (scale != nullptr) {
+      const Vector<T, N> s = C::load(scale + c);
+      w *= s;
+      b *= s;
+    }
     Vector<T, N> v[4];
-    for (int r = 0; r < 4; ++r) v[r] = (value(r, c, lanes) - mean[r]) * scale[r] * w + b;
-    for (int r = 0; r < 4; ++r) C::store(to[r] + c, v[r]);
+    for (int r = 0; r < 4; ++r) {
+      v[r] = (value(r, c, lanes) - mean[r]) * factor[r] * w + b;
+      if constexpr (Residual) v[r] += C::load(residual + at[r] + c);
+    }
+    for (int r = 0; r < 4; ++r) C::store(output + at[r] + c, v[r]);
   };
   constexpr int N = kLanes<T>;
   int64_t c = 0;
@@ -51,17 +75,21 @@ INTERNIMAGE_INLINE void norm_rows(const S* const (&from)[4], const S* weight, co
 
 // Rows [begin, end), four at a time; the last of them fills the last four up.
 template <typename S, typename T>
-void layer_norm(const void* input, const void* weight, const void* bias, void* output, int64_t channels, double eps,
-                int64_t begin, int64_t end) {
+void layer_norm(const NormArguments& norm, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += 4) {
-    const S* from[4];
-    S* to[4];
-    for (int r = 0; r < 4; ++r) {
-      const int64_t at = (row + r < end ? row + r : end - 1) * channels;
-      from[r] = (const S*)input + at;
-      to[r] = (S*)output + at;
-    }
-    norm_rows<S, T>(from, (const S*)weight, (const S*)bias, to, channels, eps);
+    int64_t at[4];
+    for (int r = 0; r < 4; ++r) at[r] = (row + r < end ? row + r : end - 1) * norm.channels;
+    const auto run = [&](auto buffered) __attribute__((always_inline)) {
+      constexpr bool kBuffered = decltype(buffered)::value != 0;
+      if (norm.residual != nullptr)
+        norm_rows<S, T, true, kBuffered>(norm, at);
+      else
+        norm_rows<S, T, false, kBuffered>(norm, at);
+    };
+    if (sizeof(S) < sizeof(T) && norm.channels <= kNormBuffer)
+      run(Constant<1>{});
+    else
+      run(Constant<0>{});
   }
 }
 

@@ -23,3 +23,11 @@ def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
         ):
             return False
     return not torch.is_autocast_enabled("cpu") and torch._C._functorch.maybe_current_level() is None
+
+
+def has_hooks(*modules: torch.nn.Module) -> bool:
+    """Whether someone looks at what goes into or comes out of a module, so that it must be called by itself."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
+    return bool(torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks)

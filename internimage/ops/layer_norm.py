@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Layer norm for inference: `torch.ops.internimage.layer_norm(input, weight, bias, eps)`, over the last axis.
+"""Layer norm for inference, over the last axis, and what follows it in a residual block::
 
-`weight` and `bias` are vectors of its size and of `input`'s dtype. Defined on every device, without gradients; only the
-compiled CPU kernel makes it worth calling.
+    torch.ops.internimage.layer_norm(input, weight, bias, eps, residual=None, scale=None)
+        = residual + scale * layer_norm(input)
+
+`weight`, `bias` and `scale` are vectors of that axis' size and of `input`'s dtype; `residual` has `input`'s shape and
+dtype. One rounding, at the end. Defined on every device, without gradients; only the compiled CPU kernel makes it worth
+calling.
 """
 
 import torch
@@ -11,19 +15,38 @@ from torch import Tensor
 
 _library = torch.library.Library("internimage", "FRAGMENT")
 _library.define(
-    "layer_norm(Tensor input, Tensor weight, Tensor bias, float eps) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+    "layer_norm(Tensor input, Tensor weight, Tensor bias, float eps, Tensor? residual=None, Tensor? scale=None) "
+    "-> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def _layer_norm(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(input, weight.shape, weight, bias, eps)
+def _layer_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    output = F.layer_norm(input, weight.shape, weight, bias, eps)
+    if scale is not None:
+        output = output * scale
+    return output if residual is None else residual + output
 
 
 _library.impl("layer_norm", _layer_norm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("internimage::layer_norm", lib=_library)
-def _fake(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
