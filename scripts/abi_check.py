@@ -23,7 +23,13 @@ BESIDE_TORCH = [
     *("filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "numpy", "einops", "safetensors"),
     *("pytest", "pytest-timeout", "hypothesis"),
 ]
-TESTS = ["test_dcnv3.py", "test_dcnv3_arguments.py", "test_dcnv3_properties.py", "test_cpu_kernels.py"]
+TESTS = [
+    "test_dcnv3.py",
+    "test_dcnv3_arguments.py",
+    "test_dcnv3_properties.py",
+    "test_cpu_kernels.py",
+    "test_layer_norm.py",
+]
 NEED_TORCHVISION = "test_torchvision"
 
 

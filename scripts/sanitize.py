@@ -23,7 +23,7 @@ FLAGS = {
     "undefined": "-fsanitize=undefined -fno-sanitize=vptr,object-size -fno-wrapv",
 }
 LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so"}
-TESTS = ["test_dcnv3_properties.py", "test_cpu_kernels.py", "test_dcnv3.py"]
+TESTS = ["test_dcnv3_properties.py", "test_cpu_kernels.py", "test_layer_norm.py", "test_dcnv3.py"]
 NOT_THESE = [NEED_TORCHVISION, "compile", "export", "stable_abi"]  # torch's compiler; and the sanitizers' own symbols
 
 

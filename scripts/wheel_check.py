@@ -17,7 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
-TESTS = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py", "test_layers.py", "test_extension.py"]
+TESTS = [
+    "test_dcnv3.py",
+    "test_dcnv3_properties.py",
+    "test_cpu_kernels.py",
+    "test_layer_norm.py",
+    "test_layers.py",
+    "test_extension.py",
+]
 NEED_A_COMPILER = "test_compile"  # torch's own compiler asks for one
 TORCH = ["libtorch.so", "libtorch_cpu.so", "libc10.so", "libtorch_cuda.so", "libc10_cuda.so", "libcudart.so.*"]
 MODULES = ["internimage/_C.abi3.so", "internimage/_C_cuda.abi3.so"]  # the second with INTERNIMAGE_BUILD_CUDA=1 only

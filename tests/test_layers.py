@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICES, TOLERANCE, assert_close
+from test_layer_norm import exact_layer_norm
 
 from internimage.layers import AttentivePool, DCNv3
 from internimage.layers import format as layer_format
@@ -355,55 +356,6 @@ def test_attentive_pool_errors():
 # ---- layer norm in inference
 
 
-def exact_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    x = x.double()
-    deviation = x - x.mean(-1, keepdim=True)
-    variance = deviation.pow(2).mean(-1, keepdim=True)
-    return deviation / (variance + eps).sqrt() * weight.double() + bias.double()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("channels", [1, 3, 4, 15, 16, 17, 64, 70, 257])
-@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 2), (2, 5, 7), (0, 4)], ids=str)
-def test_layer_norm_operator(shape, channels, dtype):
-    """Any number of rows, as they go four by four, and every tail of a row; far from zero, too."""
-    x = (torch.randn(*shape, channels) * 3 + 100 * (dtype == torch.float32)).to(dtype)
-    weight, bias = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
-    output = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6)
-    assert output.dtype == dtype and output.is_contiguous()
-    assert_close(output, exact_layer_norm(x, weight, bias, 1e-6))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("channels", [1, 3, 16, 70, 1024, 1030])  # 1024: up to there half types are kept as floats
-@pytest.mark.parametrize("with_scale", [False, True])
-def test_layer_norm_operator_scales_and_adds(with_scale, channels, dtype):
-    x, residual = torch.randn(5, 3, channels).to(dtype), torch.randn(3, 5, channels).to(dtype).transpose(0, 1)
-    weight, bias, scale = torch.randn(3, channels).to(dtype).unbind()
-    output = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6, residual, scale if with_scale else None)
-    expected = exact_layer_norm(x, weight, bias, 1e-6) * (scale.double() if with_scale else 1)
-    assert_close(output, residual.double() + expected)
-    only_scaled = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6, None, scale)
-    assert_close(only_scaled, exact_layer_norm(x, weight, bias, 1e-6) * scale.double())
-
-
-def test_layer_norm_operator_names_what_does_not_fit():
-    x, row = torch.randn(4, 6), torch.randn(6)
-    with pytest.raises(RuntimeError, match="residual must have input's shape and dtype"):
-        torch.ops.internimage.layer_norm(x, row, row, 1e-6, torch.randn(1, 6))
-    with pytest.raises(RuntimeError, match="scale must be vectors of input's last size"):
-        torch.ops.internimage.layer_norm(x, row, row, 1e-6, None, torch.randn(5))
-
-
-def test_layer_norm_keeps_nan_and_infinity_apart():
-    x = torch.randn(9, 32).bfloat16()
-    x[1, 3], x[4, 0], x[6] = float("nan"), float("inf"), 3e38
-    row = torch.ones(32).bfloat16()
-    output = torch.ops.internimage.layer_norm(x, row, row, 1e-6, x, None)
-    assert output.isnan().all(-1).tolist() == [i in (1, 4, 6) for i in range(9)]
-    assert output[[0, 2, 3, 5, 7, 8]].isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [False, True])
 def test_add_normalised(monkeypatch, scale, dtype):
@@ -423,17 +375,6 @@ def test_add_normalised(monkeypatch, scale, dtype):
             assert_close(add_normalised(x, y, norm, gamma), expected)
             handle.remove()
             hook.assert_called_once()
-
-
-def test_layer_norm_operator_is_well_behaved():
-    x = torch.randn(4, 6, 5).mT  # strided
-    weight, bias = torch.randn(6), torch.randn(12)[::2]
-    torch.library.opcheck(torch.ops.internimage.layer_norm, (x, weight, bias, 1e-6))
-    torch.library.opcheck(torch.ops.internimage.layer_norm, (x, weight, bias, 1e-6, torch.randn(4, 5, 6), bias))
-    assert_close(torch.ops.internimage.layer_norm(x, weight, bias, 0.5), exact_layer_norm(x, weight, bias, 0.5))
-    row = torch.randn(1, 48)
-    many = torch.ops.internimage.layer_norm(row.expand(7, 48), row[0], row[0], 1e-6)
-    assert all(torch.equal(one, many[0]) for one in many)  # a row does not depend on where it stands
 
 
 def test_layer_norm_layer_has_gradients_and_rounds_alike(monkeypatch):
