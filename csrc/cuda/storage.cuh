@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Types in memory and in registers: loads, stores and atomic additions of several values at once, with what CUDA has for
-// them. Included by dcnv3_kernels.cuh.
+// them.
 #pragma once
 
 #include <cstdint>
