@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Unit<T, Index> unit(a, index);
   const uint32_t first = lane * kChannels;
   const uint64_t at = unit.image * a.image + (unit.group * a.group_channels + first);
-  const S* image = input + at;
-  T* grad_image = grad_input + at;  // unless null
+  const S* image = as_one(input + at);
+  T* grad_image = as_one(grad_input + at);  // unless null
   grad_output += static_cast<uint64_t>(index) * a.group_channels + first;
   T grad[kChannels];
   load<S, kChannels>(grad_output, grad);

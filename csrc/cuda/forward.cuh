@@ -13,15 +13,17 @@ namespace cuda {
 constexpr int kForwardBytes = 32;  // of one pixel's channels, a thread
 static_assert(kForwardBytes <= sizeof(Zeros), "what a thread loads at once");
 
-// The other 16 bytes of 32 that are aligned: an operation less than to keep two pointers.
-template <typename S>
-__device__ __forceinline__ const S* other_half(const S* pointer) {
-  return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(pointer) ^ 16);
-}
+// Blocks a multiprocessor that the compiler makes room for; 0 leaves it free. With the softmax it would take a few registers
+// more than four blocks leave (64), and no other kernel: there it is told. Compute capability 7.5 would spill.
+#if __CUDA_ARCH__ >= 800
+#define INTERNIMAGE_SOFTMAX_BLOCKS 4
+#else
+#define INTERNIMAGE_SOFTMAX_BLOCKS 0
+#endif
 
 // kSoftmax holds for kPoints > 0; the general kernel asks its arguments.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
-__global__ void __launch_bounds__(kThreads, kPoints > 0 ? 0 : 3)
+__global__ void __launch_bounds__(kThreads, kPoints == 0 ? 3 : kSoftmax ? INTERNIMAGE_SOFTMAX_BLOCKS : 0)
     forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
                    const S* __restrict__ mask, S* __restrict__ output) {
   using T = Compute<S>;
@@ -34,7 +36,8 @@ __global__ void __launch_bounds__(kThreads, kPoints > 0 ? 0 : 3)
   // begin with their second half: all eight with the first would meet in one half of the cache's banks.
   constexpr int kHalves = kChannels * sizeof(S) / 16 > 0 ? kChannels * sizeof(S) / 16 : 1, kHalf = kChannels / kHalves;
   const uint32_t begin = kHalves == 2 && threadIdx.x % 8 >= 4 ? kHalf : 0;
-  const S* image = input + unit.image * a.image + (unit.group * a.group_channels + slice * kChannels + begin);
+  const S* image =
+      as_one(input + unit.image * a.image + (unit.group * a.group_channels + slice * kChannels + begin));
   const S* zeros = reinterpret_cast<const S*>(&zero_row) + begin;
   const int points = kPoints > 0 ? kPoints : a.points;
   offset += static_cast<uint64_t>(index) * (2 * points);
@@ -45,9 +48,11 @@ __global__ void __launch_bounds__(kThreads, kPoints > 0 ? 0 : 3)
     const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
     const T factor = cell.inside ? factors.at(k) : T(0);  // a NaN there does not count
     const T lines[2] = {factor * (1 - cell.below), factor * cell.below};
+    const Index lower = cell.place + cell.step_y;
+    const Index places[4] = {cell.place, cell.place + cell.step_x, lower, lower + cell.step_x};
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      const S* from = cell.has(corner) ? image + cell.at(corner) : zeros;
+      const S* from = cell.has(corner) ? image + places[corner] : zeros;
       const T weight = (corner % 2 ? cell.right : 1 - cell.right) * lines[corner / 2];
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
