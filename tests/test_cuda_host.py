@@ -344,7 +344,7 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     [
         (torch.float16, 1, (2**13, 2**14 + 8), 16, True),
         (torch.float16, 1, (2**13, 2**14 - 1), 16, False),
-        (torch.bfloat16, 2, (2**13, 2**14 - 1), 16, False),  # the second image begins there
+        (torch.bfloat16, 4, (2**13, 2**14 - 1), 16, False),  # the last image begins beyond 2^32
         (torch.float32, 1, (2**13, 2**14 + 8), 16, True),
         (torch.float32, 1, (2**13, 2**14 - 1), 16, False),
         (torch.float64, 1, (2**12, 2**15 - 1), 16, False),
