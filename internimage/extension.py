@@ -6,6 +6,7 @@ Importing never fails for want of a kernel: the plain-torch reference serves the
 
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,26 @@ def load() -> None:
         if device == "cuda" and torch.version.cuda is None:
             continue  # it needs libraries that only a CUDA build of torch has
         for path in sorted(_FOLDER.glob(f"{module}.*so")):
+            if device == "cuda" and (reason := _other_cuda()):  # two CUDA runtimes in one process, if there are two
+                _failures[device] = f"'{path.name}' was not loaded: {reason}"
+                continue
             try:
                 torch.ops.load_library(path)
                 _failures.pop(device, None)
                 break
             except OSError as error:
-                _failures[device] = f"'{path.name}' could not be loaded: {error}"
+                _failures[device] = (
+                    f"'{path.name}' could not be loaded: {error}{_other_cuda() if device == 'cuda' else ''}"
+                )
+
+
+def _other_cuda() -> str:
+    """That the CUDA kernels are for another major version of CUDA than torch; empty if not, or if nothing is known."""
+    built, there = build_facts().get("cuda", {}).get("toolkit"), torch.version.cuda
+    if not built or not there or built.split(".")[0] == there.split(".")[0]:
+        return ""
+    versions = f"it was built with CUDA {built}, but torch {torch.__version__} has CUDA {there}"
+    return f"{versions}; the major versions must be the same"
 
 
 def _unknown(wish: str) -> str:
@@ -114,7 +129,31 @@ def cuda_note() -> str:
         facts = build_facts().get("cuda", {})
         if not facts.get("toolkit"):
             return "loaded"
-        return f"loaded; built with CUDA {facts['toolkit']} for {', '.join(facts['architectures'])}"
+        return f"loaded; built with CUDA {facts['toolkit']} for {', '.join(facts['architectures'])}{_unserved(facts)}"
     if torch.version.cuda is None and any(_FOLDER.glob("_C_cuda.*so")):
         return f"there, but not loaded under a torch without CUDA ({torch.__version__})"
     return f"none: {_reason('cuda')}"
+
+
+def _unserved(facts: dict) -> str:
+    """Names the GPUs here that the CUDA kernels were not compiled for; on them, the operator raises."""
+    if not torch.cuda.is_available():
+        return ""
+    gpus = {
+        torch.cuda.get_device_name(i): torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())
+    }
+    names = [
+        f"{name} (compute capability {major}.{minor})"
+        for name, (major, minor) in gpus.items()
+        if not any(_runs_on(architecture, (major, minor)) for architecture in facts["architectures"])
+    ]
+    return f", but not for {', '.join(names)}: build with TORCH_CUDA_ARCH_LIST" if names else ""
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for "sm_90" or the like runs on a GPU; "compute_90" is translated for all that are newer."""
+    kind, major, minor, feature = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture).groups()
+    own = int(major), int(minor)
+    if feature == "a":
+        return own == capability
+    return own <= capability and (kind == "compute" and not feature or own[0] == capability[0])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One binary for every torch: builds the CPU kernels once, with the newest torch, and tests that file under older ones.
 
+That the sources build with the older ones, too, is checked by compiling them; those for CUDA where there is an nvcc.
+
 Each torch gets a virtual environment under --work, which later runs use again. torch is installed there without what
 it requires, if it can be imported so (builds for the CPU can) or finds NVIDIA's libraries in the environment of the
 Python that runs this script; with all that it requires otherwise. The kernels are tested with the operators alone, so
@@ -18,6 +20,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCH_TARGET = "0x020a000000000000ULL"  # as in setup.py
 VERSIONS = ["2.10", "2.11", "2.13", "newest"]
 BESIDE_TORCH = [
     *("filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "numpy", "einops", "safetensors"),
@@ -89,6 +92,24 @@ def build_module(python: Path, variables: dict[str, str], work: Path) -> Path:
     return module
 
 
+def compile_with_headers(environment: Environment, work: Path) -> None:
+    """Whether the sources build with that torch, too: one that is newer than it must not be needed for anything."""
+    (include,) = environment.folder.glob("lib/python*/site-packages/torch/include")
+    flags = ["-std=c++17", f"-I{include}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    commands = [
+        [os.environ.get("CXX", "g++"), "-fsyntax-only", "-Wno-psabi", *flags, path]
+        for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+        if "<torch/" in path.read_text()
+    ]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        source = ROOT / "csrc" / "cuda" / "dcnv3.cu"
+        commands.append([nvcc, "-arch=sm_80", "-DUSE_CUDA", *flags, "-c", source, "-o", work / "dcnv3.o"])
+    for command in commands:
+        subprocess.run(command, check=True)
+    print(f"its headers suffice for the kernels of the CPU{' and of CUDA' if nvcc else ''}", flush=True)
+
+
 def operators_alone(module: Path, work: Path) -> Path:
     """A folder to import from, with an internimage of nothing but the operators and the module."""
     folder = work / "package"
@@ -125,6 +146,7 @@ def main() -> int:
     for environment in environments:
         version = environment.torch_version()
         print(f"\n== {module.name} ({digest}) under torch {version}", flush=True)
+        compile_with_headers(environment, work)
         tests = [ROOT / "tests" / name for name in TESTS]
         selection = ["-k", f"not {NEED_TORCHVISION}", *arguments.pytest, *tests]
         result = subprocess.run(

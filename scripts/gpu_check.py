@@ -6,6 +6,7 @@ time was up is in the report, too.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import os
 import platform
@@ -19,9 +20,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_TESTS = 5  # pytest's status where a selection selects none
 SECONDS = 450  # of the 480 that gpu_check.sh gives
 # What the sanitizers run: all paths of the kernels on small problems. They make each launch a hundred times slower.
 SANITIZED = "test_golden and operator and (float32 or float64) or test_half or test_one_pixel or test_gradients_of_some"
+
+
+TESTS = {  # what -> pytest's -m
+    "Tests that use the GPU": "gpu and not slow",
+    "Large tensors": "gpu and slow",
+    "The others": "not gpu and not slow",  # on the processor: in several processes
+}
 
 
 def said_by(*command: str) -> str:
@@ -134,13 +143,34 @@ def build_ours(report: Report) -> int:
 
 
 def test(report: Report, _) -> int:
+    """The whole suite; what uses the GPU first, so that it has been seen if the time does not suffice for all."""
     reason = loads()
     if reason:
         report.write(f"Not run: the CUDA kernels are not in use. {reason}")
         return 1
-    status = report.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsfE", "tests"], tail=25)
-    report.write("The time was up." if status is None else f"Status {status}.")
-    return int(status != 0)
+    end, failed = time.monotonic() + SECONDS, False
+    for what, selection in TESTS.items():
+        report.write(f"\n{what}:\n")
+        parts = [["tests"]] if selection.startswith("gpu") else shares(max(1, min(8, (os.cpu_count() or 1) // 2)))
+        threads = str(max(1, (os.cpu_count() or 1) // len(parts)))
+
+        def run(part: list[str], selection=selection, threads=threads) -> int | None:
+            seconds = end - time.monotonic()
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsfE", "-m", selection, *part]
+            return report.run(command, tail=12, seconds=seconds, OMP_NUM_THREADS=threads) if seconds > 5 else None
+
+        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+            statuses = list(pool.map(run, parts))
+        done = all(status in (0, NO_TESTS) for status in statuses)
+        report.write("The time was up." if None in statuses else "All passed." if done else f"Status {statuses}.")
+        failed |= not done
+    return int(failed)
+
+
+def shares(count: int) -> list[list[str]]:
+    """The files of tests dealt out, the largest first."""
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    return [[str(path.relative_to(ROOT)) for path in files[i::count]] for i in range(count)]
 
 
 def sanitize(report: Report, _) -> int:
@@ -211,8 +241,10 @@ def main() -> int:
     parser.add_argument("--official", type=Path)
     parser.add_argument("--dcnv4", type=Path)
     arguments = parser.parse_args()
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        parser.exit(2, f"{sys.executable} has no torch ({error}); PYTHON chooses the interpreter\n")
     if not torch.cuda.is_available():
         parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")
     report = Report(arguments.report)

@@ -23,8 +23,13 @@ build | test | sanitize | bench-ops | bench-models)
     ;;
 all)
     status=0
-    for stage in build test sanitize bench-ops bench-models; do "$0" "$stage" || status=1; done
-    exit $status
+    for stage in build test sanitize bench-ops bench-models; do
+        "$0" "$stage" || {
+            status=$?
+            if [ "$status" = 2 ]; then exit 2; fi # no GPU, no torch: what the first stage said holds for all
+        }
+    done
+    exit "$status"
     ;;
 *)
     sed -n '4,12s/^# \{0,1\}//p' "$0" >&2

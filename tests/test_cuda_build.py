@@ -175,8 +175,10 @@ def test_a_compiler_that_fails(wish, status, torch_of, toolkit_of, tmp_path):
 
 # ---- a real build
 
+# torch's stable ABI, the CUDA runtime, the C library, and of C++ what is in namespace std or below it
 STABLE = (
-    r"(aoti_torch_|torch_|cuda|__cuda)\w+|_Unwind_\w+|__\w+|_ITM_\w+|_Z\w+|(mem|str|local)\w+|time|free|malloc|dlsym"
+    r"(aoti_torch_|torch_|cuda|__cuda)\w+|_Unwind_\w+|_ITM_\w+|__\w+|(mem|str|local)\w+|time|free|malloc|dlsym|"
+    r"_Z(NK?|T[ISV])?(S[abstiod]|N10__cxxabiv1)\w*|_Z(n[wa]|d[la])\w+"
 )
 
 
@@ -201,8 +203,15 @@ def test_the_library_depends_on_the_stable_abi_alone(library):
     printed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1].split("@")[0] for line in printed.stdout.splitlines()]
     assert "aoti_torch_get_current_cuda_stream" in symbols
-    odd = [s for s in symbols if re.search(r"N2at|N3c10|^_ZN5torch|^Py", s) or not re.fullmatch(STABLE, s)]
-    assert not odd
+    assert [s for s in symbols if not re.fullmatch(STABLE, s)] == []
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    ["_ZNK2at10TensorBase3dimEv", "_ZN3c105ErrorC1Ev", "_ZTVN3c105ErrorE", "_ZN5torch7LibraryD1Ev", "PyObject_Call"],
+)
+def test_what_is_not_stable(symbol):
+    assert not re.fullmatch(STABLE, symbol)
 
 
 def test_the_library_loads_where_torch_has_cuda(library):
@@ -241,3 +250,51 @@ def test_a_library_that_does_not_load(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     extension.load()
     assert "_C_cuda.abi3.so' could not be loaded" in extension._failures["cuda"]
+
+
+def test_kernels_of_another_major_version_are_left_alone(monkeypatch, tmp_path):
+    """Where their libcudart.so is found they would load, and ask a newer driver of the user than torch does."""
+    (tmp_path / "_C_cuda.abi3.so").write_bytes(b"not a library")
+    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"toolkit": "13.0", "architectures": ["sm_90"]}}))
+    monkeypatch.setattr(extension, "_FOLDER", tmp_path)
+    monkeypatch.setattr(extension, "_failures", {})
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    extension.load()
+    assert re.fullmatch(
+        "'_C_cuda.abi3.so' was not loaded: it was built with CUDA 13.0, but torch .+ has CUDA 12.8; "
+        "the major versions must be the same",
+        extension._failures["cuda"],
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    extension.load()
+    assert "could not be loaded" in extension._failures["cuda"]
+
+
+@pytest.mark.parametrize(
+    "architecture, capability, runs",
+    [
+        ("sm_80", (8, 6), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100a", (10, 3), False),
+        ("sm_100f", (10, 3), True),
+        ("sm_120", (12, 0), True),
+        ("sm_120", (10, 0), False),
+        ("compute_90", (10, 0), True),
+        ("compute_90", (8, 9), False),
+        ("compute_90a", (10, 0), False),
+    ],
+)
+def test_which_gpu_runs_what(architecture, capability, runs):
+    assert extension._runs_on(architecture, capability) == runs
+
+
+def test_info_tells_of_a_gpu_without_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("old", "new")[i])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((7, 0), (9, 0))[i])
+    said = extension._unserved({"architectures": ["sm_80", "compute_80"]})
+    assert said == ", but not for old (compute capability 7.0): build with TORCH_CUDA_ARCH_LIST"
+    assert extension._unserved({"architectures": ["sm_70", "sm_90"]}) == ""

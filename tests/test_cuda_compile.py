@@ -118,7 +118,7 @@ def test_registers_leave_room(kernels):
         assert kernel.registers <= (80 if re.match(r"forward_kernel<.*, [89], ", name) else 128), name
 
 
-@pytest.mark.parametrize("softmax, limit", [("false", 140), ("true", 150)])
+@pytest.mark.parametrize("softmax, limit", [("false", 125), ("true", 132)])  # 116 and 123, and room for another nvcc
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("points", [9, 8])
 def test_instructions_for_an_output_element(points, dtype, softmax, limit, kernels):
@@ -147,7 +147,12 @@ def test_forward_loads_16_bytes_at_once(kernels):
         loads = 4 * (points or 1) * bytes_a_corner // 16  # corners; the general kernel is a loop
         assert kernels[name].count(r"LDG\.E\.128") >= loads, name
         assert kernels[name].count(r"STG\.E\.128") == bytes_a_corner // 16, name
-        assert kernels[name].count(r"LD\.") == 0, f"{name}: loads from generic addresses"
+
+
+def test_all_addresses_are_known_to_be_global(kernels):
+    """Else each access first asks which memory an address is in, and each atomic addition becomes a loop."""
+    for name, kernel in kernels.items():
+        assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL|LDS|STS)(\.|$)") == 0, (name, kernel.instructions)
 
 
 def test_backward_loads_4_channels_at_once(kernels):
@@ -164,6 +169,13 @@ def test_backward_adds_4_floats_at_once(kernels, architecture):
     wide, all_of_them = kernel.count(r"REDG?\.E\.ADD\..*F32x4"), kernel.count(r"REDG?\.E\.ADD")
     # from compute capability 9.0 on
     assert (wide, all_of_them) == ((36, 36) if architecture == "sm_90" else (0, 144)), kernel.instructions
+
+
+@pytest.mark.parametrize("dtype, limit", [("__half", 520), ("__nv_bfloat16", 550), ("float", 470)])
+def test_instructions_for_a_gradient_of_the_input(dtype, limit, kernels, architecture):
+    """Both ways of each branch are counted; without an addition of 4 floats at once there are 27 more."""
+    count = kernels[f"backward_kernel<{dtype}, 4, 9, 32>"].count() / 4
+    assert count <= limit + (0 if architecture == "sm_90" else 27), count
 
 
 def test_backward_shuffles(kernels):

@@ -6,6 +6,7 @@ Needs no GPU and no CUDA toolkit, only a C++ compiler. `cuda_host` explains how 
 
 import ctypes
 import math
+import mmap
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ from test_dcnv3 import golden_problem, schema
 
 from internimage.ops import reference
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = cuda_host.DTYPES
 NAMES = ("input", "offset", "mask")
 ROOT = Path(__file__).parents[1]
 LIBRARY = "INTERNIMAGE_TEST_CUDA_HOST"  # a library that is already built
@@ -287,6 +288,104 @@ def test_division_by_multiplication(host):
         assert list(result) == [d // divisor for d in dividends], divisor
 
 
+# ---- 2^31: where 32-bit indices end
+
+
+def large_problem(n, size, channels, out_size, groups=1, softmax=False) -> cuda_host.Problem:
+    """Sizes without tensors; output and input need not go together, for nobody looks."""
+    pairs = (3, 3), (1, 1), (1, 1), (1, 1)
+    sizes = n, *size, channels, *out_size, *(value for pair in pairs for value in pair)
+    return cuda_host.Problem(*sizes, groups, channels // groups, 9, 1.0, False, softmax)
+
+
+@pytest.mark.parametrize(
+    "direction, deterministic, problem, wide",
+    [
+        # elements of an image
+        ("forward", False, (1, (2**15, 2**12), 16, (1, 1)), True),
+        ("forward", False, (1, (2**15 - 1, 2**12), 16, (1, 1)), False),
+        ("forward", False, (9, (2**14, 2**12), 16, (1, 1)), False),  # of a batch, they may be more
+        ("backward", False, (1, (2**15, 2**12), 16, (1, 1)), True),
+        ("backward", False, (1, (2**15 - 1, 2**12), 16, (1, 1)), False),
+        ("backward", True, (1, (2**15, 2**12), 16, (1, 1)), True),
+        ("backward", True, (1, (2**15 - 1, 2**12), 16, (1, 1)), False),
+        # threads: 16 channels each, then 4
+        ("forward", False, (1, (9, 9), 16, (2**16, 2**15)), True),
+        ("forward", False, (1, (9, 9), 16, (2**16, 2**15 - 1)), False),
+        ("forward", False, (1, (9, 9), 32, (2**16, 2**14)), True),
+        ("forward", False, (8, (9, 9), 32, (2**16, 2**11), 2), True),
+        ("backward", False, (1, (9, 9), 16, (2**14, 2**15)), True),
+        ("backward", False, (1, (9, 9), 16, (2**14, 2**15 - 1)), False),
+        ("backward", False, (2, (9, 9), 12, (2**14, 2**16)), True),
+        # the deterministic kernel has a thread a channel and counts pixels of groups
+        ("backward", True, (2**15, (1, 1), 2**16, (1, 1)), True),
+        ("backward", True, (2**15 - 1, (1, 1), 2**16, (1, 1)), False),
+        ("backward", True, (1, (9, 9), 16, (2**16, 2**15)), True),
+        ("backward", True, (1, (9, 9), 16, (2**12, 2**15), 16), True),
+    ],
+    ids=str,
+)
+def test_which_problems_need_64_bit_indices(direction, deterministic, problem, wide, host):
+    kernels = host.kernels_for(large_problem(*problem), "float16", direction, deterministic)
+    assert len(kernels) == 1 + deterministic
+    assert ("unsigned long" in kernels[0]) == wide, kernels
+
+
+def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose memory comes into being where it is written: most of them never are."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there until it is written (Linux)")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "dtype, n, size, group_channels, wide",
+    [
+        (torch.float16, 1, (2**13, 2**14 + 8), 16, True),
+        (torch.float16, 1, (2**13, 2**14 - 1), 16, False),
+        (torch.bfloat16, 4, (2**13, 2**14 - 1), 16, False),  # the last image begins beyond 2^32
+        (torch.float32, 1, (2**13, 2**14 + 8), 16, True),
+        (torch.float32, 1, (2**13, 2**14 - 1), 16, False),
+        (torch.float64, 1, (2**12, 2**15 - 1), 16, False),
+        (torch.float16, 1, (2**14, 2**15 + 8), 5, True),
+        (torch.float16, 1, (2**13, 2**15), 7, False),
+    ],
+    ids=str,
+)
+def test_images_around_2_to_31_elements(dtype, n, size, group_channels, wide, deterministic, host):
+    """Output pixels in the four corners of the image, against an image of nothing but these corners."""
+    small, side = (8, 8), 4  # pixels of a corner
+    arguments = {"padding": (1, 1), "stride": (7, 7), "softmax": True}
+    *tensors, grad_output = oracle.draw(20, n, small, group_channels, **arguments)
+    # multiples of 1/128 are exact beside coordinates of 2^15; odd ones are off the kinks
+    tensors[1] = (torch.randint(-64, 64, tensors[1].shape) * 2 + 1).double() / 128
+    tensors, grad_output = [t.to(dtype) for t in tensors], grad_output.to(dtype)
+    large = untouched((n, *size, group_channels), dtype)
+    grad_large = untouched(large.shape, cuda_host.COMPUTE[dtype])
+    ends = [
+        (slice(None), rows, columns)
+        for rows in (slice(side), slice(-side, None))
+        for columns in (slice(side), slice(-side, None))
+    ]
+    for end in ends:
+        large[end] = tensors[0][end]
+    geometry, exact = schema(arguments), [t.double() for t in tensors]
+    strides = (size[0] - 1, size[1] - 1)
+    far = schema({**arguments, "stride": strides})
+
+    output = host.forward(large, *tensors[1:], *far)
+    assert ("unsigned long" in host.kernels[0]) == wide
+    assert_close(output, reference.dcnv3(*exact, *geometry), name="output")
+    grads = host.backward(grad_output, large, *tensors[1:], *far, deterministic=deterministic, grad_input=grad_large)
+    assert ("unsigned long" in host.kernels[0]) == wide
+    expected = reference.dcnv3_backward(grad_output.double(), *exact, *geometry, False, [True] * 3)
+    for name, grad, right in zip(NAMES[1:], grads, expected[1:]):
+        assert_close(grad, right, name=f"grad_{name}")
+    for end in ends:
+        assert_close(grad_large[end].to(dtype), expected[0][end], name="grad_input")
+
+
 # ---- the stand-in for CUDA itself
 
 
@@ -366,4 +465,4 @@ host.forward(input[:, :4].clone(), offset, mask, (3, 3), (1, 1), (1, 1), (1, 1),
 def test_address_sanitizer_sees_a_missing_row(sanitized):
     result = sanitized("-c", ROW_MISSING % LIBRARY)
     assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr and "dcnv3_kernels.cuh" in result.stderr
+    assert "heap-buffer-overflow" in result.stderr and "csrc/cuda/forward.cuh" in result.stderr

@@ -87,6 +87,22 @@ def test_memory_that_is_not_aligned(dtype, which, bytes_late):
     check(geometry, tensors, both(geometry, tensors))
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_strided_tensors(which):
+    geometry, tensors = draw(dtype=torch.float16)
+    tensors[which] = tensors[which].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not tensors[which].is_contiguous()
+    check(geometry, tensors, both(geometry, tensors))
+
+
+def test_an_input_without_channels():
+    geometry, (x, offset, mask, grad) = draw(groups=1)
+    tensors = [x[..., :0], offset, mask, grad[..., :0]]
+    output, *grads = both(geometry, tensors)
+    assert output.shape == grads[0].shape == (2, 9, 10, 0)
+    assert not grads[1].any() and not grads[2].any()
+
+
 # ---- determinism
 
 
@@ -231,7 +247,7 @@ def test_an_image_of_more_than_2_to_31_elements():
     """64-bit indices; compared where the last pixels are, against a crop."""
     free, _ = torch.cuda.mem_get_info()
     height, width, channels = 2**12, 2**13 + 8, 64
-    needed = height * width * (channels * 2 * 2 + 27 * 2)
+    needed = height * width * (channels * (5 * 2 + 4) + 2 * 27 * 2)
     if free < 1.2 * needed:
         pytest.skip(f"needs a GPU with {1.2 * needed / 2**30:.0f} GiB free")
     geometry = schema({"padding": (1, 1), "groups": 1, "softmax": True})
@@ -241,8 +257,12 @@ def test_an_image_of_more_than_2_to_31_elements():
     assert x.numel() > 2**31
     output = OP(x, offset, mask, *geometry)
     crop = (slice(None), slice(-16, None), slice(-16, None))
-    right = reference.dcnv3(*(t[crop].double() for t in (x, offset, mask)), *geometry)
-    assert_close(output[crop][:, 3:, 3:], right[:, 3:, 3:])
+    exact = [t[crop].double() for t in (x, offset, mask)]
+    assert_close(output[crop][:, 3:, 3:], reference.dcnv3(*exact, *geometry)[:, 3:, 3:])
+    grads = OP_BACKWARD(output, x, offset, mask, *geometry, False, [True] * 3)
+    expected = reference.dcnv3_backward(output[crop].double(), *exact, *geometry, False, [True] * 3)
+    for name, grad, right in zip(("input", "offset", "mask"), grads, expected):
+        assert_close(grad[crop][:, 4:, 4:], right[:, 4:, 4:], name=f"grad_{name}")
 
 
 @pytest.mark.slow

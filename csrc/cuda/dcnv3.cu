@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <limits>
 #include <tuple>
@@ -30,15 +31,20 @@ struct Launch {
 
   explicit Launch(int32_t device) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
   }
   template <typename Kernel, typename... A>
   void operator()(Kernel* kernel, int64_t threads, A... arguments) const {
     const int64_t blocks = (threads + cuda::kThreads - 1) / cuda::kThreads;
-    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "internimage::dcnv3: the problem is too large");
+    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "internimage::dcnv3: a problem of ", threads,
+                    " threads is too large for one launch; split the batch");
     kernel<<<static_cast<unsigned>(blocks), cuda::kThreads, 0, stream>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const cudaError_t error = cudaGetLastError();
+    STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion,
+                    "internimage::dcnv3: the CUDA kernels were not compiled for this GPU (", cudaGetErrorString(error),
+                    "); `internimage info` tells for which, TORCH_CUDA_ARCH_LIST chooses when the package is built");
+    STD_CUDA_CHECK(error);
   }
 };
 
@@ -120,9 +126,13 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   const auto shape = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
   Tensor grad_input = want_input ? torch::stable::new_zeros(input, shape(input), sum_dtype)
                                  : torch::stable::new_empty(input, {0}, sum_dtype);
-  Tensor grad_offset = torch::stable::new_empty(input, want_points ? shape(offset) : std::vector<int64_t>{0});
-  Tensor grad_mask = torch::stable::new_empty(input, want_points ? shape(mask) : std::vector<int64_t>{0});
-  if (grad_output.numel() > 0 && (want_input || want_points)) {
+  const bool nothing = grad_output.numel() == 0;  // with no channels, offset and mask have elements all the same
+  const auto new_grad = [&](const Tensor& t) {
+    if (!want_points) return torch::stable::new_empty(input, {0});
+    return nothing ? torch::stable::new_zeros(input, shape(t)) : torch::stable::new_empty(input, shape(t));
+  };
+  Tensor grad_offset = new_grad(offset), grad_mask = new_grad(mask);
+  if (!nothing && (want_input || want_points)) {
     const Tensor grad = prepare(grad_output), in = prepare(input), off = prepare(offset), m = prepare(mask);
     const Launch launch(input.get_device_index());
     with_dtype(dtype, [&](auto zero) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Types in memory and in registers: loads, stores and atomic additions of several values at once, with what CUDA has for
-// them. Included by dcnv3_kernels.cuh.
+// them.
 #pragma once
 
 #include <cstdint>
@@ -171,6 +171,37 @@ __device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
     for (int i = 0; i < N; ++i) atomicAdd(to + i, values[i]);
   }
 }
+
+// ---- addresses
+
+// The same pointer to global memory, as one number. Else the compiler takes the sum apart that it was made from and adds
+// it up again for each access: six instructions instead of one.
+template <typename T>
+__device__ __forceinline__ T* as_one(T* pointer) {
+#ifdef __CUDA_ARCH__
+  size_t address = __cvta_generic_to_global(pointer);  // there and back, or it forgets that the memory is global
+  asm("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+#else
+  return pointer;
+#endif
+}
+
+// The other 16 bytes of 32 that are aligned, without touching the upper word of the address.
+template <typename S>
+__device__ __forceinline__ const S* other_half(const S* pointer) {
+#ifdef __CUDA_ARCH__
+  const S* other;
+  asm("{ .reg .b32 low, high; mov.b64 {low, high}, %1; xor.b32 low, low, 16; mov.b64 %0, {low, high}; }"
+      : "=l"(other)
+      : "l"(pointer));
+  return other;
+#else
+  return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(pointer) ^ 16);
+#endif
+}
+
+// ---- functions
 
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }

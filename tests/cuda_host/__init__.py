@@ -12,7 +12,11 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+COMPUTE = {t: torch.float64 if t == torch.float64 else torch.float32 for t in DTYPES}
 
 
 def build(library: Path, *flags: str) -> Path:
@@ -62,6 +66,18 @@ class Host:
         if message:
             raise RuntimeError(message)
 
+    def kernels_for(self, problem: Problem, dtype: str, direction: str, deterministic: bool = False) -> list[str]:
+        """The kernels that a problem of any size would be given to; nothing is run."""
+        nothing = [pointer(None)] * 4
+        self.library.set_runs(False)
+        if direction == "forward":
+            self.library.forward(dtype.encode(), ctypes.byref(problem), *nothing, False)
+        else:
+            something = [ctypes.c_void_p(32)] * 3  # the gradients that are asked for
+            self.library.backward(dtype.encode(), ctypes.byref(problem), *nothing, *something, deterministic, False)
+        self.library.set_runs(True)
+        return self.library.launched().decode().split(";")[:-1]
+
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor, *geometry, wide: bool = False) -> Tensor:
         problem = self.problem(input, mask, geometry)
         output = input.new_full((*mask.shape[:3], input.shape[3]), float("nan"))
@@ -79,15 +95,19 @@ class Host:
         deterministic: bool = False,
         wanted: tuple[bool, bool] = (True, True),
         wide: bool = False,
+        grad_input: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """`wanted`: grad_input; grad_offset and grad_mask."""
+        """`wanted`: grad_input; grad_offset and grad_mask. `grad_input`: zeros to add to; then it is not returned."""
+        given = grad_input is not None
         problem = self.problem(input, mask, geometry)
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        if grad_input is None and wanted[0]:
+            grad_input = torch.zeros_like(input, dtype=COMPUTE[input.dtype])
         grads = [
-            torch.zeros_like(input, dtype=dtype) if wanted[0] else None,
+            grad_input,
             torch.full_like(offset, float("nan")) if wanted[1] else None,
             torch.full_like(mask, float("nan")) if wanted[1] else None,
         ]
         tensors = [pointer(t) for t in (grad_output, input, offset, mask, *grads)]
         self.call(self.library.backward, input, ctypes.byref(problem), *tensors, deterministic, wide)
-        return [None if g is None else g.to(input.dtype) for g in grads]
+        own = [] if given else [grads[0]]
+        return [None if g is None else g.to(input.dtype) for g in (*own, *grads[1:])]
