@@ -28,8 +28,9 @@ from internimage.engine import checkpoint, trainer
 from internimage.engine.config import ConfigError
 from internimage.engine.data import open_dataset
 from internimage.engine.finetune import finetune
+from internimage.engine.output import check_output, prepare_output
 from internimage.engine.randomness import BatchPlan, DropPathDraws, PlanSampler
-from internimage.engine.settings import FinetuneConfig, prepare_output
+from internimage.engine.settings import FinetuneConfig
 from internimage.engine.training_data import training_loader
 from internimage.errors import UserError
 
@@ -214,8 +215,9 @@ def test_checkpoint_holds_everything_and_two_are_kept(data, tmp_path):
     kept = checkpoint.checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in kept] == ["step-000000009.pt", "step-000000006.pt"]
     state = checkpoint.load_file(kept[0])
-    assert set(state) == {"model", "average", "optimizer", "scaler", "schedule", "progress", "random"}
-    assert state["progress"]["step"] == 9 and len(state["progress"]["epochs"]) == 3
+    assert set(state) == {"model", "average", "optimizer", "scaler", "schedule", "progress", "data", "random"}
+    assert state["progress"]["step"] == 9 and len(state["progress"]["epochs"]) == 2  # it is written before validating
+    assert state["data"] == {"samples": 27, "classes": ["0", "1", "2"]}
     assert set(state["random"]) == {"python", "numpy", "torch"}
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[key], state["average"][key]) for key in saved)
@@ -239,7 +241,7 @@ def test_a_checkpoint_of_a_sharded_run_is_not_trained_over_by_one_process(data, 
     prepare_output(config)
     sharded = tmp_path / "run" / "checkpoints" / "step-000000003"
     sharded.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="was written with another 'parallel'"):
+    with pytest.raises(ConfigError, match="was written by several sharding processes and cannot be read as one"):
         finetune(config, progress=False)
     assert checkpoint.checkpoints(sharded.parent) == [sharded]
 
@@ -271,7 +273,7 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(data, tmp_path):
     stop_at(settings(data, tmp_path), 4)
     with pytest.raises(ConfigError, match=r"lr was 0\.003, now 0\.1.*resume=false"):
         finetune(settings(data, tmp_path, lr=0.1), progress=False)
-    assert prepare_output(settings(data, tmp_path, workers=3)) == (tmp_path, True)
+    assert check_output(settings(data, tmp_path, workers=3))
     finetune(settings(data, tmp_path, lr=0.1, resume=False, epochs=1), progress=False)
     assert len(steps(tmp_path)) == 3
 

@@ -2,6 +2,8 @@
 """Data for evaluation: timm's datasets, opened with checks and read so that a corrupt image is named, not replaced."""
 
 import os
+import signal
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +108,15 @@ def open_dataset(
         raise DataError(f"cannot open {name or 'the images'} in '{root}': {error}") from error
 
 
+def ignore_sigterm(worker: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: SIGTERM is for the process that trains, and that ends its workers itself.
+
+    torchrun, systemd and `timeout` send it to a whole group of processes; without its workers a run could not end the
+    step that it is in and save.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def class_names(dataset: Dataset) -> list[str] | None:
     """Class names by index, where the dataset knows them."""
     mapping = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
@@ -150,8 +161,8 @@ class GuardedDataset(Dataset):
         try:
             image, target = self._read(index)
             return self.transform(image), target, None
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        except Exception as error:  # Pillow's decoders raise whatever their parsing of a damaged file meets
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
             return None, -1, (self.name(index), reason)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
@@ -159,7 +170,7 @@ class GuardedDataset(Dataset):
         if reader is None:
             return self.dataset[index]
         source, target = reader[index][:2]
-        with Image.open(source) as image:
+        with closing(source) if hasattr(source, "close") else nullcontext(), Image.open(source) as image:
             mode = self.dataset.input_img_mode
             return (image.convert(mode) if mode else image.copy()), int(target)
 

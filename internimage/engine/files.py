@@ -5,6 +5,12 @@ import os
 import tempfile
 from pathlib import Path
 
+from ..errors import UserError
+
+
+class WriteError(UserError, OSError):
+    """A file could not be written; what was there before is as it was."""
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file under its name only once it is complete; makes the folder."""
