@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from runs import ROOT, same_weights, steps, write_noise
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.layers import DropPath
@@ -34,22 +33,12 @@ from internimage.engine.settings import FinetuneConfig
 from internimage.engine.training_data import training_loader
 from internimage.errors import UserError
 
-ROOT = Path(internimage.__file__).parent.parent
 PREPROCESSING = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=1.0)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Noise of three brightnesses."""
-    folder = tmp_path_factory.mktemp("noise")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 9), ("val", 4)):
-        for label in range(3):
-            (folder / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.rand(20, 24, 3, generator=generator) * (60 + 60 * label)
-                Image.fromarray(pixels.byte().numpy()).save(folder / split / str(label) / f"{i}.png")
-    return folder
+    return write_noise(tmp_path_factory.mktemp("noise"), train=(9, 9, 9), val=(4, 4, 4))
 
 
 def settings(data, output, **more):
@@ -59,17 +48,6 @@ def settings(data, output, **more):
         auto_augment="rand-m5-mstd0.5", random_erasing=0.3, device="cpu", report=False,
     )  # fmt: skip
     return FinetuneConfig(**(base | more))
-
-
-def steps(output):
-    with (Path(output) / "steps.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def same_weights(a, b):
-    a, b = load_file(Path(a) / "model.safetensors"), load_file(Path(b) / "model.safetensors")
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 # ---- draws

@@ -7,6 +7,7 @@ rename, after everything in it has reached the disk: whatever instant a run is k
 
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 
 from ..errors import CheckpointError, UserError
 from .distributed import World
-from .files import WriteError
+from .files import WriteError, save_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -51,10 +52,7 @@ def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
     try:
         _make(folder)
         partial, final = folder / f"{_PARTIAL}{step:09d}", folder / f"step-{step:09d}.pt"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        save_tensors(partial, state)
         os.replace(partial, final)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:
@@ -127,8 +125,9 @@ def newest(folder: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None
             return path, load(path)
         except UserError:  # it can be read, and was written for another kind of run: not to be trained over
             raise
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, error)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, reason)
     if found:
         raise CheckpointError(f"none of the checkpoints in '{folder}' can be read; resume=false begins the run anew")
     return None
@@ -156,11 +155,10 @@ def _clean(folder: Path) -> None:
 def _failed(folder: Path, step: int, error: BaseException, clean: bool = True) -> CheckpointWriteError:
     if clean:
         _clean(folder)
-    cause = error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else error
     kept = checkpoints(folder)
     good = f"the last good one is '{kept[0]}'" if kept else "there is none before it"
     return CheckpointWriteError(
-        f"the checkpoint of step {step} could not be written ({str(cause).splitlines()[0]}); {good}. Make room and run "
+        f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {good}. Make room and run "
         f"the same command again to go on from there"
     )
 

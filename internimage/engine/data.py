@@ -3,7 +3,8 @@
 
 import os
 import signal
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,13 +109,22 @@ def open_dataset(
         raise DataError(f"cannot open {name or 'the images'} in '{root}': {error}") from error
 
 
-def ignore_sigterm(worker: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: SIGTERM is for the process that trains, and that ends its workers itself.
+@contextmanager
+def sigterm_for_us() -> Iterator[None]:
+    """Context in which a loader's workers are started that SIGTERM does not end.
 
     torchrun, systemd and `timeout` send it to a whole group of processes; without its workers a run could not end the
-    step that it is in and save.
+    step that it is in and save. The process that trains ends its workers itself, and they end if it is gone.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # blocked from before the fork: a handler that a worker sets for itself would come too late for a quick signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from .data import Batch, DataError, GuardedDataset, class_names, ignore_sigterm
+from .data import Batch, DataError, GuardedDataset, class_names, sigterm_for_us
 from .distributed import World
 from .imagenet import Protocol
 
@@ -110,15 +110,16 @@ def _shares(guarded: GuardedDataset, batch_size: int, workers: int, world: World
         num_workers=workers,
         collate_fn=GuardedDataset.collate,
         pin_memory=pin,
-        worker_init_fn=ignore_sigterm,
         generator=torch.Generator(),  # else it draws from the global one, which training may be using
     )
-    yield from loader
+    with sigterm_for_us():
+        batches = iter(loader)
+    yield from batches
     most = -(-len(range(0, len(guarded), world.size)) // batch_size)
     yield from [None] * (most - len(loader))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: sharded weights gathered in that could not be trained on afterwards
 def evaluate(
     model: nn.Module,
     dataset: Dataset,

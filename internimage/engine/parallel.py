@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A model, its average and its optimizer over several processes: DDP, or FSDP2 with sharded weights."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,10 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     # of depthwise kernels torch counts the strides otherwise than their gradients', and warns that this costs a copy
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [world.device.index] if world.device.type != "cpu" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # torch 2.14 has given it another name
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{sync: False})
 
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
@@ -103,6 +107,10 @@ def _plain_errors() -> Iterator[None]:
         yield
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause.__context__, OSError):
+            raise cause.__context__ from None
+        if "inline_container" in str(cause):  # torch's writer, in another process: what it met is not sent along
+            raise OSError("a part could not be written to its end, as on a full disk") from None
         if isinstance(cause, (OSError, RuntimeError)):
             raise cause from None
         raise RuntimeError(f"{type(cause).__name__}: {cause}") from None

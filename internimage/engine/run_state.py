@@ -17,6 +17,7 @@ from ..errors import some
 from . import checkpoint, parallel
 from .config import ConfigError
 from .distributed import World
+from .files import save_tensors
 
 _STATE_FILE = "state.pt"
 
@@ -76,7 +77,7 @@ class RunState:
             def write(partial: Path) -> None:
                 parallel.write_shards(partial, self.model, self.average, self.optimizer)
                 if self.world.first:
-                    torch.save(self._small(), partial / _STATE_FILE)
+                    save_tensors(partial / _STATE_FILE, self._small())
 
             checkpoint.save_folder(folder, step, write, self.world)
             return

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from ..errors import UserError
 from . import parallel
 from .config import ConfigError
-from .data import DataError
+from .data import DataError, sigterm_for_us
 from .distributed import World, synchronise_batch_norm
 from .evaluate import evaluate
-from .files import WriteError
+from .files import WriteError, save_tensors
 from .model import DTYPES
 from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
 from .output import BAD_BATCHES, CHECKPOINTS
@@ -176,7 +176,8 @@ class Trainer:
             )  # fmt: skip
         sampler = PlanSampler(plan, self.parts, state.step, self.total)
         pin = self.world.device.type == "cuda"
-        loader = iter(training_loader(self.train_set, sampler, config, self.preprocessing, pin))
+        with sigterm_for_us():
+            loader = iter(training_loader(self.train_set, sampler, config, self.preprocessing, pin))
         self._train_mode()
         try:
             while state.step < self.total or self._epoch_is_open():
@@ -313,16 +314,13 @@ class Trainer:
         }
         try:
             file.parent.mkdir(exist_ok=True)
-            torch.save(batch, file)
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
+            save_tensors(file, batch)
+        except OSError as error:
             file.unlink(missing_ok=True)
             raise WriteError(
                 f"the batch of step {self.progress.step + 1}, whose loss or gradient was not finite, could not be "
-                f"written to '{file}' ({cause}). Make room and run the same command again to go on from the last "
-                f"checkpoint"
+                f"written to '{file}' ({error.strerror or error}). Make room and run the same command again to go on "
+                f"from the last checkpoint"
             ) from error
 
     def _end_epoch(self) -> None:

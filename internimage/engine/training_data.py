@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import ConfigError
-from .data import GuardedDataset, ignore_sigterm
+from .data import GuardedDataset
 from .randomness import PlanSampler, seed_sample
 from .settings import FinetuneConfig
 
@@ -108,6 +108,5 @@ def training_loader(
         num_workers=config.workers,
         collate_fn=SeededDataset.collate,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_sigterm,
         generator=torch.Generator().manual_seed(config.seed),  # else it draws from the global one
     )
