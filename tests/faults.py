@@ -22,7 +22,7 @@ from internimage.engine.checkpoint import checkpoints
 
 DATA, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 SETTINGS = [
-    "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=3", "batch_size=8", "workers=0", "lr=0.003",
+    "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=2", "batch_size=8", "workers=0", "lr=0.003",
     "warmup_epochs=1", "drop_path=0.2", "mixup=0.4", "device=cpu", "report=false", "checkpoint_every=2",
 ]  # fmt: skip
 

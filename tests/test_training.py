@@ -24,9 +24,10 @@ from torch import nn
 import internimage
 from internimage.cli import main
 from internimage.engine import checkpoint, trainer
-from internimage.engine.config import ConfigError
+from internimage.engine.config import ConfigError, load_config
 from internimage.engine.data import open_dataset
 from internimage.engine.finetune import finetune
+from internimage.engine.optimizer import create_optimizer, learning_rate
 from internimage.engine.output import check_output, prepare_output
 from internimage.engine.randomness import BatchPlan, DropPathDraws, PlanSampler
 from internimage.engine.settings import FinetuneConfig
@@ -453,6 +454,49 @@ def test_layer_decay_groups_are_timms(size):
     assert deepest == sum(len(stage.blocks) for stage in model.levels) - 1
 
 
+@pytest.mark.parametrize("size", ["atto", "huge"])
+def test_offset_lr_factor_by_hand(data, tmp_path, size):
+    """With layer decay: 0.8 a layer from the head on, and a tenth of that for what moves the sampled points."""
+    model = timm.create_model(f"internimage_{size}", device="meta")
+    config = settings(data, tmp_path, layer_decay=0.8, offset_lr_factor=0.1, lr=0.01, warmup_epochs=0, sched="none")
+    optimizer, scheduler = create_optimizer(model, config, steps_per_epoch=3)
+    assert scheduler is None
+    names = {id(p): name for name, p in model.named_parameters()}
+    last = sum(len(stage.blocks) for stage in model.levels) - 1
+    found, slow = {}, set()
+    for group in optimizer.param_groups:
+        assert group["params"] and len(group["params"]) == len(group.get("param_names", group["params"]))
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert name not in found
+            found[name] = group["lr"]
+            expected = 0.01 * 0.8 ** (last - layer_of(name, model))
+            if ".dcn.offset." in name or ".dcn.center_feature_scale_proj_" in name:
+                expected *= 0.1
+                slow.add(name)
+            assert group["lr"] == pytest.approx(expected), name
+            assert group["weight_decay"] == (0.0 if parameter.ndim <= 1 or name.endswith(".bias") else 0.05), name
+    assert found.keys() == set(names.values())
+    assert len(slow) == (last + 1) * (4 if size == "huge" else 2)
+    assert found["levels.0.blocks.0.dcn.mask.weight"] == pytest.approx(0.01 * 0.8**last)
+    assert found["head.weight"] == pytest.approx(0.01) and learning_rate(optimizer) == pytest.approx(0.01)
+
+
+def test_offset_lr_factor_in_a_schedule_and_in_a_run(data, tmp_path):
+    model = timm.create_model("internimage_atto", device="meta")
+    config = settings(data, tmp_path / "a", offset_lr_factor=0.25, lr=0.1, warmup_epochs=0, min_lr=0.0, epochs=2)
+    optimizer, scheduler = create_optimizer(model, config, steps_per_epoch=4)
+    scheduler.step_update(4)  # half way down the cosine: half the rate
+    assert sorted({round(group["lr"], 6) for group in optimizer.param_groups}) == [0.0125, 0.05]
+    finetune(settings(data, tmp_path / "still", offset_lr_factor=0.0, weight_decay=0.0, epochs=2), progress=False)
+    weights = load_file(tmp_path / "still" / "model.safetensors")
+    offsets = [value for name, value in weights.items() if ".dcn.offset." in name]
+    assert offsets and all((value == 0).all() for value in offsets)  # as they were made
+    assert any((value != 0).any() for name, value in weights.items() if ".dcn.mask." in name)
+    with pytest.raises(ConfigError, match="models with DCNv3 layers"):
+        finetune(settings(data, tmp_path / "b", model="resnet10t", offset_lr_factor=0.1), progress=False)
+
+
 def test_loss_curves_of_the_kernel_and_of_the_reference_agree(data, tmp_path):
     losses = []
     main_code = "import sys; from internimage.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -477,6 +521,14 @@ def test_settings_that_cannot_be(data, tmp_path):
         (dict(parallel="fsdp", precision="float16"), "float32 or bfloat16"),
         (dict(freeze=6), "0 to 5"),
         (dict(workers=-1), "must not be negative"),
+        (dict(lr=float("nan")), "'lr' must be a number from 0 up, got nan"),
+        (dict(lr=-0.1), "'lr' must be a number from 0 up"),
+        (dict(drop_path=1.0), "at least 0 and below 1"),
+        (dict(hflip=1.5), "'hflip' must be 0 to 1"),
+        (dict(ema_decay=0.0), "above 0 and at most 1"),
+        (dict(img_size=0), "'img_size' must be at least 1"),
+        (dict(clip_grad=-1.0), "'clip_grad' must be above 0"),
+        (dict(ratio_max=0.5), "'ratio_max' must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings(data, tmp_path, **more)
@@ -500,3 +552,11 @@ def test_tensorboard_files(data, tmp_path):
 def test_the_command_line_names_what_is_wrong_with_two_words_alike(data, tmp_path, capsys):
     assert main(["finetune", f"data={data}", f"output={tmp_path / 'x'}", "acumulate=2"]) == 2
     assert "did you mean 'accumulate'" in capsys.readouterr().err
+
+
+def test_text_stays_as_it_was_typed(data, tmp_path):
+    """YAML would make numbers and truth of such names."""
+    for text in ("007", "1e3", "on", "2024", "0x1f", "1_000", "photos"):
+        config = load_config(FinetuneConfig, None, [f"data={text}", f"output={text}", "checkpoint=null"])
+        assert (config.data, config.output, config.checkpoint) == (text, text, None)
+    assert load_config(FinetuneConfig, None, ["data='a b'", "output=x"]).data == "a b"

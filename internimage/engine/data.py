@@ -15,7 +15,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import UserError
+from ..errors import UserError, some
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -87,18 +87,18 @@ def open_dataset(
     Raises:
         DataError: It cannot be opened; the message says what is missing.
     """
-    root = Path(root)
+    root, classes = Path(root), None
     if not name and root.is_dir():
         folder = find_split(root, split)
         if not any(folder.rglob("*.tar")):
-            check_image_folder(folder)
+            classes = check_image_folder(folder)
         root, split = folder, ""
     elif not name and not root.exists():
         raise DataError(f"there is no dataset at '{root}'")
     if class_map is not None and not Path(class_map).is_file():
         raise DataError(f"there is no class map at '{class_map}'")
     try:
-        return create_dataset(
+        dataset = create_dataset(
             name,
             root=str(root),
             split=split or "validation",
@@ -107,6 +107,14 @@ def open_dataset(
         )
     except (RuntimeError, ValueError, AssertionError, FileNotFoundError, ImportError, OSError) as error:
         raise DataError(f"cannot open {name or 'the images'} in '{root}': {error}") from error
+    odd = set(class_names(dataset) or ()) - set(classes or ()) if classes is not None and class_map is None else ()
+    if odd:
+        raise DataError(
+            f"'{root}' has images in folders below its class folders, and these would become classes of their own "
+            f"({some(odd, 3)}, beside {some(classes, 3)}): give the folder that holds the class folders, and keep the "
+            f"images of a class in one folder"
+        )
+    return dataset
 
 
 @contextmanager
