@@ -338,7 +338,8 @@ class Trainer:
         if self.val_set is not None and config.eval_every and (
             epoch % config.eval_every == 0 or epoch == config.epochs
         ):  # fmt: skip
-            result = self.evaluate()
+            with self.log.validating():
+                result = self.evaluate()
             row |= {"val_top1": result.top1, "val_loss": result.loss}
             self._train_mode()
         self.log.epoch(row, state.step)

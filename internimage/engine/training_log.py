@@ -85,7 +85,7 @@ class TrainingLog:
     def step(self, step: int, epoch: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """Note one step."""
         self.bar.update(self.batch_size)
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        self.bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         if self._steps is None:
             return
         rate = self.batch_size / seconds
@@ -109,6 +109,15 @@ class TrainingLog:
                 for name, value in row.items():
                     if name.startswith("val_"):
                         self.board.add_scalar(f"val/{name[4:]}", value, step)
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Context in which the bar says why it stands still."""
+        self.bar.set_description("validate")
+        try:
+            yield
+        finally:
+            self.bar.set_description("finetune", refresh=False)
 
     def flush(self) -> None:
         """Everything noted is on the disk: before a checkpoint that says that it was done.
