@@ -198,13 +198,16 @@ def other_folder(name):
 
 
 # those of test_sigterm_to_a_launch_of_two_processes
-LONG = ("epochs=12", "mixup=0", "eval_every=0", "checkpoint_every=0")
+LONG = ("epochs=30", "mixup=0", "eval_every=0", "checkpoint_every=0")
 # averaging is off here, so that the sharded weights themselves are validated between epochs
 LAYERED = ("parallel=fsdp", "layer_decay=0.8", "offset_lr_factor=0.1", "precision=bfloat16", "accumulate=2")
 
 scenario("whole", train)
 scenario("sharded", lambda name: train(name, "parallel=fsdp"))
 scenario("long", lambda name: train(name, *LONG))
+# with batch norm fixed: over a part it is another function than over the batch
+scenario("accumulated", lambda name: train(name, "freeze=5", "accumulate=2"))
+scenario("accumulated, sharded", lambda name: train(name, "freeze=5", "accumulate=2", "parallel=fsdp"))
 scenario("full disk, file", full_disk(0))
 scenario("full disk, shards, first", full_disk(0, "parallel=fsdp"))
 scenario("full disk, shards, second", full_disk(1, "parallel=fsdp"))

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import ROOT, environment, epochs, losses, same_weights, steps, torchrun, torchrun_command, write_noise
@@ -134,6 +135,13 @@ def test_a_step_left_out_in_one_process_leaves_the_scaler_of_all(faults):
     assert epochs(faults[0] / "left out")[-1]["skipped_steps"] == "2"
 
 
+def test_accumulated_parts_of_two_processes_give_the_losses_of_the_whole_batch(faults, data, tmp_path):
+    finetune(settings(data, tmp_path, epochs=2, mixup=0.4, freeze=5), progress=False)
+    for name in ("accumulated", "accumulated, sharded"):
+        assert [process["code"] for process in faults[1][name]] == [0, 0]
+        np.testing.assert_allclose(losses(faults[0] / name), losses(tmp_path), rtol=0, atol=1e-5)
+
+
 def test_sharded_layer_decay_and_offset_factor_resume_bitwise(faults):
     """Weights that are not averaged are validated between epochs; two parts a step, in bfloat16."""
     run, again = faults[0] / "layered", faults[0] / "layered, resumed"
@@ -169,7 +177,7 @@ def wait_for_checkpoint(run, process, more_than=0):
 def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):
     """To the launch script, then to torchrun, which sends it to loader workers too; the end is bitwise the same."""
     arguments = [
-        f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=12, workers=1)).items() if v is not None
+        f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=30, workers=1)).items() if v is not None
     ]
     env = environment() | {"GPUS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     commands = (
@@ -186,9 +194,9 @@ def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):
         out, err = process.communicate(timeout=120)
         assert process.returncode == status, out + err
         assert out.count("asked to stop: saved after step") == 1, out + err
-        done = int(re.search(r"saved after step (\d+) of 36", out)[1])
+        done = int(re.search(r"saved after step (\d+) of 90", out)[1])
         assert "error:" not in err and "DataLoader" not in err, err
-    assert done < 36
+    assert done < 90
     subprocess.run(commands[0], cwd=ROOT, check=True, capture_output=True, env=env, timeout=240)
     assert losses(tmp_path / "run") == losses(faults[0] / "long")
     assert same_weights(tmp_path / "run", faults[0] / "long")

@@ -92,7 +92,10 @@ class Trainer:
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         if config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except (AssertionError, AttributeError) as error:  # timm's way to say it
+                raise ConfigError(f"'grad_checkpointing' is not for '{config.model}', which cannot do it") from error
         self.sharded = config.parallel == "fsdp" and world.size > 1
         # foreach functions do not know sharded tensors of uneven parts
         self.average = None
