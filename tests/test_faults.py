@@ -215,6 +215,27 @@ def test_sigterm_to_the_whole_group_of_processes(data, tmp_path):
     assert process.returncode == 0 and "asked to stop: saved after step" in out, out + err
 
 
+FAILING = """
+import sys
+from internimage.cli import main
+from internimage.engine import training_data
+def fail(self, key):
+    raise RuntimeError("a bug")
+training_data.SeededDataset.__getitem__ = fail
+main(sys.argv[1:])
+"""
+
+
+def test_a_bug_does_not_leave_the_process_waiting_for_its_workers(data, tmp_path):
+    """The traceback keeps the loader alive to the end, and its workers must go when they are told to."""
+    arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path, epochs=20, workers=2)).items() if v is not None]
+    result = subprocess.run(
+        [sys.executable, "-c", FAILING, "finetune", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=environment(),
+    )  # fmt: skip
+    assert result.returncode == 1 and "RuntimeError: a bug" in result.stderr
+
+
 def test_a_stop_at_the_end_of_an_epoch_comes_before_validating(data, tmp_path, monkeypatch):
     """The epoch's row is made up for when the run goes on; nothing else differs."""
     finetune(settings(data, tmp_path / "whole", eval_every=1), progress=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from .data import Batch, DataError, GuardedDataset, class_names, sigterm_for_us
+from .data import Batch, DataError, GuardedDataset, class_names, sigterm_for_us, worker_signals
 from .distributed import World
 from .imagenet import Protocol
 
@@ -110,6 +110,7 @@ def _shares(guarded: GuardedDataset, batch_size: int, workers: int, world: World
         num_workers=workers,
         collate_fn=GuardedDataset.collate,
         pin_memory=pin,
+        worker_init_fn=worker_signals,
         generator=torch.Generator(),  # else it draws from the global one, which training may be using
     )
     with sigterm_for_us():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import ConfigError
-from .data import GuardedDataset
+from .data import GuardedDataset, worker_signals
 from .randomness import PlanSampler, seed_sample
 from .settings import FinetuneConfig
 
@@ -108,5 +108,6 @@ def training_loader(
         num_workers=config.workers,
         collate_fn=SeededDataset.collate,
         pin_memory=pin_memory,
+        worker_init_fn=worker_signals,
         generator=torch.Generator().manual_seed(config.seed),  # else it draws from the global one
     )
