@@ -12,6 +12,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode append
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # torchrun gets the signal, too, and would kill after 30 seconds
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # to the steps as well: the batch script alone gets the signal
 stop() {

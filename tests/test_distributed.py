@@ -3,21 +3,15 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from runs import losses, torchrun, write_noise
 from safetensors.torch import load_file
 
-import internimage
 from internimage.cli import main
 
-ROOT = Path(internimage.__file__).parent.parent
 # clip_grad is small, so that gradients are clipped; drop path, mixing and averaging are on
 SETTINGS = [
     "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=2", "batch_size=8", "workers=0", "lr=0.001",
@@ -28,26 +22,8 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Noise of three brightnesses: 81 images to train on, ten steps an epoch; 17 to validate."""
-    folder = tmp_path_factory.mktemp("noise")
-    generator = torch.Generator().manual_seed(0)
-    for split, counts in (("train", (27, 27, 27)), ("val", (5, 5, 7))):
-        for label, count in enumerate(counts):
-            (folder / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.rand(20, 24, 3, generator=generator) * (60 + 60 * label)
-                Image.fromarray(pixels.byte().numpy()).save(folder / split / str(label) / f"{i}.png")
-    return folder
-
-
-def torchrun(processes, *arguments, check=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == 0 or not check, result.stdout + result.stderr
-    return result
+    """81 images to train on, ten steps an epoch; 17 to validate."""
+    return write_noise(tmp_path_factory.mktemp("noise"), train=(27, 27, 27), val=(5, 5, 7))
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +38,6 @@ def runs(data, tmp_path_factory):
         "grad_checkpointing=true",
     )  # fmt: skip
     return folder
-
-
-def losses(run):
-    with (run / "steps.csv").open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -39,7 +39,8 @@ class ByColor(torch.nn.Module):
 
 def paint(path, index):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (10, 9), (index // 4, index % 4 * 64, 0)).save(path)
+    # lossless whatever it is called, so that a colour is a class; Pillow looks at the content
+    Image.new("RGB", (10, 9), (index // 4, index % 4 * 64, 0)).save(path, "PNG")
 
 
 def name(i):
@@ -153,6 +154,38 @@ def test_v2_has_its_folders_in_the_order_of_numbers(tmp_path):
         protocol("sketch", model, dataset)
     with pytest.raises(DataError, match="this one has 10"):
         protocol("v2", timm.create_model("internimage_atto", num_classes=10), dataset)
+
+
+def test_sketch_and_v2_with_folders_of_all_synsets(tmp_path, capsys):
+    """As the archive of ImageNet-Sketch unpacks: a folder a synset, two drawings in some; and through the command."""
+    for index, synset in enumerate(SYNSETS):
+        paint(tmp_path / "sketch" / synset / "sketch_0.JPEG", index)
+        if index % 100 == 3:
+            paint(tmp_path / "sketch" / synset / "sketch_1.JPEG", index - 1)
+    (tmp_path / "sketch" / "README.txt").write_text("drawings")
+    dataset = open_dataset(tmp_path / "sketch")
+    model = ByColor()
+    for variant in ("sketch", "v2", "imagenet"):
+        result = evaluate(model, dataset, CONFIG, 64, 0, progress=False, protocol=protocol(variant, model, dataset))
+        assert (result.images, result.top1) == (1010, pytest.approx(100 * 1000 / 1010))
+        assert result.per_class[3] == {"class": SYNSETS[3], "images": 2, "top1": 50.0}
+    torch.save(timm.create_model("internimage_atto").state_dict(), tmp_path / "weights.pth")
+    arguments = [
+        "evaluate", "--model", "internimage_atto", "--checkpoint", str(tmp_path / "weights.pth"), "--img-size", "32",
+        "--workers", "0", "--variant", "sketch", "--data",
+    ]  # fmt: skip
+    assert main([*arguments, str(tmp_path / "sketch")]) == 0
+    assert "1010 images" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path)]) == 2
+    assert "would become classes of their own (n01440764" in capsys.readouterr().err
+
+
+def test_folders_below_class_folders_are_not_taken_for_classes(tmp_path):
+    """timm names a class after the folder that an image stands in, however deep."""
+    for path in ("cat/0.png", "cat/2023/1.png", "dog/0.png"):
+        paint(tmp_path / path, 0)
+    with pytest.raises(DataError, match=r"classes of their own \(2023, beside cat, dog\)"):
+        open_dataset(tmp_path)
 
 
 def test_flips_average_the_two_sides(tmp_path):

@@ -22,8 +22,8 @@ OFFICIAL = {
     "imagenet_base": (0.5, 224, 5e-4, 300, None),
     "imagenet_large_384": (0.1, 384, 2e-5, 20, 0.9),
     "imagenet_xlarge_384": (0.2, 384, 2e-5, 20, 0.9),
-    "imagenet_huge_640": (0.2, 640, 2e-5, 20, None),
-    "imagenet_giant_512": (0.4, 512, 2e-5, 20, None),
+    "imagenet_huge_640": (0.2, 640, 2e-5, 20, 0.9),
+    "imagenet_giant_512": (0.4, 512, 2e-5, 20, 0.9),
 }
 
 
@@ -50,6 +50,7 @@ def test_official_settings(name):
         epochs,
         layer_decay,
     )
+    assert config.offset_lr_factor == (1 if layer_decay is None else 0.1)
     assert config.lr * 512 / config.batch_size == pytest.approx(lr)
     assert (config.weight_decay, config.clip_grad, config.sched, config.ema_decay) == (0.05, 5.0, "cosine", 0.9999)
     assert config.auto_augment == "rand-m9-mstd0.5-inc1" and config.color_jitter == 0.4

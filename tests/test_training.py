@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from runs import ROOT, same_weights, steps, write_noise
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.layers import DropPath
@@ -25,30 +24,22 @@ from torch import nn
 import internimage
 from internimage.cli import main
 from internimage.engine import checkpoint, trainer
-from internimage.engine.config import ConfigError
+from internimage.engine.config import ConfigError, load_config
 from internimage.engine.data import open_dataset
 from internimage.engine.finetune import finetune
+from internimage.engine.optimizer import create_optimizer, learning_rate
+from internimage.engine.output import check_output, prepare_output
 from internimage.engine.randomness import BatchPlan, DropPathDraws, PlanSampler
-from internimage.engine.settings import FinetuneConfig, prepare_output
+from internimage.engine.settings import FinetuneConfig
 from internimage.engine.training_data import training_loader
 from internimage.errors import UserError
 
-ROOT = Path(internimage.__file__).parent.parent
 PREPROCESSING = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=1.0)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Noise of three brightnesses."""
-    folder = tmp_path_factory.mktemp("noise")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 9), ("val", 4)):
-        for label in range(3):
-            (folder / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.rand(20, 24, 3, generator=generator) * (60 + 60 * label)
-                Image.fromarray(pixels.byte().numpy()).save(folder / split / str(label) / f"{i}.png")
-    return folder
+    return write_noise(tmp_path_factory.mktemp("noise"), train=(9, 9, 9), val=(4, 4, 4))
 
 
 def settings(data, output, **more):
@@ -58,17 +49,6 @@ def settings(data, output, **more):
         auto_augment="rand-m5-mstd0.5", random_erasing=0.3, device="cpu", report=False,
     )  # fmt: skip
     return FinetuneConfig(**(base | more))
-
-
-def steps(output):
-    with (Path(output) / "steps.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def same_weights(a, b):
-    a, b = load_file(Path(a) / "model.safetensors"), load_file(Path(b) / "model.safetensors")
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 # ---- draws
@@ -214,8 +194,9 @@ def test_checkpoint_holds_everything_and_two_are_kept(data, tmp_path):
     kept = checkpoint.checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in kept] == ["step-000000009.pt", "step-000000006.pt"]
     state = checkpoint.load_file(kept[0])
-    assert set(state) == {"model", "average", "optimizer", "scaler", "schedule", "progress", "random"}
-    assert state["progress"]["step"] == 9 and len(state["progress"]["epochs"]) == 3
+    assert set(state) == {"model", "average", "optimizer", "scaler", "schedule", "progress", "data", "random"}
+    assert state["progress"]["step"] == 9 and len(state["progress"]["epochs"]) == 2  # it is written before validating
+    assert state["data"] == {"samples": 27, "classes": ["0", "1", "2"]}
     assert set(state["random"]) == {"python", "numpy", "torch"}
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[key], state["average"][key]) for key in saved)
@@ -239,14 +220,14 @@ def test_a_checkpoint_of_a_sharded_run_is_not_trained_over_by_one_process(data, 
     prepare_output(config)
     sharded = tmp_path / "run" / "checkpoints" / "step-000000003"
     sharded.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="was written with another 'parallel'"):
+    with pytest.raises(ConfigError, match="was written by several sharding processes and cannot be read as one"):
         finetune(config, progress=False)
     assert checkpoint.checkpoints(sharded.parent) == [sharded]
 
 
 def test_sigterm_saves_exits_with_0_and_the_same_command_goes_on(data, tmp_path):
     """The whole way: a process, a real signal, the same command again."""
-    arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=60)).items() if v is not None]
+    arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=40)).items() if v is not None]
     command = [sys.executable, "-m", "internimage", "finetune", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not checkpoint.checkpoints(tmp_path / "run" / "checkpoints"):
@@ -255,14 +236,14 @@ def test_sigterm_saves_exits_with_0_and_the_same_command_goes_on(data, tmp_path)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    step = int(re.search(r"asked to stop: saved after step (\d+) of 180", out).group(1))
-    assert step < 180 and "the same command goes on from there" in out
+    step = int(re.search(r"asked to stop: saved after step (\d+) of 120", out).group(1))
+    assert step < 120 and "the same command goes on from there" in out
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step-{step:09d}.pt"
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and f"step {step} of 180" in again.stderr
-    assert [int(row["step"]) for row in steps(tmp_path / "run")] == list(range(1, 181))
+    assert again.returncode == 0 and f"step {step} of 120" in again.stderr
+    assert [int(row["step"]) for row in steps(tmp_path / "run")] == list(range(1, 121))
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert third.returncode == 2 and "holds an earlier result" in third.stderr
 
@@ -271,7 +252,7 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(data, tmp_path):
     stop_at(settings(data, tmp_path), 4)
     with pytest.raises(ConfigError, match=r"lr was 0\.003, now 0\.1.*resume=false"):
         finetune(settings(data, tmp_path, lr=0.1), progress=False)
-    assert prepare_output(settings(data, tmp_path, workers=3)) == (tmp_path, True)
+    assert check_output(settings(data, tmp_path, workers=3))
     finetune(settings(data, tmp_path, lr=0.1, resume=False, epochs=1), progress=False)
     assert len(steps(tmp_path)) == 3
 
@@ -473,6 +454,49 @@ def test_layer_decay_groups_are_timms(size):
     assert deepest == sum(len(stage.blocks) for stage in model.levels) - 1
 
 
+@pytest.mark.parametrize("size", ["atto", "huge"])
+def test_offset_lr_factor_by_hand(data, tmp_path, size):
+    """With layer decay: 0.8 a layer from the head on, and a tenth of that for what moves the sampled points."""
+    model = timm.create_model(f"internimage_{size}", device="meta")
+    config = settings(data, tmp_path, layer_decay=0.8, offset_lr_factor=0.1, lr=0.01, warmup_epochs=0, sched="none")
+    optimizer, scheduler = create_optimizer(model, config, steps_per_epoch=3)
+    assert scheduler is None
+    names = {id(p): name for name, p in model.named_parameters()}
+    last = sum(len(stage.blocks) for stage in model.levels) - 1
+    found, slow = {}, set()
+    for group in optimizer.param_groups:
+        assert group["params"] and len(group["params"]) == len(group.get("param_names", group["params"]))
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert name not in found
+            found[name] = group["lr"]
+            expected = 0.01 * 0.8 ** (last - layer_of(name, model))
+            if ".dcn.offset." in name or ".dcn.center_feature_scale_proj_" in name:
+                expected *= 0.1
+                slow.add(name)
+            assert group["lr"] == pytest.approx(expected), name
+            assert group["weight_decay"] == (0.0 if parameter.ndim <= 1 or name.endswith(".bias") else 0.05), name
+    assert found.keys() == set(names.values())
+    assert len(slow) == (last + 1) * (4 if size == "huge" else 2)
+    assert found["levels.0.blocks.0.dcn.mask.weight"] == pytest.approx(0.01 * 0.8**last)
+    assert found["head.weight"] == pytest.approx(0.01) and learning_rate(optimizer) == pytest.approx(0.01)
+
+
+def test_offset_lr_factor_in_a_schedule_and_in_a_run(data, tmp_path):
+    model = timm.create_model("internimage_atto", device="meta")
+    config = settings(data, tmp_path / "a", offset_lr_factor=0.25, lr=0.1, warmup_epochs=0, min_lr=0.0, epochs=2)
+    optimizer, scheduler = create_optimizer(model, config, steps_per_epoch=4)
+    scheduler.step_update(4)  # half way down the cosine: half the rate
+    assert sorted({round(group["lr"], 6) for group in optimizer.param_groups}) == [0.0125, 0.05]
+    finetune(settings(data, tmp_path / "still", offset_lr_factor=0.0, weight_decay=0.0, epochs=2), progress=False)
+    weights = load_file(tmp_path / "still" / "model.safetensors")
+    offsets = [value for name, value in weights.items() if ".dcn.offset." in name]
+    assert offsets and all((value == 0).all() for value in offsets)  # as they were made
+    assert any((value != 0).any() for name, value in weights.items() if ".dcn.mask." in name)
+    with pytest.raises(ConfigError, match="models with DCNv3 layers"):
+        finetune(settings(data, tmp_path / "b", model="resnet10t", offset_lr_factor=0.1), progress=False)
+
+
 def test_loss_curves_of_the_kernel_and_of_the_reference_agree(data, tmp_path):
     losses = []
     main_code = "import sys; from internimage.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -497,10 +521,24 @@ def test_settings_that_cannot_be(data, tmp_path):
         (dict(parallel="fsdp", precision="float16"), "float32 or bfloat16"),
         (dict(freeze=6), "0 to 5"),
         (dict(workers=-1), "must not be negative"),
+        (dict(lr=float("nan")), "'lr' must be a number from 0 up, got nan"),
+        (dict(lr=-0.1), "'lr' must be a number from 0 up"),
+        (dict(drop_path=1.0), "at least 0 and below 1"),
+        (dict(hflip=1.5), "'hflip' must be 0 to 1"),
+        (dict(ema_decay=0.0), "above 0 and at most 1"),
+        (dict(img_size=0), "'img_size' must be at least 1"),
+        (dict(clip_grad=-1.0), "'clip_grad' must be above 0"),
+        (dict(ratio_max=0.5), "'ratio_max' must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings(data, tmp_path, **more)
-    for more in (dict(opt="adamww"), dict(sched="cosin"), dict(sched="plateau"), dict(auto_augment="random")):
+    for more in (
+        dict(model="convit_tiny", grad_checkpointing=True),
+        dict(opt="adamww"),
+        dict(sched="cosin"),
+        dict(sched="plateau"),
+        dict(auto_augment="random"),
+    ):
         with pytest.raises(ConfigError):
             finetune(settings(data, tmp_path / "x", **more), progress=False)
     assert not (tmp_path / "x").exists()
@@ -520,3 +558,11 @@ def test_tensorboard_files(data, tmp_path):
 def test_the_command_line_names_what_is_wrong_with_two_words_alike(data, tmp_path, capsys):
     assert main(["finetune", f"data={data}", f"output={tmp_path / 'x'}", "acumulate=2"]) == 2
     assert "did you mean 'accumulate'" in capsys.readouterr().err
+
+
+def test_text_stays_as_it_was_typed(data, tmp_path):
+    """YAML would make numbers and truth of such names."""
+    for text in ("007", "1e3", "on", "2024", "0x1f", "1_000", "photos"):
+        config = load_config(FinetuneConfig, None, [f"data={text}", f"output={text}", "checkpoint=null"])
+        assert (config.data, config.output, config.checkpoint) == (text, text, None)
+    assert load_config(FinetuneConfig, None, ["data='a b'", "output=x"]).data == "a b"

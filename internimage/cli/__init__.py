@@ -5,14 +5,18 @@ Exit status: 0 done, 1 done with something left out that was not to be left out,
 """
 
 import argparse
+import errno
 import logging
 import os
+import signal
 import sys
 
 from .. import __version__
 from ..errors import UserError
 from . import benchmark, convert, evaluate, finetune, info, predict, push
 
+_MISSING = (FileNotFoundError, PermissionError, NotADirectoryError)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _VERBS = (evaluate, predict, finetune, convert, push, benchmark, info)
 
 
@@ -46,14 +50,27 @@ def main(argv: list[str] | None = None) -> int:
         logger.addHandler(logging.StreamHandler())
     try:
         return arguments.run(arguments)
-    except (UserError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        rank = os.environ.get("RANK", "0")  # of a torchrun launch: an error may be one process's alone
-        process = "" if rank == "0" else f", process {rank}"
-        print(f"internimage {arguments.verb}{process}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except UserError as error:
+        return _fail(arguments.verb, error)
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
         sys.stderr.close()
         return 0
+    except OSError as error:  # of a file: it is not there, is not ours, the disk is full
+        if error.filename is None and error.errno not in _FULL and not isinstance(error, _MISSING):
+            raise
+        return _fail(arguments.verb, error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(verb: str, error: Exception) -> int:
+    """Say what went wrong: one process of a torchrun launch, unless an error is its alone."""
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # torchrun ends all processes as soon as one has ended: not before the message is there
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == "0" or not getattr(error, "everywhere", False):
+        process = "" if rank == "0" else f", process {rank}"
+        print(f"internimage {verb}{process}: error: {error}", file=sys.stderr, flush=True)
+    return 2

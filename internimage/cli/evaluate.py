@@ -5,7 +5,9 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 from .. import __version__
 from ..engine.data import open_dataset
@@ -59,7 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
-    # the data first: a model may have to be downloaded
+    # the data and the other arguments first: a model may have to be downloaded
+    number = _number(arguments.expect)
+    for path in (arguments.json, arguments.csv):
+        if path and path != "-":
+            _check_writable(Path(path))
     if arguments.labels:
         dataset = open_labelled_folder(arguments.data, arguments.labels)
     else:
@@ -68,7 +74,11 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     if config["input_size"][0] == 1:
         dataset.input_img_mode = "L"
     published = _published_top1(model, arguments)
-    expected = _expected(arguments, published)
+    expected = number
+    if arguments.expect == "published":
+        if published is None:
+            raise UserError(f"no top-1 on ImageNet-1k was published for '{arguments.model}' as it is asked for here")
+        expected = published
     result = evaluate(
         model,
         dataset,
@@ -90,17 +100,25 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     return 1 if wrong or (arguments.strict and result.skipped) else 0
 
 
-def _expected(arguments: argparse.Namespace, published: float | None) -> float | None:
-    if arguments.expect is None:
+def _number(expect: str | None) -> float | None:
+    if expect in (None, "published"):
         return None
-    if arguments.expect == "published":
-        if published is None:
-            raise UserError(f"no top-1 on ImageNet-1k was published for '{arguments.model}' as it is asked for here")
-        return published
     try:
-        return float(arguments.expect)
+        number = float(expect)
     except ValueError as error:
-        raise UserError(f"--expect takes 'published' or a number, got '{arguments.expect}'") from error
+        raise UserError(f"--expect takes 'published' or a number, got '{expect}'") from error
+    if not 0 <= number <= 100:
+        raise UserError(f"--expect takes 'published' or a number of percent, got '{expect}'")
+    return number
+
+
+def _check_writable(path: Path) -> None:
+    """A report that cannot be written is better found before an hour's evaluation than after."""
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder; the report needs the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"the folder '{path.parent}' cannot be written to")
 
 
 def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, device, published: float | None) -> None:

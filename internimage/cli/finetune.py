@@ -10,7 +10,8 @@ import re
 
 from ..engine.config import load_config
 from ..engine.finetune import Preempted, finetune
-from ..engine.settings import LOG_FILE, REPORT_FILE, FinetuneConfig
+from ..engine.output import LOG_FILE, REPORT_FILE
+from ..engine.settings import FinetuneConfig
 
 HELP = "Train a classifier on a folder of images."
 

@@ -7,6 +7,7 @@ rename, after everything in it has reached the disk: whatever instant a run is k
 
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import CheckpointError, UserError
 from .distributed import World
+from .files import WriteError, save_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ _PARTIAL = ".partial-"
 KEEP = 2
 
 
-class CheckpointWriteError(UserError, OSError):
+class CheckpointWriteError(WriteError):
     """A checkpoint could not be written; the ones before it are as they were."""
 
 
@@ -50,10 +52,7 @@ def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
     try:
         _make(folder)
         partial, final = folder / f"{_PARTIAL}{step:09d}", folder / f"step-{step:09d}.pt"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        save_tensors(partial, state)
         os.replace(partial, final)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:
@@ -63,20 +62,25 @@ def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: World) -> Path:
-    """Write a checkpoint as a folder that all processes fill.
+    """Write a checkpoint as a folder that all processes fill; what goes wrong in one is raised in all.
 
     Args:
         folder, step: As in `save_file`.
-        write: Fills the folder that it is given; is called in every process.
+        write: Fills the folder that it is given; is called in every process, which may talk to each other in it, as
+            long as all of them come back from it or raise.
         world: The processes.
+
+    Raises:
+        CheckpointWriteError: The disk is full, or the like.
     """
     partial, final = folder / f"{_PARTIAL}{step:09d}", folder / f"step-{step:09d}"
-    try:
+
+    def prepare() -> None:
         if world.first:
             _make(folder)
             partial.mkdir()
-        world.barrier()
-        write(partial)
+
+    def finish() -> None:
         if world.first:
             for file in partial.iterdir():
                 with file.open("rb") as handle:
@@ -84,10 +88,20 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
             _sync_folder(partial)
             os.replace(partial, final)
             _sync_folder(folder)
-            _remove_old(folder)
-        world.barrier()
-    except OSError as error:
-        raise _failed(folder, step, error) from error
+
+    for work in (prepare, lambda: write(partial), finish):
+        failure = None
+        try:
+            work()
+        except (OSError, RuntimeError) as error:
+            failure = error
+        if any(world.gather(failure is not None)):  # each has its own, or none: nobody cleans up before all are here
+            problem = None if failure is None else _failed(folder, step, failure, clean=world.first)
+            if world.first and failure is None:
+                _clean(folder)
+            world.agree(problem)
+    if world.first:
+        _remove_old(folder)
     return final
 
 
@@ -102,15 +116,20 @@ def newest(folder: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None
     Only a disk that lost what it had confirmed makes the newest unreadable; the one before it then serves.
 
     Raises:
-        UserError: `load` says that the checkpoint does not go with the settings.
+        UserError: `load` says that the checkpoint does not go with the settings, or none of them can be read: `load`
+            may have stopped half way, and what it left is no start for a run.
     """
-    for path in checkpoints(folder):
+    found = checkpoints(folder)
+    for path in found:
         try:
             return path, load(path)
         except UserError:  # it can be read, and was written for another kind of run: not to be trained over
             raise
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, error)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, reason)
+    if found:
+        raise CheckpointError(f"none of the checkpoints in '{folder}' can be read; resume=false begins the run anew")
     return None
 
 
@@ -125,29 +144,37 @@ def _make(folder: Path) -> None:
     remove_partial(folder)
 
 
-def _failed(folder: Path, step: int, error: BaseException) -> CheckpointWriteError:
+def _clean(folder: Path) -> None:
+    """Give a full disk its space back."""
     try:
-        remove_partial(folder)  # gives a full disk its space back
+        remove_partial(folder)
     except OSError:
         pass
-    cause = error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else error
+
+
+def _failed(folder: Path, step: int, error: BaseException, clean: bool = True) -> CheckpointWriteError:
+    if clean:
+        _clean(folder)
     kept = checkpoints(folder)
     good = f"the last good one is '{kept[0]}'" if kept else "there is none before it"
     return CheckpointWriteError(
-        f"the checkpoint of step {step} could not be written ({str(cause).splitlines()[0]}); {good}. Make room and run "
+        f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {good}. Make room and run "
         f"the same command again to go on from there"
     )
 
 
 def _remove_old(folder: Path) -> None:
     for path in checkpoints(folder)[KEEP:]:
-        if path.is_dir():
-            # the name goes first: a half removed folder must not look like a checkpoint
-            gone = path.with_name(f"{_PARTIAL}{path.name}")
-            os.replace(path, gone)
-            shutil.rmtree(gone)
-        else:
-            path.unlink()
+        try:
+            if path.is_dir():
+                # the name goes first: a half removed folder must not look like a checkpoint
+                gone = path.with_name(f"{_PARTIAL}{path.name}")
+                os.replace(path, gone)
+                shutil.rmtree(gone)
+            else:
+                path.unlink()
+        except OSError as error:  # the new one is there, and that is what counts
+            _logger.warning("the old checkpoint '%s' cannot be removed: %s", path, error)
 
 
 def _sync_folder(folder: Path) -> None:

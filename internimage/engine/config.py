@@ -31,6 +31,7 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: li
         ConfigError: A key is unknown (the nearest is named), a value is not of its type, or a field is missing.
     """
     values: dict[str, Any] = {}
+    kinds = typing.get_type_hints(cls)
     if path is not None:
         try:
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -46,9 +47,12 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: li
         if not equals:
             raise ConfigError(f"expected key=value, got '{override}'")
         try:
-            values[key.strip()] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of '{key}' is not YAML: {text!r}") from error
+        if _is_text(kinds.get(key.strip())) and not isinstance(value, str) and value is not None:
+            value = text.strip()  # a folder called 007, 1e3 or on
+        values[key.strip()] = value
     return from_dict(cls, values)
 
 
@@ -71,6 +75,10 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
 def dump(config: Any) -> str:
     """The resolved configuration as YAML, every field written out."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or str in typing.get_args(kind)
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Data for evaluation: timm's datasets, opened with checks and read so that a corrupt image is named, not replaced."""
 
+import multiprocessing
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import UserError
+from ..errors import UserError, some
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -84,18 +89,18 @@ def open_dataset(
     Raises:
         DataError: It cannot be opened; the message says what is missing.
     """
-    root = Path(root)
+    root, classes = Path(root), None
     if not name and root.is_dir():
         folder = find_split(root, split)
         if not any(folder.rglob("*.tar")):
-            check_image_folder(folder)
+            classes = check_image_folder(folder)
         root, split = folder, ""
     elif not name and not root.exists():
         raise DataError(f"there is no dataset at '{root}'")
     if class_map is not None and not Path(class_map).is_file():
         raise DataError(f"there is no class map at '{class_map}'")
     try:
-        return create_dataset(
+        dataset = create_dataset(
             name,
             root=str(root),
             split=split or "validation",
@@ -104,6 +109,53 @@ def open_dataset(
         )
     except (RuntimeError, ValueError, AssertionError, FileNotFoundError, ImportError, OSError) as error:
         raise DataError(f"cannot open {name or 'the images'} in '{root}': {error}") from error
+    odd = set(class_names(dataset) or ()) - set(classes or ()) if classes is not None and class_map is None else ()
+    if odd:
+        raise DataError(
+            f"'{root}' has images in folders below its class folders, and these would become classes of their own "
+            f"({some(odd, 3)}, beside {some(classes, 3)}): give the folder that holds the class folders, and keep the "
+            f"images of a class in one folder"
+        )
+    return dataset
+
+
+_SIGNALS = hasattr(signal, "sigwaitinfo")  # not on Windows and macOS, where workers end at any SIGTERM
+
+
+@contextmanager
+def sigterm_for_us() -> Iterator[None]:
+    """Context in which a loader's workers are started that SIGTERM does not end, unless this process sends it.
+
+    torchrun, systemd and `timeout` send it to a whole group of processes; without its workers a run could not end the
+    step that it is in and save. To be used together with `worker_signals`.
+    """
+    if not _SIGNALS:
+        yield
+        return
+    # blocked from before the fork: what a worker does about it would come too late for a quick signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def worker_signals(worker: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: end at the SIGTERM of the process that loads, and at no other.
+
+    That process ends its workers with it where an exception has left them; it would wait for deaf ones forever.
+    """
+    if not _SIGNALS:
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also where workers are not forked
+    parent = multiprocessing.parent_process().pid
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -150,8 +202,8 @@ class GuardedDataset(Dataset):
         try:
             image, target = self._read(index)
             return self.transform(image), target, None
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        except Exception as error:  # Pillow's decoders raise whatever their parsing of a damaged file meets
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
             return None, -1, (self.name(index), reason)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
@@ -159,7 +211,7 @@ class GuardedDataset(Dataset):
         if reader is None:
             return self.dataset[index]
         source, target = reader[index][:2]
-        with Image.open(source) as image:
+        with closing(source) if hasattr(source, "close") else nullcontext(), Image.open(source) as image:
             mode = self.dataset.input_img_mode
             return (image.convert(mode) if mode else image.copy()), int(target)
 

@@ -3,6 +3,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +58,32 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def agree(self, problem: Exception | None) -> None:
+        """Raise in all processes what went wrong in one; to be called in all at once.
+
+        A process that raised alone would leave the others waiting for it in their next exchange.
+
+        Args:
+            problem: This process's, or None.
+        """
+        problem = next((p for p in self.gather(problem) if p is not None), None)
+        if problem is not None:
+            problem.everywhere = True  # the first process alone tells
+            raise problem
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Context of work that may fail in one process (bad input, a full disk) and then fails in all of them.
+
+        There must be no exchange between processes in it.
+        """
+        problem = None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            problem = error
+        self.agree(problem)
 
 
 def join(device: torch.device) -> World:

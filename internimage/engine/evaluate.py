@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from .data import Batch, DataError, GuardedDataset, class_names
+from .data import Batch, DataError, GuardedDataset, class_names, sigterm_for_us, worker_signals
 from .distributed import World
 from .imagenet import Protocol
 
@@ -110,14 +110,17 @@ def _shares(guarded: GuardedDataset, batch_size: int, workers: int, world: World
         num_workers=workers,
         collate_fn=GuardedDataset.collate,
         pin_memory=pin,
+        worker_init_fn=worker_signals,
         generator=torch.Generator(),  # else it draws from the global one, which training may be using
     )
-    yield from loader
+    with sigterm_for_us():
+        batches = iter(loader)
+    yield from batches
     most = -(-len(range(0, len(guarded), world.size)) // batch_size)
     yield from [None] * (most - len(loader))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: sharded weights gathered in that could not be trained on afterwards
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
@@ -171,22 +174,31 @@ def evaluate(
     result = Evaluation(processes=world.size)
     seen, right = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
     right5, real = 0, torch.zeros(3, dtype=torch.long)  # images, top-1, top-5
-    loss, position = 0.0, world.rank
+    loss, position, skipped = 0.0, world.rank, []
+    problem: DataError | None = None
     clock = _Clock(device)
     start = time.perf_counter()
     bar = tqdm(total=len(guarded), unit="img", desc="evaluate", disable=not (progress and world.first))
     for batch in _shares(guarded, batch_size, workers, world, device.type == "cuda"):
-        if batch is None or batch.images is None:
+        places = []
+        if batch is not None:
+            every = len(batch.places) + len(batch.failures)
+            failed = (i for i in range(every) if i not in batch.places)
+            skipped += [(position + world.size * i, *failure) for i, failure in zip(failed, batch.failures)]
+            places = [position + world.size * i for i in batch.places]
+            position += world.size * every
+            bar.update(min(world.size * every, bar.total - bar.n))
+            odd = next((t for t in batch.targets.tolist() if not 0 <= t < count), None)
+            if odd is not None:
+                problem = DataError(f"the dataset has label {odd}; the model's classes are 0 to {count - 1}")
+                if world.size == 1:
+                    raise problem
+        if not places or problem is not None:
             if world.size > 1:
-                model(blank)  # sharded weights are gathered by all processes together
-            result.skipped += batch.failures if batch else []
-            position += world.size * len(batch.failures if batch else [])
+                for _ in range(1 + flip):
+                    model(blank)  # sharded weights are gathered by all processes together
             continue
-        result.skipped += batch.failures
         targets = batch.targets
-        if targets.min() < 0 or targets.max() >= count:
-            odd = next(t for t in targets.tolist() if not 0 <= t < count)
-            raise DataError(f"the dataset has label {odd}; the model's classes are 0 to {count - 1}")
         logits = clock.run(model, batch.images.to(device=device, dtype=dtype, non_blocking=True), flip)
         if protocol.classes is not None:
             logits = logits[:, protocol.classes]
@@ -196,25 +208,23 @@ def evaluate(
         right5 += int(hit.any(1).sum())
         seen += torch.bincount(targets, minlength=count)
         right += torch.bincount(targets[hit[:, 0]], minlength=count)
-        places = [position + world.size * i for i in batch.places]
-        position += world.size * (len(targets) + len(batch.failures))
         if protocol.real is not None:
             real += _real_hits(protocol.real, [guarded.name(i) for i in places], order)
         if keep_answers:
             sure = logits.softmax(-1).gather(1, order[:, :1])[:, 0]
             result.answers += list(zip(places, targets.tolist(), order[:, 0].tolist(), sure.tolist()))
         result.images += len(targets)
-        bar.update(world.size * (len(targets) + len(batch.failures)))
         bar.set_postfix(top1=f"{100 * right.sum().item() / result.images:.2f}", refresh=False)
     bar.close()
+    world.agree(problem)
     parts = world.gather(
-        (result.images, seen, right, right5, loss, real, result.skipped, result.answers, clock.seconds, clock.images,
+        (result.images, seen, right, right5, loss, real, skipped, result.answers, clock.seconds, clock.images,
          clock.peak())
     )  # fmt: skip
     images, seen, right, right5, loss, real, skipped, answers, model_seconds, model_images, peaks = zip(*parts)
     result.images, right5, loss = sum(images), sum(right5), sum(loss)
     seen, right, real = sum(seen), sum(right), sum(real)
-    result.skipped = [failure for part in skipped for failure in part]
+    result.skipped = [(file, reason) for _, file, reason in sorted(failure for part in skipped for failure in part)]
     result.answers = sorted(answer for part in answers for answer in part)
     if result.images == 0:
         raise DataError(f"no image of {len(guarded)} could be read; the first: {result.skipped[0]}")

@@ -4,6 +4,28 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+
+
+class WriteError(UserError, OSError):
+    """A file could not be written; what was there before is as it was."""
+
+
+def save_tensors(path: Path, thing: Any) -> None:
+    """`torch.save` to the disk itself, with an OSError where it is full: torch makes a RuntimeError of that."""
+    try:
+        with path.open("wb") as file:  # not by torch, which keeps the cause for itself
+            torch.save(thing, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -19,11 +20,13 @@ from torch.utils.data import Dataset
 from .config import ConfigError
 from .data import DataError, class_names, find_split, open_dataset
 from .distributed import World, join, leave
+from .files import WriteError
 from .model import create_model, data_config, pick_device
+from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, prepare_output
 from .parallel import full_weights
 from .randomness import seed_run
 from .report import write_report
-from .settings import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, FinetuneConfig, prepare_output
+from .settings import FinetuneConfig
 from .trainer import Trainer, TrainingError
 from .training_log import check_tensorboard
 
@@ -146,38 +149,35 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> Path:
         internimage.engine.checkpoint.CheckpointWriteError: The disk is full.
         Preempted: SIGTERM came, and a checkpoint was written.
     """
-    world = join(pick_device(config.device))
-    try:
-        with _sigterm() as stop:
-            return _finetune(config, world, stop, progress)
-    finally:
-        leave()
+    with _sigterm() as stop:
+        try:
+            return _finetune(config, join(pick_device(config.device)), stop, progress)
+        finally:
+            leave()
 
 
 def _finetune(config: FinetuneConfig, world: World, stop, progress: bool) -> Path:
-    config.check_parts(world.size)
-    if config.tensorboard:
-        check_tensorboard()
-    train_set, val_set, names = open_data(config)
+    output = Path(config.output)
+    with world.together():  # what is quick to see comes before a model is made, and perhaps downloaded
+        config.check_parts(world.size)
+        if config.tensorboard:
+            check_tensorboard()
+        if world.first:
+            check_output(config)
+        train_set, val_set, names = open_data(config)
     seed_run(config.seed)
-    model = _create_model(config, names)
-    preprocessing = data_config(model, config.img_size)
+    with world.together():
+        model = _create_model(config, names)
+        preprocessing = data_config(model, config.img_size)
     if preprocessing["input_size"][0] == 1:
         train_set.input_img_mode = "L"
         if val_set is not None:
             val_set.input_img_mode = "L"
     model.to(world.device)
-    trainer = Trainer(config, world, model, names, preprocessing, train_set, val_set, Path(config.output))
-    problem = None
-    if world.first:
-        try:
+    trainer = Trainer(config, world, model, names, preprocessing, train_set, val_set, output)
+    with world.together():
+        if world.first:
             prepare_output(config)
-        except ConfigError as error:
-            problem = error
-    problem = world.share(problem)
-    if problem is not None:
-        raise problem
-    output = Path(config.output)
     resumed = trainer.resume()
     if resumed is not None and world.first and progress:
         print(f"going on from {resumed}, step {trainer.progress.step} of {trainer.total}", file=sys.stderr)
@@ -187,14 +187,19 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool) -> Pat
             f"the same command goes on from there"
         )
     weights = full_weights(trainer.result)
-    if config.report and val_set is not None:
-        answers = trainer.evaluate(keep_answers=True)
+    answers = trainer.evaluate(keep_answers=True) if config.report and val_set is not None else None
+    with world.together():
         if world.first:
-            write_report(
-                output / REPORT_FILE, config, answers, val_set, names, trainer.progress.epochs,
-                None if trainer.sharded else trainer.result, preprocessing,
-            )  # fmt: skip
-    if world.first:
-        save_model(trainer.result, output, names, preprocessing, weights)  # last: it marks the run as finished
-    world.barrier()
+            try:
+                if answers is not None:
+                    write_report(
+                        output / REPORT_FILE, config, answers, val_set, names, trainer.progress.epochs,
+                        None if trainer.sharded else trainer.result, preprocessing,
+                    )  # fmt: skip
+                save_model(trainer.result, output, names, preprocessing, weights)  # last: it marks the run as finished
+            except (OSError, SafetensorError) as error:
+                raise WriteError(
+                    f"training is done, and the result could not be written to '{output}' ({error}). Make room and run "
+                    f"the same command again: it goes on from the last checkpoint"
+                ) from error
     return output

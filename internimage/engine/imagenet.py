@@ -19,7 +19,7 @@ VARIANTS = {
     "real": "those, with ImageNet-ReaL's labels beside the usual ones",
     "a": "ImageNet-A, 200 classes",
     "r": "ImageNet-R, 200 classes",
-    "v2": "ImageNet-V2, folders 0 to 999",
+    "v2": "ImageNet-V2, folders 0 to 999 or of synsets",
     "sketch": "ImageNet-Sketch",
 }
 
@@ -134,7 +134,7 @@ def protocol(
         wanted = _lines(f"imagenet_{variant}_synsets.txt")
         _same(names, wanted, variant)
         return Protocol([int(i) for i in _lines(f"imagenet_{variant}_indices.txt")], wanted)
-    if variant == "v2":
+    if variant == "v2" and names != synsets:
         _same(names, [str(i) for i in range(1000)], variant)
         return Protocol(list(range(1000)), synsets)
     if names is not None:

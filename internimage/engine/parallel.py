@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """A model, its average and its optimizer over several processes: DDP, or FSDP2 with sharded weights."""
 
+import inspect
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,7 +34,10 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     # of depthwise kernels torch counts the strides otherwise than their gradients', and warns that this costs a copy
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [world.device.index] if world.device.type != "cpu" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # torch 2.14 has given it another name
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{sync: False})
 
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
@@ -78,18 +84,36 @@ def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_shards(folder: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
-    """Write this process's part of a sharded checkpoint."""
-    dcp.save(_shards(model, average, optimizer), checkpoint_id=folder)
+    """Write this process's part of a sharded checkpoint; what goes wrong in one process is raised in all."""
+    with _plain_errors():
+        dcp.save(_shards(model, average, optimizer), checkpoint_id=folder)
 
 
 def read_shards(folder: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
     """Read a sharded checkpoint; the number of processes need not be that of the writers."""
     state = _shards(model, average, optimizer)
-    dcp.load(state, checkpoint_id=folder)
+    with _plain_errors():
+        dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     if average is not None:
         set_model_state_dict(average, state["average"])
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Instead of torch's collection of all processes' errors, which is no Exception, the first of them."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause.__context__, OSError):
+            raise cause.__context__ from None
+        if "inline_container" in str(cause):  # torch's writer, in another process: what it met is not sent along
+            raise OSError("a part could not be written to its end, as on a full disk") from None
+        if isinstance(cause, (OSError, RuntimeError)):
+            raise cause from None
+        raise RuntimeError(f"{type(cause).__name__}: {cause}") from None
 
 
 def _shards(model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

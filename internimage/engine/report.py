@@ -161,7 +161,9 @@ def _matrix(matrix: torch.Tensor, names: list[str]) -> str:
         cells = []
         for j, count in enumerate(matrix[i].tolist()):
             color = "44,110,170" if i == j else "200,60,40"
-            shade = f' style="background:rgba({color},{min(1.0, 0.15 + 0.85 * count / whole):.2f})"' if count else ""
+            share = count / whole
+            ink = ";color:#fff" if share > 0.5 else ""
+            shade = f' style="background:rgba({color},{0.15 + 0.85 * share:.2f}){ink}"' if count else ""
             cells.append(f"<td{shade}>{count or ''}</td>")
         rows.append(f'<tr><th class="name">{html.escape(name)}</th>{"".join(cells)}</tr>')
     return (

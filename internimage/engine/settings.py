@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: MIT
 """The settings of `finetune`, checked before anything is read or written."""
 
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import math
+from dataclasses import dataclass
 
-import yaml
-
-from .checkpoint import checkpoints
-from .config import ConfigError, dump, from_dict
-from .files import write_text
+from .config import ConfigError
 from .model import DTYPES
 
-CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"
-LOG_FILE, STEPS_FILE = "log.csv", "steps.csv"
-CHECKPOINTS, BAD_BATCHES = "checkpoints", "bad-batches"
-
-# may differ between a run and its continuation: where and how, not what is computed
-_FREE = ("output", "overwrite", "resume", "workers", "device", "tensorboard", "report", "data",
-         "checkpoint_every", "compile", "grad_checkpointing", "nan_limit")  # fmt: skip
+# settings, what holds for their values (a comparison with nan never does), and that in words
+_RANGES = (
+    ("epochs batch_size accumulate nan_limit img_size in_chans", lambda x: x >= 1, "be at least 1"),
+    ("workers eval_every checkpoint_every warmup_epochs seed", lambda x: x >= 0, "not be negative"),
+    ("freeze", lambda x: 0 <= x <= 5, "be 0 to 5"),
+    ("lr warmup_lr min_lr weight_decay", lambda x: 0 <= x < math.inf, "be a number from 0 up"),
+    ("offset_lr_factor mixup cutmix color_jitter", lambda x: 0 <= x < math.inf, "be a number from 0 up"),
+    ("smoothing drop_path", lambda x: 0 <= x < 1, "be at least 0 and below 1"),
+    ("hflip random_erasing", lambda x: 0 <= x <= 1, "be 0 to 1"),
+    ("layer_decay ema_decay scale_min", lambda x: 0 < x <= 1, "be above 0 and at most 1"),
+    ("clip_grad", lambda x: x > 0, "be above 0"),
+    ("ratio_max", lambda x: 1 <= x < math.inf, "be at least 1"),
+)
 
 
 @dataclass
@@ -51,6 +52,7 @@ class FinetuneConfig:
     lr: float = 1e-3
     weight_decay: float = 0.05
     layer_decay: float | None = None  # learning rate factor from each layer to the one below it
+    offset_lr_factor: float = 1.0  # learning rate factor of DCNv3's offset projections and centre feature scales
     clip_grad: float | None = 5.0  # largest norm of the gradient
     sched: str = "cosine"  # timm's name
     warmup_epochs: int = 2
@@ -74,24 +76,19 @@ class FinetuneConfig:
     report: bool = True  # write report.html at the end
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "nan_limit"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "eval_every", "checkpoint_every", "warmup_epochs", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"'{name}' must not be negative, got {getattr(self, name)}")
+        for names, valid, words in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not valid(value):
+                    raise ConfigError(f"'{name}' must {words}, got {value}")
         if self.precision not in DTYPES:
             raise ConfigError(f"'precision' must be one of {', '.join(DTYPES)}, got '{self.precision}'")
         if self.parallel not in ("ddp", "fsdp"):
             raise ConfigError(f"'parallel' must be ddp or fsdp, got '{self.parallel}'")
         if self.parallel == "fsdp" and self.precision == "float16":
             raise ConfigError("with parallel=fsdp 'precision' must be float32 or bfloat16")
-        if not 0 <= self.freeze <= 5:
-            raise ConfigError(f"'freeze' must be 0 to 5, got {self.freeze}")
         if self.head_from_22k and not (self.pretrained or self.checkpoint):
             raise ConfigError("'head_from_22k' needs weights to take the head from: pretrained=true or checkpoint=PATH")
-        if not 0 < self.scale_min <= 1:
-            raise ConfigError(f"'scale_min' must be above 0 and at most 1, got {self.scale_min}")
         self.check_parts(1)
 
     @property
@@ -108,51 +105,3 @@ class FinetuneConfig:
             raise ConfigError(
                 f"mixup and cutmix pair images, so 'batch_size' over {split} must be even, got {self.batch_size}"
             )
-
-
-def prepare_output(config: FinetuneConfig) -> tuple[Path, bool]:
-    """Make the result's folder; refuses to mix a new result with an old one.
-
-    Returns:
-        The folder, and whether it holds an unfinished run of these settings to go on with.
-
-    Raises:
-        ConfigError: It holds a finished result, an unfinished run of other settings, or what is not ours.
-    """
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"'{output}' is a file; 'output' must name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / CONFIG_FILE).is_file():
-            raise ConfigError(f"the folder '{output}' is not empty and not ours")
-        if (output / WEIGHTS_FILE).is_file():
-            if not config.overwrite:
-                raise ConfigError(f"the folder '{output}' holds an earlier result; overwrite=true replaces it")
-        elif config.resume and checkpoints(output / CHECKPOINTS):
-            _check_same(config, output)
-            return output, True
-        _clear(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / CONFIG_FILE, dump(config))
-    return output, False
-
-
-def _check_same(config: FinetuneConfig, output: Path) -> None:
-    try:
-        earlier = asdict(from_dict(FinetuneConfig, yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))))
-    except (ConfigError, yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ConfigError(f"'{output / CONFIG_FILE}' cannot be read, so the run cannot go on: {error}") from error
-    differ = [f"{k} was {earlier[k]}, now {v}" for k, v in asdict(config).items() if k not in _FREE and earlier[k] != v]
-    if differ:
-        raise ConfigError(
-            f"the folder '{output}' holds an unfinished run of other settings ({'; '.join(differ)}): set them back to "
-            f"go on with it, or resume=false to begin anew"
-        )
-
-
-def _clear(output: Path) -> None:
-    """Remove an earlier run; what makes it count as finished goes after its checkpoints, so a kill cannot mix runs."""
-    for folder in (CHECKPOINTS, BAD_BATCHES, "tensorboard"):
-        shutil.rmtree(output / folder, ignore_errors=True)
-    for file in (LOG_FILE, STEPS_FILE, REPORT_FILE, "config.json", WEIGHTS_FILE):
-        (output / file).unlink(missing_ok=True)

@@ -1,54 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""The state of a training run and its loop."""
+"""The loop of a training run."""
 
-import dataclasses
-import difflib
 import math
-import random
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
-from . import checkpoint, parallel
+from . import parallel
 from .config import ConfigError
+from .data import DataError, sigterm_for_us
 from .distributed import World, synchronise_batch_norm
 from .evaluate import evaluate
+from .files import WriteError, save_tensors
 from .model import DTYPES
+from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
+from .output import BAD_BATCHES, CHECKPOINTS
 from .randomness import BatchPlan, DropPathDraws, PlanSampler, seed_mixing, seed_step
-from .settings import BAD_BATCHES, CHECKPOINTS, FinetuneConfig
+from .run_state import Progress, RunState
+from .settings import FinetuneConfig
 from .training_data import TrainingBatch, training_loader, training_transform
 from .training_log import TrainingLog
-
-_STATE_FILE = "state.pt"
 
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands. With the weights and the optimizer's state, all that a continuation needs."""
-
-    step: int = 0  # optimizer steps done, the left out ones too; the position in the sampler
-    skipped: int = 0  # steps left out because they were not finite
-    loss_sum: float = 0.0  # of the current epoch
-    loss_steps: int = 0
-    seconds: float = 0.0  # in steps of the current epoch
-    epochs: list[dict] = field(default_factory=list)  # a row an epoch
 
 
 def frozen_parts(model: nn.Module, freeze: int) -> list[nn.Module]:
@@ -96,7 +79,8 @@ class Trainer:
         self.plan = BatchPlan(len(train_set), config.batch_size, world.size * config.accumulate, config.seed)
         self.parts = [world.rank * config.accumulate + i for i in range(config.accumulate)]
         self.total = config.epochs * self.plan.steps_per_epoch
-        self.progress = Progress()
+        self._noted: Exception | None = None
+        self._unreadable: set[str] = set()  # files that were named already
         training_transform(config, preprocessing)  # says what is wrong with the settings before anything is written
 
         self.frozen = frozen_parts(model, config.freeze)
@@ -108,7 +92,10 @@ class Trainer:
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         if config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except (AssertionError, AttributeError) as error:  # timm's way to say it
+                raise ConfigError(f"'grad_checkpointing' is not for '{config.model}', which cannot do it") from error
         self.sharded = config.parallel == "fsdp" and world.size > 1
         # foreach functions do not know sharded tensors of uneven parts
         self.average = None
@@ -123,82 +110,50 @@ class Trainer:
             model.compile()
         self.model = model
         self.wrapped = model if self.sharded else parallel.replicate(model, world)
-        self.optimizer, self.scheduler = _optimizer(model, config, self.plan.steps_per_epoch)
+        self.optimizer, self.scheduler = create_optimizer(model, config, self.plan.steps_per_epoch)
         autocast = dtype != torch.float32 and not self.sharded
         self.autocast = torch.autocast(world.device.type, dtype=dtype if autocast else None, enabled=autocast)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.mix, self.loss_fn = None, LabelSmoothingCrossEntropy(config.smoothing)
         if config.mixes:
-            self.mix = Mixup(
-                config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(names)
-            )  # fmt: skip
+            self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(names))
             self.loss_fn = SoftTargetCrossEntropy()
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         # of a step that is left out, batch norm's statistics are taken back
         self.statistics = [b for name, b in model.named_buffers() if not name.endswith(".factor")]
+        self.state = RunState(
+            world, model, self.average, self.optimizer, self.scheduler, self.scaler, self.sharded,
+            {"samples": len(train_set), "classes": names},
+        )  # fmt: skip
 
     # ---- checkpoints
 
-    def _state(self) -> dict[str, Any]:
-        name, keys, position, has_gauss, cached = np.random.get_state()
-        return {
-            "progress": dataclasses.asdict(self.progress),
-            "scaler": self.scaler.state_dict(),
-            "schedule": None if self.scheduler is None else _plain(self.scheduler.state_dict()),
-            # every draw is derived from seed, epoch, sample and step; these are for code that draws beside them
-            "random": {
-                "python": random.getstate(),
-                "numpy": (name, keys.tolist(), position, has_gauss, cached),
-                "torch": torch.get_rng_state(),
-            },
-        }
-
     def save(self) -> None:
-        """Write a checkpoint; in all processes at once."""
-        folder, step = self.output / CHECKPOINTS, self.progress.step
-        self.log.flush()
-        if self.sharded:
+        """Write a checkpoint; to be called in all processes at once.
 
-            def write(partial: Path) -> None:
-                average = self.average.module if self.average else None
-                parallel.write_shards(partial, self.model, average, self.optimizer)
-                if self.world.first:
-                    torch.save(self._state(), partial / _STATE_FILE)
-
-            checkpoint.save_folder(folder, step, write, self.world)
-        elif self.world.first:
-            state = self._state() | {
-                "model": self.model.state_dict(),
-                "average": self.average.module.state_dict() if self.average else None,
-                "optimizer": self.optimizer.state_dict(),
-            }
-            checkpoint.save_file(folder, step, state)
+        Raises:
+            UserError: The disk is full, or the like; in all processes.
+        """
+        with self.world.together():
+            self._raise_noted()
+            self.log.flush()
+        self.state.save(self.output / CHECKPOINTS)
 
     def resume(self) -> Path | None:
         """Take up the newest checkpoint of the output folder; returns it, None if there is none."""
-        found = checkpoint.newest(self.output / CHECKPOINTS, self._read)
-        return found[0] if found else None
+        return self.state.load(self.output / CHECKPOINTS)
 
-    def _read(self, path: Path) -> None:
-        if path.is_dir() != self.sharded:
-            raise ConfigError(f"'{path}' was written with another 'parallel': set it back, or resume=false")
-        if self.sharded:
-            average = self.average.module if self.average else None
-            parallel.read_shards(path, self.model, average, self.optimizer)
-            state = checkpoint.load_file(path / _STATE_FILE)
-        else:
-            state = checkpoint.load_file(path)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average is not None:
-                self.average.module.load_state_dict(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["schedule"])
-        self.progress = Progress(**state["progress"])
-        random.setstate(state["random"]["python"])
-        np.random.set_state(state["random"]["numpy"])
-        torch.set_rng_state(state["random"]["torch"])
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
+
+    def _note(self, problem: Exception) -> None:
+        """Something went wrong in this process alone: the next exchange tells the others, and all stop."""
+        self._noted = self._noted or problem
+
+    def _raise_noted(self) -> None:
+        if self._noted is not None:
+            raise self._noted
 
     # ---- the loop
 
@@ -214,37 +169,44 @@ class Trainer:
 
         Raises:
             TrainingError: Too many steps had no finite loss.
-            internimage.engine.checkpoint.CheckpointWriteError: The disk is full.
+            UserError: The disk is full, or too many images cannot be read.
         """
         config, state, plan = self.config, self.progress, self.plan
-        self.log = TrainingLog(
-            self.output, state.epochs, state.step, self.total, config.batch_size, config.tensorboard, progress,
-            self.world.first,
-        )  # fmt: skip
+        with self.world.together():
+            self.log = TrainingLog(
+                self.output, state.epochs, state.step, self.total, config.batch_size, config.tensorboard, progress,
+                self.world.first, self._note,
+            )  # fmt: skip
         sampler = PlanSampler(plan, self.parts, state.step, self.total)
         pin = self.world.device.type == "cuda"
-        loader = iter(training_loader(self.train_set, sampler, config, self.preprocessing, pin))
+        with sigterm_for_us():
+            loader = iter(training_loader(self.train_set, sampler, config, self.preprocessing, pin))
         self._train_mode()
-        saved = -1
         try:
-            while state.step < self.total:
+            while state.step < self.total or self._epoch_is_open():
+                if self._epoch_is_open():  # the checkpoint comes first: nothing is lost if validating is interrupted
+                    self._end_epoch()
+                    continue
                 start = time.perf_counter()
                 batches = [next(loader) for _ in self.parts]
                 stopping = self._step(batches, stop, start)
-                if state.step % plan.steps_per_epoch == 0:
-                    self._end_epoch()
                 due = config.checkpoint_every and state.step % config.checkpoint_every == 0
                 if stopping or due or state.step % plan.steps_per_epoch == 0:
                     self.save()
-                    saved = state.step
-                if stopping and state.step < self.total:
+                if stopping:
                     return False
-            if saved != state.step:  # resumed at the very end
-                self.save()
+            with self.world.together():
+                self._raise_noted()
+                self.log.flush()
             return True
         finally:
             self.log.close()
             del loader
+
+    def _epoch_is_open(self) -> bool:
+        """Whether all steps of an epoch are done and its row is not written yet."""
+        epochs, rest = divmod(self.progress.step, self.plan.steps_per_epoch)
+        return rest == 0 and len(self.progress.epochs) < epochs
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -260,8 +222,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.world.device)
         seen = []
         for i, batch in enumerate(batches):
-            for file, reason in batch.failures:
-                tqdm.write(f"'{file}' cannot be read ({reason}); the next image takes its place")
+            self._tell_failures(batch)
             images, targets = self._place(batch, step)
             seen.append((images, targets, batch.samples))
             self.draws.draw(step, self.parts[i])
@@ -273,18 +234,21 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = _grad_norm(self.trained)
-        # one exchange: the mean loss, whether a loss was not finite, whether to stop
+        norm = grad_norm(self.trained)
+        # one exchange: the mean loss, whether a loss was not finite, whether to stop, whether something went wrong
         bad_loss = (~loss_sum.isfinite()).float()
-        mine = torch.stack([loss_sum, bad_loss, torch.full_like(loss_sum, float(stop()))])
-        total, bad, stopping = self.world.sum(mine).tolist()
+        flags = torch.tensor([float(stop()), float(self._noted is not None)], device=self.world.device)
+        total, bad, stopping, noted = self.world.sum(torch.cat([torch.stack([loss_sum, bad_loss]), flags])).tolist()
+        if noted:
+            self.world.agree(self._noted)
         loss, norm = total / self.world.size, norm.item()
-        overflow = self.scaler.is_enabled() and not math.isfinite(norm)  # the scaler's own business
+        # too large for float16: the scaler's own business, as long as it scales up
+        overflow = not math.isfinite(norm) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if bad or (not math.isfinite(norm) and not overflow):
             self._leave_out(step, loss, norm, seen, before)
         else:
             if config.clip_grad is not None and not overflow:
-                _scale_grads(self.trained, min(1.0, config.clip_grad / (norm + 1e-6)))
+                scale_grads(self.trained, min(1.0, config.clip_grad / (norm + 1e-6)))
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.average is not None:
@@ -297,8 +261,16 @@ class Trainer:
         seconds = time.perf_counter() - start
         state.seconds += seconds
         epoch = step // self.plan.steps_per_epoch + 1
-        self.log.step(state.step, epoch, loss, self.optimizer.param_groups[-1]["lr"], norm, seconds)
+        self.log.step(state.step, epoch, loss, learning_rate(self.optimizer), norm, seconds)
         return bool(stopping)
+
+    def _tell_failures(self, batch: TrainingBatch) -> None:
+        for file, reason in batch.failures:
+            if file not in self._unreadable:
+                tqdm.write(f"'{file}' cannot be read ({reason}); the next image takes its place")
+                self._unreadable.add(file)
+        if batch.error is not None:
+            self._note(DataError(batch.error))
 
     def _place(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
         device = self.world.device
@@ -322,34 +294,44 @@ class Trainer:
         state.skipped += 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         where = f"epoch {step // self.plan.steps_per_epoch + 1}, step {step + 1}"
-        file = self.output / BAD_BATCHES / f"step-{step + 1:09d}-process-{self.world.rank}.pt"
-        file.parent.mkdir(exist_ok=True)
-        images, targets, samples = zip(*seen)
-        torch.save(
-            {
-                "images": torch.cat(images).cpu(),
-                "targets": torch.cat(targets).cpu(),
-                "epochs": [epoch for part in samples for epoch, _ in part],
-                "indices": [index for part in samples for _, index in part],
-                "loss": loss,
-                "grad_norm": norm,
-            },
-            file,
-        )
+        folder = self.output / BAD_BATCHES
+        with self.world.together():
+            self._keep_batch(folder / f"step-{step + 1:09d}-process-{self.world.rank}.pt", seen, loss, norm)
         if self.world.first:
             tqdm.write(f"{what} in {where}: the step is left out ({state.skipped} of nan_limit={config.nan_limit})")
         if state.skipped >= config.nan_limit:
             raise TrainingError(
                 f"{what} in {where}, and {state.skipped} steps were left out for that: a smaller lr than {config.lr} "
-                f"or a smaller clip_grad may help. The batches are in '{file.parent}'"
+                f"or a smaller clip_grad may help. The batches are in '{folder}'"
             )
+
+    def _keep_batch(self, file: Path, seen: list, loss: float, norm: float) -> None:
+        images, targets, samples = zip(*seen)
+        batch = {
+            "images": torch.cat(images).cpu(),
+            "targets": torch.cat(targets).cpu(),
+            "epochs": [epoch for part in samples for epoch, _ in part],
+            "indices": [index for part in samples for _, index in part],
+            "loss": loss,
+            "grad_norm": norm,
+        }
+        try:
+            file.parent.mkdir(exist_ok=True)
+            save_tensors(file, batch)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            raise WriteError(
+                f"the batch of step {self.progress.step + 1}, whose loss or gradient was not finite, could not be "
+                f"written to '{file}' ({error.strerror or error}). Make room and run the same command again to go on "
+                f"from the last checkpoint"
+            ) from error
 
     def _end_epoch(self) -> None:
         state, config = self.progress, self.config
         epoch = state.step // self.plan.steps_per_epoch
         row = {
             "epoch": epoch,
-            "lr": self.optimizer.param_groups[-1]["lr"],
+            "lr": learning_rate(self.optimizer),
             "train_loss": state.loss_sum / state.loss_steps if state.loss_steps else math.nan,
             "images_per_second": self.plan.steps_per_epoch * config.batch_size / state.seconds,
         }
@@ -359,7 +341,8 @@ class Trainer:
         if self.val_set is not None and config.eval_every and (
             epoch % config.eval_every == 0 or epoch == config.epochs
         ):  # fmt: skip
-            result = self.evaluate()
+            with self.log.validating():
+                result = self.evaluate()
             row |= {"val_top1": result.top1, "val_loss": result.loss}
             self._train_mode()
         self.log.epoch(row, state.step)
@@ -375,48 +358,3 @@ class Trainer:
     def result(self) -> nn.Module:
         """The model whose weights are saved: the average, if one is kept."""
         return self.model if self.average is None else self.average.module
-
-
-def _optimizer(model: nn.Module, config: FinetuneConfig, steps_per_epoch: int) -> tuple:
-    """timm's optimizer and schedule by the settings; what timm does not know is a ConfigError."""
-    try:
-        optimizer = create_optimizer_v2(
-            model, config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
-        )
-    except (ValueError, AssertionError) as error:
-        near = difflib.get_close_matches(config.opt, list_optimizers(), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"'opt' cannot be '{config.opt}': {error}{hint}") from error
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            config.sched,
-            num_epochs=max(config.epochs - config.warmup_epochs, 1),
-            warmup_epochs=min(config.warmup_epochs, config.epochs),
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            warmup_prefix=True,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-        )
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(f"'sched' cannot be '{config.sched}': {error}") from error
-    if scheduler is None and config.sched != "none":
-        near = difflib.get_close_matches(config.sched, ("cosine", "step", "poly", "constant", "none"), n=1)
-        raise ConfigError(f"there is no schedule '{config.sched}'; did you mean '{(near or ['cosine'])[0]}'?")
-    return optimizer, scheduler
-
-
-def _grad_norm(parameters: list[nn.Parameter]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def _scale_grads(parameters: list[nn.Parameter], factor: float) -> None:
-    if factor < 1:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a schedule's state can be stored without code."""
-    return {k: v for k, v in state.items() if isinstance(v, (int, float, str, bool, list, tuple, type(None)))}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training images: timm's augmentation, each sample drawn from its own seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.data import create_transform
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import ConfigError
-from .data import DataError, GuardedDataset
+from .data import GuardedDataset, worker_signals
 from .randomness import PlanSampler, seed_sample
 from .settings import FinetuneConfig
 
@@ -24,9 +24,10 @@ class TrainingBatch:
     targets: Tensor  # (n,)
     samples: list[tuple[int, int]]  # epoch, index of each
     failures: list[tuple[str, str]]  # file, reason
+    error: str | None = None  # why there are no images: they are zero then, so that all processes end the step together
 
     def pin_memory(self) -> "TrainingBatch":
-        return TrainingBatch(self.images.pin_memory(), self.targets.pin_memory(), self.samples, self.failures)
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
 class SeededDataset(Dataset):
@@ -36,32 +37,39 @@ class SeededDataset(Dataset):
         dataset: From `open_dataset`.
         transform: Random; draws from Python, NumPy and torch.
         seed: Of the run.
+        shape: Of an image, (C, H, W).
     """
 
-    def __init__(self, dataset: Dataset, transform, seed: int) -> None:
-        self.guarded, self.seed = GuardedDataset(dataset, transform), seed
+    def __init__(self, dataset: Dataset, transform, seed: int, shape: tuple[int, int, int]) -> None:
+        self.guarded, self.seed, self.shape = GuardedDataset(dataset, transform), seed, shape
 
     def __len__(self) -> int:
         return len(self.guarded)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, tuple[int, int], list[tuple[str, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, tuple[int, int], list[tuple[str, str]], bool]:
         epoch, index = key
         seed_sample(self.seed, epoch, index)
         failures = []
         for attempt in range(min(_ATTEMPTS, len(self))):
             image, target, failure = self.guarded[(index + attempt) % len(self)]
             if failure is None:
-                return image, target, key, failures
+                return image, target, key, failures, True
             failures.append(failure)
-        raise DataError(f"{len(failures)} images in a row cannot be read; the first is '{failures[0][0]}'")
+        return torch.zeros(self.shape), 0, key, failures, False
 
     @staticmethod
     def collate(samples: list) -> TrainingBatch:
+        images, targets, keys, failures, good = zip(*samples)
+        error = None
+        if not all(good):
+            missed = failures[good.index(False)]
+            error = f"{len(missed)} images in a row cannot be read; the first is '{missed[0][0]}' ({missed[0][1]})"
         return TrainingBatch(
-            torch.stack([image for image, *_ in samples]),
-            torch.tensor([target for _, target, *_ in samples], dtype=torch.long),
-            [key for _, _, key, _ in samples],
-            [failure for *_, failures in samples for failure in failures],
+            torch.stack(images),
+            torch.tensor(targets, dtype=torch.long),
+            list(keys),
+            [failure for part in failures for failure in part],
+            error,
         )
 
 
@@ -95,10 +103,11 @@ def training_loader(
 ) -> DataLoader:
     """The batches of the rest of a run, in one pass: workers are started once and prefetch across epochs."""
     return DataLoader(
-        SeededDataset(dataset, training_transform(config, preprocessing), config.seed),
+        SeededDataset(dataset, training_transform(config, preprocessing), config.seed, preprocessing["input_size"]),
         batch_sampler=sampler,
         num_workers=config.workers,
         collate_fn=SeededDataset.collate,
         pin_memory=pin_memory,
+        worker_init_fn=worker_signals,
         generator=torch.Generator().manual_seed(config.seed),  # else it draws from the global one
     )

@@ -4,13 +4,16 @@
 import csv
 import io
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .config import ConfigError
-from .files import write_text
-from .settings import LOG_FILE, STEPS_FILE
+from .files import WriteError, write_text
+from .output import LOG_FILE, STEPS_FILE
 
 _STEP_FIELDS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second")
 
@@ -35,6 +38,11 @@ class TrainingLog:
         tensorboard: Write its files, to `output/tensorboard`.
         progress: Show a bar on stderr.
         writes: Whether this process is the one that writes.
+        note: Is given a WriteError where a row cannot be written, so that the run can stop with all its processes;
+            None: it is raised.
+
+    Raises:
+        WriteError: The disk is full, or the like.
     """
 
     def __init__(
@@ -47,8 +55,10 @@ class TrainingLog:
         tensorboard: bool = False,
         progress: bool = True,
         writes: bool = True,
+        note: Callable[[Exception], None] | None = None,
     ) -> None:
         self.output, self.epochs, self.batch_size, self.writes = output, epochs, batch_size, writes
+        self.note = note
         self.bar = tqdm(
             total=total * batch_size,
             initial=step * batch_size,
@@ -61,52 +71,104 @@ class TrainingLog:
         if not writes:
             return
         path = output / STEPS_FILE
-        kept = read_steps(output, step) if step else []
-        write_text(path, _csv(kept, _STEP_FIELDS))
-        self._steps = path.open("a", newline="", encoding="utf-8")
+        with self._writing(path, raises=True):
+            kept = read_steps(output, step) if step else []
+            write_text(path, _csv(kept, _STEP_FIELDS))
+            self._steps = path.open("a", newline="", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+            _quiet_tensorboard()
+            with self._writing(output / "tensorboard", raises=True):
+                self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
 
     def step(self, step: int, epoch: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """Note one step."""
         self.bar.update(self.batch_size)
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        self.bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         if self._steps is None:
             return
         rate = self.batch_size / seconds
-        # repr: losses can be compared to their last digit
-        self._steps.write(f"{step},{epoch},{loss!r},{lr:.6g},{grad_norm:.6g},{rate:.6g}\n")
+        with self._writing(self.output / STEPS_FILE):
+            # repr: losses can be compared to their last digit
+            self._steps.write(f"{step},{epoch},{loss!r},{lr:.6g},{grad_norm:.6g},{rate:.6g}\n")
         if self.board is not None:
-            for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm), ("images_per_second", rate)):
-                self.board.add_scalar(f"train/{name}", value, step)
+            with self._writing(self.output / "tensorboard"):
+                for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm), ("images_per_second", rate)):
+                    self.board.add_scalar(f"train/{name}", value, step)
 
     def epoch(self, row: dict, step: int) -> None:
         """Note one epoch; the table is rewritten as a whole."""
         self.epochs.append(row)
         if not self.writes:
             return
-        write_text(self.output / LOG_FILE, _csv(self.epochs))
+        with self._writing(self.output / LOG_FILE):
+            write_text(self.output / LOG_FILE, _csv(self.epochs))
         if self.board is not None:
-            for name, value in row.items():
-                if name.startswith("val_"):
-                    self.board.add_scalar(f"val/{name[4:]}", value, step)
+            with self._writing(self.output / "tensorboard"):
+                for name, value in row.items():
+                    if name.startswith("val_"):
+                        self.board.add_scalar(f"val/{name[4:]}", value, step)
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Context in which the bar says why it stands still."""
+        self.bar.set_description("validate")
+        try:
+            yield
+        finally:
+            self.bar.set_description("finetune", refresh=False)
 
     def flush(self) -> None:
-        """Everything noted is on the disk: before a checkpoint that says that it was done."""
+        """Everything noted is on the disk: before a checkpoint that says that it was done.
+
+        Raises:
+            WriteError: It is not.
+        """
         if self._steps is not None:
-            self._steps.flush()
-            os.fsync(self._steps.fileno())
+            with self._writing(self.output / STEPS_FILE, raises=True):
+                self._steps.flush()
+                os.fsync(self._steps.fileno())
         if self.board is not None:
-            self.board.flush()
+            with self._writing(self.output / "tensorboard", raises=True):
+                self.board.flush()
 
     def close(self) -> None:
+        """Close the files. What `flush` has not confirmed may be lost, and that is no error here."""
         self.bar.close()
-        if self._steps is not None:
-            self._steps.close()
-        if self.board is not None:
-            self.board.close()
+        for file in (self._steps, self.board):
+            if file is not None:
+                try:
+                    file.close()
+                except OSError:
+                    pass
+
+    @contextmanager
+    def _writing(self, path: Path, raises: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = WriteError(
+                f"'{path}' could not be written ({error.strerror or error}). Make room and run the same command again "
+                f"to go on from the last checkpoint"
+            )
+            if raises or self.note is None:
+                raise problem from error
+            self.note(problem)
+
+
+def _quiet_tensorboard() -> None:
+    """TensorBoard's thread keeps an error for the next call, and lets the interpreter print it too: not that."""
+    before = threading.excepthook
+    if getattr(before, "quiet_tensorboard", False):
+        return
+
+    def hook(arguments) -> None:
+        if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
+            before(arguments)
+
+    hook.quiet_tensorboard = True
+    threading.excepthook = hook
 
 
 def read_steps(output: Path, last: int | None = None) -> list[dict]:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""timm's optimizer and schedule by the settings, and what is done to gradients before a step."""
+
+import difflib
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from ..layers.dcn import DCNv3
+from .config import ConfigError
+from .settings import FinetuneConfig
+
+
+def create_optimizer(
+    model: nn.Module, config: FinetuneConfig, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Scheduler | None]:
+    """Optimizer and schedule; the schedule is None with `sched=none`.
+
+    Raises:
+        ConfigError: timm does not know the optimizer or the schedule, or a setting does not go with the model.
+    """
+    try:
+        optimizer = create_optimizer_v2(
+            model, config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+        )
+    except (ValueError, AssertionError) as error:
+        near = difflib.get_close_matches(config.opt, list_optimizers(), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"'opt' cannot be '{config.opt}': {error}{hint}") from error
+    if config.offset_lr_factor != 1:
+        _scale_offsets(optimizer, model, config.offset_lr_factor)
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            config.sched,
+            num_epochs=max(config.epochs - config.warmup_epochs, 1),
+            warmup_epochs=min(config.warmup_epochs, config.epochs),
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"'sched' cannot be '{config.sched}': {error}") from error
+    if scheduler is None:
+        if config.sched != "none":
+            near = difflib.get_close_matches(config.sched, ("cosine", "step", "poly", "constant", "none"), n=1)
+            raise ConfigError(f"there is no schedule '{config.sched}'; did you mean '{(near or ['cosine'])[0]}'?")
+        for group in optimizer.param_groups:  # timm's schedules do this
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return optimizer, scheduler
+
+
+def _scale_offsets(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Give the parameters of `offset_lr_factor` groups of their own."""
+    offsets = set()
+    for module in model.modules():
+        if isinstance(module, DCNv3):
+            offsets.update(id(parameter) for parameter in module.offset.parameters())
+            if module.center_feature_scale:
+                offsets.add(id(module.center_feature_scale_proj_weight))
+                offsets.add(id(module.center_feature_scale_proj_bias))
+    if not offsets:
+        raise ConfigError("'offset_lr_factor' is for models with DCNv3 layers, and this one has none")
+    for group in list(optimizer.param_groups):
+        is_offset = [id(parameter) in offsets for parameter in group["params"]]
+        if not any(is_offset):
+            continue
+        slow = {**group, "lr_scale": group.get("lr_scale", 1.0) * factor}
+        for key in ("params", "param_names"):
+            if key in group:
+                slow[key] = [thing for thing, yes in zip(group[key], is_offset) if yes]
+                group[key] = [thing for thing, yes in zip(group[key], is_offset) if not yes]
+        if group["params"]:
+            optimizer.param_groups.append(slow)
+        else:
+            group.update(slow)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of what is trained fastest: the head's, with layer decay."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Norm of all gradients together, of sharded ones too."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def scale_grads(parameters: list[nn.Parameter], factor: float) -> None:
+    """Make gradients smaller, in place; a factor of 1 or more leaves them."""
+    if factor < 1:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""Where a run stands, and how that is written to a checkpoint and taken up again."""
+
+import dataclasses
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..errors import some
+from . import checkpoint, parallel
+from .config import ConfigError
+from .distributed import World
+from .files import save_tensors
+
+_STATE_FILE = "state.pt"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. With the weights and the optimizer's state, all that a continuation needs."""
+
+    step: int = 0  # optimizer steps done, the left out ones too; the position in the sampler
+    skipped: int = 0  # steps left out because they were not finite
+    loss_sum: float = 0.0  # of the current epoch
+    loss_steps: int = 0
+    seconds: float = 0.0  # in steps of the current epoch
+    epochs: list[dict] = field(default_factory=list)  # a row an epoch
+
+
+class RunState:
+    """Everything that a run changes.
+
+    Args:
+        world: The processes.
+        model: In training; not the wrapper of DDP.
+        average: Of its weights, or None.
+        optimizer, scheduler, scaler: `scheduler` may be None.
+        sharded: The weights are spread over the processes.
+        data: The number of training images and the classes: a continuation on others would be another run.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        model: nn.Module,
+        average: ModelEmaV3 | None,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Scheduler | None,
+        scaler: torch.amp.GradScaler,
+        sharded: bool,
+        data: dict[str, Any],
+    ) -> None:
+        self.world, self.model, self.optimizer, self.scheduler = world, model, optimizer, scheduler
+        self.average = None if average is None else average.module
+        self.scaler, self.sharded, self.data = scaler, sharded, data
+        self.progress = Progress()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint; to be called in all processes at once.
+
+        Args:
+            folder: Of the run's checkpoints.
+
+        Raises:
+            CheckpointWriteError: The disk is full, or the like; in all processes.
+        """
+        step = self.progress.step
+        if self.sharded:
+
+            def write(partial: Path) -> None:
+                parallel.write_shards(partial, self.model, self.average, self.optimizer)
+                if self.world.first:
+                    save_tensors(partial / _STATE_FILE, self._small())
+
+            checkpoint.save_folder(folder, step, write, self.world)
+            return
+        with self.world.together():
+            if self.world.first:
+                state = self._small() | {
+                    "model": self.model.state_dict(),
+                    "average": None if self.average is None else self.average.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                }
+                checkpoint.save_file(folder, step, state)
+
+    def load(self, folder: Path) -> Path | None:
+        """Take up the newest checkpoint; returns it, None if there is none. To be called in all processes at once.
+
+        Raises:
+            UserError: No checkpoint can be read, they are of another kind of run or of other data, or the processes do
+                not find the same one.
+        """
+        seen = [path.name for path in checkpoint.checkpoints(folder)]
+        if any(names != seen for names in self.world.gather(seen)):
+            problem = ConfigError(
+                f"the processes find different checkpoints in '{folder}': 'output' must be one folder that all of them "
+                f"see"
+            )
+        else:
+            problem = None
+        self.world.agree(problem)
+        with self.world.together():  # reading shards is an exchange; there a failure is everybody's
+            found = checkpoint.newest(folder, self._read)
+        return found[0] if found else None
+
+    def _small(self) -> dict[str, Any]:
+        """All but the tensors of weights and optimizer."""
+        name, keys, position, has_gauss, cached = np.random.get_state()
+        return {
+            "progress": dataclasses.asdict(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "schedule": None if self.scheduler is None else _plain(self.scheduler.state_dict()),
+            "data": self.data,
+            # every draw is derived from seed, epoch, sample and step; these are for code that draws beside them
+            "random": {
+                "python": random.getstate(),
+                "numpy": (name, keys.tolist(), position, has_gauss, cached),
+                "torch": torch.get_rng_state(),
+            },
+        }
+
+    def _read(self, path: Path) -> None:
+        if path.is_dir() != self.sharded:
+            written, now = ("several sharding processes", "one") if path.is_dir() else ("one file", "shards")
+            raise ConfigError(
+                f"'{path}' was written by {written} and cannot be read as {now}: start it again with as many processes "
+                f"and the same 'parallel' as before, or resume=false to begin anew"
+            )
+        state = checkpoint.load_file(path / _STATE_FILE if self.sharded else path)
+        if state["data"] != self.data:  # before anything is changed
+            raise ConfigError(
+                f"the run in '{path.parent.parent}' was trained on {_describe(state['data'])}, here are "
+                f"{_describe(self.data)}: give it the same images to go on, or resume=false to begin anew"
+            )
+        if self.sharded:
+            parallel.read_shards(path, self.model, self.average, self.optimizer)
+        else:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["schedule"])
+        self.progress = Progress(**state["progress"])
+        random.setstate(state["random"]["python"])
+        np.random.set_state(state["random"]["numpy"])
+        torch.set_rng_state(state["random"]["torch"])
+
+
+def _describe(data: dict[str, Any]) -> str:
+    return f"{data['samples']} images of {len(data['classes'])} classes ({some(data['classes'], 3)})"
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a schedule's state can be stored without code."""
+    return {k: v for k, v in state.items() if isinstance(v, (int, float, str, bool, list, tuple, type(None)))}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""Small training runs on noise, in this process and under torchrun, for the tests of training."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import internimage
+
+ROOT = Path(internimage.__file__).parent.parent
+
+
+def write_noise(folder: Path, **splits: tuple[int, ...]) -> Path:
+    """Noise of a brightness a class: folder/SPLIT/CLASS/N.png, with as many images as a split's numbers say."""
+    generator = torch.Generator().manual_seed(0)
+    for split, counts in splits.items():
+        for label, count in enumerate(counts):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.rand(20, 24, 3, generator=generator) * (60 + 60 * label)
+                Image.fromarray(pixels.byte().numpy()).save(folder / split / str(label) / f"{i}.png")
+    return folder
+
+
+def torchrun_command(processes: int, *arguments) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*command, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(processes: int, *arguments, check: bool = True) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        torchrun_command(processes, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env=environment(),
+    )  # fmt: skip
+    assert result.returncode == 0 or not check, result.stdout + result.stderr
+    return result
+
+
+def steps(run) -> list[dict[str, str]]:
+    with (Path(run) / "steps.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run) -> list[float]:
+    return [float(row["loss"]) for row in steps(run)]
+
+
+def epochs(run) -> list[dict[str, str]]:
+    """The table of epochs without what depends on the clock."""
+    with (Path(run) / "log.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def same_weights(a, b) -> bool:
+    a, b = load_file(Path(a) / "model.safetensors"), load_file(Path(b) / "model.safetensors")
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
