@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # up to 50 times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow timm-contract lint format bench abi asan aarch64 wheel gpu-check clean
+.PHONY: demo test test-slow timm-contract lint format bench overhead abi asan aarch64 wheel gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -37,6 +37,10 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/internimage benchmark ops $(BENCH_ARGS)
 	$(BIN)/internimage benchmark models $(BENCH_ARGS)
+
+# the training loop's share of a step, the time to the first step, the loader
+overhead: $(VENV)/.installed-dev
+	$(BIN)/python scripts/loop_overhead.py $(CHECK_ARGS)
 
 # the compiled module, built once, under the oldest supported torch to the newest; each gets an environment in build/abi
 abi: $(VENV)/.installed-dev
