@@ -131,6 +131,8 @@ def main() -> int:
     parser.add_argument("--module", type=Path, help="test this module instead of building one")
     parser.add_argument("--pytest", nargs="*", default=[], metavar="ARGUMENT", help="for pytest, such as -k=golden")
     arguments = parser.parse_args()
+    if arguments.module and not arguments.module.is_file():
+        parser.error(f"there is no module '{arguments.module}'")
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     environments = [Environment(work, version) for version in arguments.versions]
