@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import internimage
 from internimage.layers import format as layer_format
 from internimage.models import PUBLISHED, CheckpointError, InternImage
-from internimage.models.internimage import Block, check_fusable
+from internimage.models.backbone import check_fusable
+from internimage.models.blocks import Block
 
 ARCHITECTURES = [
     f"internimage_{size}" for size in ("atto", "tiny", "small", "base", "large", "xlarge", "huge", "giant")
@@ -545,8 +546,6 @@ def test_tags_are_the_published_weights():
 @pytest.mark.parametrize("name", ["internimage_atto", "internimage_huge.ogvl_joint_in22k_ft_in1k_384"])
 def test_asking_for_weights_that_were_never_released(name, monkeypatch):
     # timm builds a model before it asks for weights, and this one is big
-    monkeypatch.setattr(
-        "internimage.models.internimage.InternImage.__init__", lambda self, **_: nn.Module.__init__(self)
-    )
+    monkeypatch.setattr("internimage.models.backbone.InternImage.__init__", lambda self, **_: nn.Module.__init__(self))
     with pytest.raises(CheckpointError, match="no weights were released"):
         timm.create_model(name, pretrained=True)

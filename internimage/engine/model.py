@@ -10,8 +10,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
 from ..errors import UserError
+from ..models.backbone import check_fusable
 from ..models.checkpoints import count_classes
-from ..models.internimage import check_fusable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

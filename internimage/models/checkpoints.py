@@ -28,7 +28,7 @@ from . import imagenet22k
 from .containers import Entry, from_state_dict, open_checkpoint
 
 if TYPE_CHECKING:
-    from .internimage import InternImage
+    from .backbone import InternImage
 
 __all__ = ["CheckpointError", "count_classes", "describe", "has_head", "load_pretrained", "match"]
 

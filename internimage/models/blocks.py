@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""What the stages of InternImage are made of: stem, blocks of DCNv3 and MLP, downsampling. All work channels last."""
+
+import torch
+from timm.layers import DropPath, get_act_layer
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from ..layers.dcn import DCNv3
+from ..layers.format import add_normalised, create_norm
+from ..layers.linear import Mlp
+from ..layers.plainly import has_hooks, runs_plainly
+
+
+class Stem(nn.Module):
+    """Two strided convolutions: (N, in_chans, H, W) -> (N, ceil(H / 4), ceil(W / 4), channels)."""
+
+    def __init__(self, in_chans: int, channels: int, act_layer: str = "gelu", device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, channels // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = create_norm(channels // 2, in_format="NCHW", out_format="NCHW", **dd)
+        self.act = get_act_layer(act_layer)()
+        self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, **dd)
+        self.norm2 = create_norm(channels, in_format="NCHW", out_format="NHWC", **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(x))
+
+
+class Downsample(nn.Module):
+    """Strided convolution between stages: (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 * C)."""
+
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = create_norm(2 * channels, in_format="NCHW", out_format="NHWC", **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)))
+
+
+class Block(nn.Module):
+    """DCNv3 and MLP, each with a residual; (N, H, W, C) -> (N, H, W, C).
+
+    With f the layer, the branch added to x is f(norm(x)); with `post_norm`, norm(f(x)); with `res_post_norm`,
+    res_post_norm(f(norm(x))). `layer_scale` multiplies it by a learned vector, initialised to that value.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        offset_scale: float = 1.0,
+        post_norm: bool = False,
+        res_post_norm: bool = False,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        act_layer: str = "gelu",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if post_norm and res_post_norm:
+            raise ValueError("post_norm and res_post_norm exclude each other")
+        self.post_norm = post_norm
+        self.layer_scale = layer_scale
+        self.norm1 = create_norm(channels, **dd)
+        self.dcn = DCNv3(
+            channels,
+            groups=groups,
+            offset_scale=offset_scale,
+            dw_kernel_size=dw_kernel_size,
+            center_feature_scale=center_feature_scale,
+            remove_center=remove_center,
+            act_layer=act_layer,
+            **dd,
+        )
+        self.norm2 = create_norm(channels, **dd)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), act_layer=get_act_layer(act_layer), **dd)
+        # identities where the official model has nothing, so that forward has one path for all sizes
+        self.res_post_norm1 = create_norm(channels, **dd) if res_post_norm else nn.Identity()
+        self.res_post_norm2 = create_norm(channels, **dd) if res_post_norm else nn.Identity()
+        for name in ("gamma1", "gamma2"):
+            self.register_parameter(name, None if layer_scale is None else nn.Parameter(torch.empty(channels, **dd)))
+        self.reset_layer_scale()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def reset_layer_scale(self) -> None:
+        """Set the layer scale to its initial value; nothing without one."""
+        for gamma in (self.gamma1, self.gamma2):
+            if gamma is not None:
+                nn.init.constant_(gamma, self.layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._adds_on_the_way(x):
+                return self._forward_on_the_way(x)
+        y = self.norm1(self.dcn(x)) if self.post_norm else self.res_post_norm1(self.dcn(self.norm1(x)))
+        if self.gamma1 is not None:
+            y = y * self.gamma1
+        x = x + self.drop_path1(y)
+        y = self.norm2(self.mlp(x)) if self.post_norm else self.res_post_norm2(self.mlp(self.norm2(x)))
+        if self.gamma2 is not None:
+            y = y * self.gamma2
+        return x + self.drop_path2(y)
+
+    @torch.jit.unused
+    def _adds_on_the_way(self, x: Tensor) -> bool:
+        """Whether the norm that ends each branch can scale and add, too: nothing is dropped, recorded or watched."""
+        norm = self.norm1 if self.post_norm else self.res_post_norm1
+        if self.training or not isinstance(norm, nn.Sequential) or not runs_plainly(x, norm[0].weight):
+            return False
+        return not has_hooks(self.drop_path1, self.drop_path2)
+
+    @torch.jit.unused
+    def _forward_on_the_way(self, x: Tensor) -> Tensor:
+        """`forward` in inference, with fewer passes over memory."""
+        if self.post_norm:
+            x = add_normalised(x, self.dcn(x), self.norm1, self.gamma1)
+            return add_normalised(x, self.mlp(x), self.norm2, self.gamma2)
+        x = add_normalised(x, self.dcn(self.norm1(x)), self.res_post_norm1, self.gamma1)
+        return add_normalised(x, self.mlp(self.norm2(x)), self.res_post_norm2, self.gamma2)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution; (N, H, W, C) -> (N, H, W, C). `downsample`, to the next stage, is called by the model.
+
+    Args:
+        depth: Number of blocks.
+        drop_path: Stochastic depth rate of each block.
+        norm: Whether a norm stands after the last block.
+        post_norm_blocks: Indices of the blocks after which an extra norm stands.
+        downsample: Whether another stage follows.
+        block_kwargs: Arguments of `Block`.
+    """
+
+    post_norm_blocks: list[int]  # declared for TorchScript, which cannot tell the type of an empty list
+
+    def __init__(
+        self,
+        channels: int,
+        depth: int,
+        drop_path: list[float],
+        norm: bool,
+        post_norm_blocks: tuple[int, ...],
+        downsample: bool,
+        device=None,
+        dtype=None,
+        **block_kwargs,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if any(not 0 <= i < depth for i in post_norm_blocks):
+            raise ValueError(f"post_norm_blocks must name blocks 0 to {depth - 1} of its stage, got {post_norm_blocks}")
+        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(
+            [Block(channels, drop_path=drop_path[i], **block_kwargs, **dd) for i in range(depth)]
+        )
+        self.post_norm_blocks = list(post_norm_blocks)
+        self.post_norms = nn.ModuleList([create_norm(channels, **dd) for _ in post_norm_blocks])
+        self.norm = create_norm(channels, **dd) if norm else nn.Identity()
+        self.downsample = Downsample(channels, **dd) if downsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+            for k, norm in enumerate(self.post_norms):  # a loop that TorchScript can unroll
+                if self.post_norm_blocks[k] == i:
+                    x = norm(x)
+        return self.norm(x)
