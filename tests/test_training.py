@@ -411,6 +411,9 @@ def test_grad_checkpointing_and_channels_last_leave_the_losses_what_they_are(dat
 
 @pytest.mark.slow
 def test_compiled_training_gives_the_losses_of_uncompiled(data, tmp_path):
+    """Also where images of another size were compiled before in this process."""
+    other = timm.create_model("internimage_atto", num_classes=2)
+    torch.compile(other)(torch.randn(2, 3, 96, 64)).sum().backward()
     losses = []
     for name, more in (("plain", {}), ("compiled", dict(compile=True))):
         finetune(settings(data, tmp_path / name, opt="sgd", **more), progress=False)

@@ -107,7 +107,9 @@ class Trainer:
             if self.average is not None:
                 parallel.shard(self.average.module, world, dtype)
         if config.compile:
-            model.compile()
+            # torch (2.14) fails on the training of images whose size it takes for variable, as it does after a second
+            # size in the same process; here every batch but the last one of a validation has one shape
+            model.compile(dynamic=False)
         self.model = model
         self.wrapped = model if self.sharded else parallel.replicate(model, world)
         self.optimizer, self.scheduler = create_optimizer(model, config, self.plan.steps_per_epoch)
