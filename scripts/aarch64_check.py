@@ -13,7 +13,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from abi_check import ROOT, TORCH_TARGET
+
 COMPILER = "aarch64-linux-gnu-g++"
 FLAGS = [
     "-O3",
@@ -21,7 +22,7 @@ FLAGS = [
     "-fPIC",
     "-fvisibility=hidden",
     "-Wno-psabi",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
 FUSED = re.compile(r"\sfml[as]\s+v\d+\.(4s|2d)")  # multiply-add of whole vectors
 LIBRARIES = ["-lc10", "-ltorch", "-ltorch_cpu"]

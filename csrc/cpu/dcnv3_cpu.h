@@ -11,7 +11,6 @@ struct Plan {
   int64_t tasks, scratch_bytes;
 };
 
-// The kernels of one dtype. Tensors are contiguous.
 // output = residual + scale * (layer norm of input), in rows of `channels` numbers; residual and scale may be null.
 struct NormArguments {
   const void *input, *weight, *bias, *residual, *scale;
@@ -20,6 +19,7 @@ struct NormArguments {
   double eps;
 };
 
+// The kernels of one dtype. Tensors are contiguous.
 struct Kernels {
   Plan (*plan_forward)(const Problem&);
   void (*forward)(const Problem&, const void* input, const void* offset, const void* mask, void* output, void* scratch,
