@@ -49,9 +49,7 @@ def load() -> None:
                 _failures.pop(device, None)
                 break
             except OSError as error:
-                _failures[device] = (
-                    f"'{path.name}' could not be loaded: {error}{_other_cuda() if device == 'cuda' else ''}"
-                )
+                _failures[device] = f"'{path.name}' could not be loaded: {error}"
 
 
 def _other_cuda() -> str:

@@ -47,18 +47,6 @@ class World:
         dist.all_gather_object(things, thing)
         return things
 
-    def share(self, thing):
-        """The first process's picklable thing."""
-        if self.size == 1:
-            return thing
-        box = [thing]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def agree(self, problem: Exception | None) -> None:
         """Raise in all processes what went wrong in one; to be called in all at once.
 
