@@ -20,11 +20,11 @@ from internimage.cli import main
 from internimage.engine import Preempted, checkpoint, trainer
 from internimage.engine.config import ConfigError
 from internimage.engine.data import DataError
-from internimage.engine.files import WriteError
 from internimage.engine.finetune import finetune
 from internimage.engine.settings import FinetuneConfig
 from internimage.engine.training_log import TrainingLog
 from internimage.errors import CheckpointError
+from internimage.files import WriteError
 
 TESTS = Path(__file__).parent
 

@@ -13,10 +13,10 @@ from .. import __version__
 from ..engine.data import open_dataset
 from ..engine.distributed import World, join, leave
 from ..engine.evaluate import Evaluation, evaluate
-from ..engine.files import write_text
 from ..engine.imagenet import VARIANTS, open_labelled_folder, protocol
 from ..engine.model import pick_device
 from ..errors import UserError
+from ..files import write_text
 from ..models.published import PUBLISHED
 from .arguments import add_model_arguments, load_model
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UserError
+from ..files import WriteError, save_tensors
 from .distributed import World
-from .files import WriteError, save_tensors
 
 _logger = logging.getLogger(__name__)
 

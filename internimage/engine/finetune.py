@@ -17,10 +17,10 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..files import WriteError
 from .config import ConfigError
 from .data import DataError, class_names, find_split, open_dataset
 from .distributed import World, join, leave
-from .files import WriteError
 from .model import create_model, data_config, pick_device
 from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, prepare_output
 from .parallel import full_weights

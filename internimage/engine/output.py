@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from ..files import write_text
 from .checkpoint import checkpoints
 from .config import ConfigError, dump, from_dict
-from .files import write_text
 from .settings import FinetuneConfig
 
 CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from .. import __version__
 from ..analysis.points import dcnv3_layers, draw_points
+from ..files import write_text
 from .config import dump
 from .data import GuardedDataset
 from .evaluate import Evaluation
-from .files import write_text
 from .settings import FinetuneConfig
 from .training_log import read_steps
 

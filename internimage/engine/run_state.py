@@ -14,10 +14,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..errors import some
+from ..files import save_tensors
 from . import checkpoint, parallel
 from .config import ConfigError
 from .distributed import World
-from .files import save_tensors
 
 _STATE_FILE = "state.pt"
 

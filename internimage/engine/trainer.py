@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import WriteError, save_tensors
 from . import parallel
 from .config import ConfigError
 from .data import DataError, sigterm_for_us
 from .distributed import World, synchronise_batch_norm
 from .evaluate import evaluate
-from .files import WriteError, save_tensors
 from .model import DTYPES
 from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
 from .output import BAD_BATCHES, CHECKPOINTS

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files import WriteError, write_text
 from .config import ConfigError
-from .files import WriteError, write_text
 from .output import LOG_FILE, STEPS_FILE
 
 _STEP_FIELDS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from .errors import UserError
 
 
 class WriteError(UserError, OSError):
