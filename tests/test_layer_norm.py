@@ -40,6 +40,19 @@ def test_layer_norm_operator_scales_and_adds(with_scale, channels, dtype):
     assert_close(only_scaled, exact_layer_norm(x, weight, bias, 1e-6) * scale.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16, 70, 1030])
+def test_scaling_and_adding_round_as_operators_of_their_own(channels, dtype):
+    """Bit for bit: a product contracted with the sum into a fused multiply-add would round once."""
+    x, residual = torch.randn(2, 40, channels, dtype=dtype)
+    weight, bias, scale = torch.randn(3, channels, dtype=dtype).unbind()
+    norm = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6)
+    for scaled, factor in ((norm, None), (norm * scale, scale)):
+        found = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6, residual, factor)
+        assert torch.equal(found, residual + scaled)
+    assert torch.equal(torch.ops.internimage.layer_norm(x, weight, bias, 1e-6, None, scale), norm * scale)
+
+
 def test_layer_norm_operator_names_what_does_not_fit():
     x, row = torch.randn(4, 6), torch.randn(6)
     with pytest.raises(RuntimeError, match="residual must have input's shape and dtype"):

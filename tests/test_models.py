@@ -9,13 +9,14 @@ import pytest
 import timm
 import torch
 from conftest import assert_close
-from timm.models import get_notrace_functions
+from timm.models import create_feature_extractor, get_notrace_functions
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import internimage
 from internimage.layers import format as layer_format
+from internimage.layers import linear as layer_linear
 from internimage.models import PUBLISHED, CheckpointError, InternImage
 from internimage.models.backbone import check_fusable
 from internimage.models.blocks import Block
@@ -65,6 +66,31 @@ def test_inference_computes_what_training_mode_differentiates(kind, monkeypatch)
     assert recorded.requires_grad
     with torch.no_grad():
         assert_close(model(x), recorded, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@torch.inference_mode()
+def test_timms_graph_has_the_bits_of_the_model(kind, dtype, monkeypatch):
+    """timm compares its FX graphs with the model: fused norms, linear layers and MLPs in pieces round alike in both."""
+    monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", 1)
+    monkeypatch.setattr(layer_linear, "_LEAST_ROWS", dict.fromkeys(layer_linear._LEAST_ROWS, 1))
+    monkeypatch.setattr(layer_linear, "_HIDDEN_BYTES", 1 << 12)
+    model, x = build(kind).to(dtype), image(64, 96).to(dtype)
+    graph = create_feature_extractor(model, ["head"])
+    assert torch.equal(graph(x)["head"], model(x))
+
+
+@torch.inference_mode()
+def test_a_watched_model_has_the_bits_of_the_model(kind, monkeypatch):
+    """Whoever looks on by a hook makes blocks scale and add step by step."""
+    monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", 1)
+    model, x = build(kind), image(64, 96)
+    expected, seen = model(x), []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.drop_path1.register_forward_hook(lambda module, arguments, output: seen.append(output.shape))
+    assert torch.equal(model(x), expected)
+    assert len(seen) == sum(kind["depths"])
 
 
 # ---- sizes

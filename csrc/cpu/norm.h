@@ -20,10 +20,37 @@ INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
   for (int r = 0; r < 4; ++r) sums[r] += rest[r];
 }
 
+// v, which the compiler must not contract with what is done next: a product that is added then rounds twice, as it does
+// in two operators, and not once, as in a fused multiply-add.
+template <typename T, int N>
+INTERNIMAGE_INLINE Vector<T, N> rounded(Vector<T, N> v) {
+  if constexpr (N == 1) {
+    T number = v[0];
+#if defined(__x86_64__)
+    __asm__("" : "+x"(number));
+#else
+    __asm__("" : "+m"(number));
+#endif
+    v[0] = number;
+  } else {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#else
+    __asm__("" : "+m"(v));
+#endif
+  }
+  return v;
+}
+
 // Of a row of a half type, this many numbers are converted once, for all three passes.
 constexpr int kNormBuffer = 1024;
 
-// Four rows, which may be the same one: `at` says where they begin.
+// Four rows, which may be the same one: `at` says where they begin. Scaling and adding round as they do in operators of
+// their own, so that in float32 and float64 the result has the bits of norm, product and sum computed one by one.
 template <typename S, typename T, bool Residual, bool Buffered>
 INTERNIMAGE_INLINE void norm_rows(const NormArguments& norm, const int64_t (&at)[4]) {
   const int64_t channels = norm.channels;
@@ -54,17 +81,15 @@ INTERNIMAGE_INLINE void norm_rows(const NormArguments& norm, const int64_t (&at)
   const auto write = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     constexpr int N = decltype(lanes)::value;
     using C = Convert<S, T, N>;
-    Vector<T, N> w = C::load(weight + c), b = C::load(bias + c);
+    const Vector<T, N> w = C::load(weight + c), b = C::load(bias + c);
+    Vector<T, N> v[4];
+    for (int r = 0; r < 4; ++r) v[r] = (value(r, c, lanes) - mean[r]) * factor[r] * w + b;
     if (scale != nullptr) {
       const Vector<T, N> s = C::load(scale + c);
-      w *= s;
-      b *= s;
+      for (int r = 0; r < 4; ++r) v[r] = rounded<T, N>(v[r] * s);
     }
-    Vector<T, N> v[4];
-    for (int r = 0; r < 4; ++r) {
-      v[r] = (value(r, c, lanes) - mean[r]) * factor[r] * w + b;
-      if constexpr (Residual) v[r] += C::load(residual + at[r] + c);
-    }
+    if constexpr (Residual)
+      for (int r = 0; r < 4; ++r) v[r] += C::load(residual + at[r] + c);
     for (int r = 0; r < 4; ++r) C::store(output + at[r] + c, v[r]);
   };
   constexpr int N = kLanes<T>;

@@ -7,6 +7,7 @@ sequences are part of the state-dict keys.
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops.layer_norm import has_layer_norm_kernel
@@ -34,6 +35,7 @@ def _kernel_is_worth_it(input: Tensor) -> bool:
     return input.numel() >= _LEAST_NUMBERS and has_layer_norm_kernel()
 
 
+@register_notrace_module  # timm's FX graphs call it as a whole, and get the bits that the model has without them
 class LayerNorm(nn.LayerNorm):
     """torch's layer norm over the last axis; in inference on a CPU by the compiled kernel."""
 
@@ -93,6 +95,8 @@ def create_norm(
 
 def add_normalised(x: Tensor, y: Tensor, norm: nn.Sequential, scale: Tensor | None) -> Tensor:
     """x + scale * norm(y) in inference, channels last; on a CPU in one pass over memory.
+
+    In float32 and float64 it has the bits of the three operations one by one.
 
     Args:
         x, y: (..., C).

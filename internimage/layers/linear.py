@@ -7,6 +7,7 @@ whole output, and an MLP's hidden layer fills tens of megabytes that are written
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .plainly import runs_plainly
@@ -33,6 +34,7 @@ _HIDDEN_BYTES = 2 << 20  # of a piece's hidden layer for each thread: what a sec
 _HALF_ROWS = 8192  # least rows of a piece in a half type, whose weights are packed anew with every call
 
 
+@register_notrace_module  # timm's FX graphs call it as a whole, and get the bits that the model has without them
 class Linear(nn.Linear):
     """torch's linear layer; in inference on a CPU the bias is added on the way, where that is faster."""
 
@@ -52,6 +54,7 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
+@register_notrace_module
 class Mlp(nn.Module):
     """fc2(act(fc1(x))) over the last axis; keys of timm's Mlp and of the official one.
 
