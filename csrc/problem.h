@@ -2,16 +2,30 @@
 // From the arguments of the operator to a Problem: the checks that every device needs. LibTorch stable ABI only.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "common.h"
 
 namespace internimage {
+
+constexpr int64_t kLargest = int64_t(1) << 30;  // products of two such numbers, and their sums, are exact
+
+// 0 where the kernel does not fit: C++ rounds a negative quotient up, which would make an output of it.
+inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t steps = size + 2 * pad - dilation * (kernel - 1) - 1;
+  return steps < 0 ? 0 : steps / stride + 1;
+}
+
+inline bool on_one_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return a.device() == b.device();
+}
 
 // What reaches the operator past the checking function in Python is refused, not read out of bounds.
 inline Problem make_problem(const torch::stable::Tensor& input, const torch::stable::Tensor& offset,
@@ -21,6 +35,9 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
                             bool remove_center, bool softmax) {
   STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
                   "internimage::dcnv3: input, offset and mask must have 4 dimensions");
+  // a kernel that is called because one tensor is on its device would read the others there, too
+  STD_TORCH_CHECK(on_one_device(input, offset) && on_one_device(input, mask),
+                  "internimage::dcnv3: input, offset and mask must be on one device");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "internimage::dcnv3: kernel_size, stride, padding and dilation must be pairs");
   Problem p;
@@ -40,11 +57,16 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
   STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
                       p.dilation_w > 0,
                   "internimage::dcnv3: kernel_size, stride and dilation must be positive");
+  STD_TORCH_CHECK(p.pad_h >= 0 && p.pad_w >= 0, "internimage::dcnv3: padding must not be negative");
+  for (const auto* pair : {&kernel, &stride, &padding, &dilation})
+    for (const int64_t value : *pair)
+      STD_TORCH_CHECK(value < kLargest, "internimage::dcnv3: kernel_size, stride, padding and dilation must be below 2^30");
+  STD_TORCH_CHECK(std::isfinite(offset_scale), "internimage::dcnv3: offset_scale must be finite");
   p.groups = groups;
   p.group_channels = p.channels / groups;
   p.points = p.kernel_h * p.kernel_w - (remove_center ? 1 : 0);
-  p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
-  p.out_width = (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  p.out_height = output_size(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h);
+  p.out_width = output_size(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w);
   p.offset_scale = offset_scale;
   p.remove_center = remove_center;
   p.softmax = softmax;

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from internimage.extension import backend
 from internimage.ops import dcnv3
 
 
@@ -201,3 +202,73 @@ def test_no_channels():
 @pytest.mark.parametrize("value", ["1.0", b"1", None, (1.0, 1.0), 1j, torch.tensor(1.0)], ids=repr)
 def test_offset_scale(value):
     refused(TypeError, ("offset_scale", "a number", repr(value)), offset_scale=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=repr)
+def test_offset_scale_that_is_not_finite(value):
+    refused(ValueError, ("offset_scale", "finite", repr(value)), offset_scale=value)
+
+
+# ---- past the checking function: the operator itself, by every backend
+
+
+def operator_arguments(**changes) -> list:
+    geometry = dict(
+        kernel_size=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=2, offset_scale=1.0,
+        remove_center=False, softmax=False,
+    )  # fmt: skip
+    tensors = {name: valid()[name] for name in ("input", "offset", "mask")}
+    return list({**tensors, **geometry, **changes}.values())
+
+
+def both_ways(arguments: list) -> list:
+    """Calls of the operator and of its backward pass."""
+    grad_output = torch.zeros(2, 5, 6, 4)
+    return [
+        lambda: torch.ops.internimage.dcnv3(*arguments),
+        lambda: torch.ops.internimage.dcnv3_backward(grad_output, *arguments, False, [True] * 3),
+    ]
+
+
+@pytest.mark.parametrize("elsewhere", [("input",), ("offset",), ("mask",), ("input", "mask"), ("offset", "mask")])
+def test_the_operator_refuses_tensors_of_several_devices(elsewhere):
+    """torch calls the shape function where one tensor is on the meta device: its result would hold no numbers."""
+    for call in both_ways(operator_arguments(**{name: valid()[name].to("meta") for name in elsewhere})):
+        with pytest.raises(ValueError, match="must be on the device of input"):
+            call()
+
+
+def test_layer_norm_refuses_tensors_of_several_devices():
+    x, row = torch.zeros(3, 4), torch.zeros(4)
+    for arguments in ((x.to("meta"), row, row), (x, row.to("meta"), row), (x, row, row.to("meta"))):
+        with pytest.raises(ValueError, match="must be on the device of input"):
+            torch.ops.internimage.layer_norm(*arguments, 1e-6)
+    with pytest.raises(ValueError, match="residual must be on the device of input"):
+        torch.ops.internimage.layer_norm(x, row, row, 1e-6, x.to("meta"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=repr)
+def test_the_operator_refuses_an_offset_scale_that_is_not_finite(value):
+    for call in both_ways(operator_arguments(offset_scale=value)):
+        with pytest.raises((RuntimeError, ValueError), match="offset_scale must be finite"):
+            call()
+
+
+@pytest.mark.parametrize("height, kernel, stride", [(1, 3, 3), (1, 2, 2), (2, 4, 7), (1, 9, 9)])
+def test_the_operator_makes_no_output_where_the_kernel_does_not_fit(height, kernel, stride):
+    """(height - kernel) / stride is between -1 and 0, which C++ rounds to 0 and Python to -1."""
+    input, arguments = torch.zeros(1, height, 20, 1), ([kernel, 1], [stride, 1], [0, 0], [1, 1], 1, 1.0, False, False)
+    offset, mask = torch.zeros(1, 1, 20, 2 * kernel), torch.zeros(1, 1, 20, kernel)
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.internimage.dcnv3(input, offset, mask, *arguments)
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.internimage.dcnv3_backward(mask[..., :1], input, offset, mask, *arguments, False, [True] * 3)
+
+
+@pytest.mark.skipif("compiled" not in backend("cpu").name, reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "padding", "dilation"])
+@pytest.mark.parametrize("value", [2**62, 2**40, 2**30, -1])
+def test_the_operator_refuses_numbers_that_would_overflow(name, value):
+    for call in both_ways(operator_arguments(**{name: [value, 3]})):
+        with pytest.raises(RuntimeError, match="must"):
+            call()

@@ -54,10 +54,6 @@ void check_sizes(const Problem& p, const Tensor& input, const Tensor& offset, co
   STD_TORCH_CHECK(p.height + 2 * p.pad_h < kLimit && p.width + 2 * p.pad_w < kLimit && p.channels < kLimit &&
                       p.stride_h < kLimit && p.stride_w < kLimit && p.points < kLimit,
                   "internimage::dcnv3: an image of ", p.height, " x ", p.width, " x ", p.channels, " is too large");
-  const int32_t device = input.get_device_index();
-  STD_TORCH_CHECK(offset.is_cuda() && mask.is_cuda() && offset.get_device_index() == device &&
-                      mask.get_device_index() == device,
-                  "internimage::dcnv3: input, offset and mask must be on one device");
 }
 
 // As the kernels want a tensor: contiguous, and aligned to what a thread takes of a pixel. New memory always is.

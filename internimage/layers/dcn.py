@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from timm.layers import create_act_layer
 from torch import Tensor, nn
 
-from ..ops import dcnv3  # noqa: F401  (defines torch.ops.internimage.dcnv3)
 from ..ops.arguments import as_pair, check_channels, check_kernel, check_offset_scale
+from ..ops.dcnv3 import apply_dcnv3  # importing it defines torch.ops.internimage.dcnv3
 from ..ops.sampling import Pair, num_points, sampling_locations
+from ..ops.transforms import is_transformed
 from .format import create_norm
 from .linear import Linear
 
@@ -169,15 +170,16 @@ class DCNv3(nn.Module):
         )
         return location, self.mask(query).view(location.shape[:-1]).softmax(-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        projected = self.input_proj(x)
-        query = self.query(x)
-        # The operator itself and not the checking function: every shape is right by construction here, and the call
-        # stays visible to TorchScript, FX and export.
-        y = torch.ops.internimage.dcnv3(
+    def _sample(self, projected: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """The operator itself and not the checking function: every shape is right by construction here, and the call
+        stays visible to TorchScript, FX and export."""
+        if not torch.jit.is_scripting():
+            if is_transformed():
+                return self._sample_transformed(projected, offset, mask)
+        return torch.ops.internimage.dcnv3(
             projected,
-            self.offset(query),
-            self.mask(query),
+            offset,
+            mask,
             self.kernel_size,
             self.stride,
             self.padding,
@@ -187,6 +189,17 @@ class DCNv3(nn.Module):
             self.remove_center,
             True,
         )
+
+    @torch.jit.unused
+    def _sample_transformed(self, projected: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """`_sample` under `torch.func` and in forward mode."""
+        geometry = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.offset_scale
+        return apply_dcnv3(projected, offset, mask, *geometry, self.remove_center, True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = self.input_proj(x)
+        query = self.query(x)
+        y = self._sample(projected, self.offset(query), self.mask(query))
         if self.center_feature_scale:
             scale = F.linear(query, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias)
             scale = scale.sigmoid().unsqueeze(-1)  # (N, H, W, groups, 1)

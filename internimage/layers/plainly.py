@@ -4,12 +4,14 @@
 import torch
 from torch import Tensor
 
+from ..ops.transforms import is_transformed
+
 
 def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether x is an ordinary tensor on the CPU, and nothing records what is done with it.
 
-    Not so for gradients, autocast, torch.compile, export, tracing of any kind and torch.func; nor where a parameter has
-    another dtype than x.
+    Not so for gradients in either mode, autocast, torch.compile, export, tracing of any kind and torch.func; nor
+    where a parameter has another dtype than x.
     """
     # a few microseconds with every layer: no loop over generators, and first what is decided soonest
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or torch.jit.is_tracing():
@@ -22,7 +24,7 @@ def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
             parameter.dtype != x.dtype or not parameter.is_cpu or (records and parameter.requires_grad)
         ):
             return False
-    return not torch.is_autocast_enabled("cpu") and torch._C._functorch.maybe_current_level() is None
+    return not torch.is_autocast_enabled("cpu") and not is_transformed()
 
 
 def has_hooks(*modules: torch.nn.Module) -> bool:

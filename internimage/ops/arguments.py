@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Checks of operator arguments, with messages that say what was wrong and what would be right."""
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -71,13 +72,28 @@ def check_channels(channels: int, groups: int) -> None:
 
 
 def check_offset_scale(offset_scale: float) -> None:
-    """Whether `offset_scale` is a number.
+    """Whether `offset_scale` is a finite number.
 
     Raises:
-        TypeError: It is not.
+        TypeError: It is no number.
+        ValueError: It is NaN or infinite.
     """
     if isinstance(offset_scale, (str, bytes)) or not isinstance(offset_scale, (int, float)):
         raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+    if not abs(offset_scale) < math.inf:  # not math.isfinite, which dynamo cannot trace of a symbolic float
+        raise ValueError(f"offset_scale must be finite, got {offset_scale!r}")
+
+
+def check_one_device(tensors: dict[str, Tensor]) -> None:
+    """Whether the named tensors are on one device.
+
+    Raises:
+        ValueError: One is on another device than the first.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
 def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
@@ -105,8 +121,7 @@ def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
             )
         if tensor.dtype != first.dtype and (same_dtype or torch.float64 in (tensor.dtype, first.dtype)):
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+    check_one_device(tensors)
 
 
 def check_shapes(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The DCNv3 operator: schema, reference, fake kernels, autograd, vmap, autocast and the public function.
+"""The DCNv3 operator: schema, reference, fake kernels, autograd, torch.func, autocast and the public function.
 
 `torch.ops.internimage.dcnv3` and `torch.ops.internimage.dcnv3_backward` are defined here. The plain-torch reference
 serves every device; a compiled kernel, once loaded, takes over its device. All that is not arithmetic stays here, so
@@ -8,13 +8,23 @@ that it is the same for every backend.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import as_pair, check_channels, check_kernel, check_offset_scale, check_shapes, check_tensors
+from .arguments import (
+    as_pair,
+    check_channels,
+    check_kernel,
+    check_offset_scale,
+    check_one_device,
+    check_shapes,
+    check_tensors,
+)
 from .sampling import output_size
+from .transforms import as_function, is_transformed
 
 # ---- schema and reference
 
@@ -42,8 +52,12 @@ _dcnv3_backward = torch.ops.internimage.dcnv3_backward.default
 # ---- fake kernels: shapes without data
 
 
+# Also run for tensors of the meta device, and for others beside one of those, whose data no kernel would read.
+
+
 @torch.library.register_fake("internimage::dcnv3", lib=_library)
 def _fake(input, offset, mask, kernel_size, stride, padding, dilation, *_) -> Tensor:
+    check_one_device({"input": input, "offset": offset, "mask": mask})
     n, height, width, channels = input.shape
     ho, wo = output_size((height, width), kernel_size, stride, padding, dilation)
     return input.new_empty(n, ho, wo, channels)
@@ -51,6 +65,7 @@ def _fake(input, offset, mask, kernel_size, stride, padding, dilation, *_) -> Te
 
 @torch.library.register_fake("internimage::dcnv3_backward", lib=_library)
 def _fake_backward(grad_output, input, offset, mask, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    check_one_device({"input": input, "grad_output": grad_output, "offset": offset, "mask": mask})
     wanted = arguments[-1]
     return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip((input, offset, mask), wanted))
 
@@ -73,7 +88,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_output: Tensor):
     needed = list(ctx.needs_input_grad[:3])
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grads = _dcnv3_backward(grad_output, *ctx.saved_tensors, *ctx.geometry, deterministic, needed)
+    grads = _apply_backward(grad_output, *ctx.saved_tensors, *ctx.geometry, deterministic, needed)
     return *(grad if need else None for grad, need in zip(grads, needed)), *[None] * len(ctx.geometry)
 
 
@@ -109,15 +124,13 @@ def _fold(tensors: Sequence[Tensor], axes: Sequence[int | None], size: int) -> l
     return [t.flatten(0, 1) for t in moved]
 
 
-@torch.library.register_vmap("internimage::dcnv3", lib=_library)
-def _vmap(info, in_dims, input, offset, mask, *geometry):
-    output = _dcnv3(*_fold((input, offset, mask), in_dims, info.batch_size), *geometry)
+def _vmap(call, info, in_dims, input, offset, mask, *geometry):
+    output = call(*_fold((input, offset, mask), in_dims, info.batch_size), *geometry)
     return output.unflatten(0, (info.batch_size, -1)), 0
 
 
-@torch.library.register_vmap("internimage::dcnv3_backward", lib=_library)
-def _vmap_backward(info, in_dims, grad_output, input, offset, mask, *arguments):
-    grads = _dcnv3_backward(*_fold((grad_output, input, offset, mask), in_dims, info.batch_size), *arguments)
+def _vmap_backward(call, info, in_dims, grad_output, input, offset, mask, *arguments):
+    grads = call(*_fold((grad_output, input, offset, mask), in_dims, info.batch_size), *arguments)
     unfolded = [
         grad.unflatten(0, (info.batch_size, -1)) if wanted else grad.expand(info.batch_size, 0)
         for grad, wanted in zip(grads, arguments[-1])
@@ -125,16 +138,76 @@ def _vmap_backward(info, in_dims, grad_output, input, offset, mask, *arguments):
     return tuple(unfolded), (0, 0, 0)
 
 
+torch.library.register_vmap("internimage::dcnv3", partial(_vmap, _dcnv3), lib=_library)
+torch.library.register_vmap("internimage::dcnv3_backward", partial(_vmap_backward, _dcnv3_backward), lib=_library)
+
+# ---- torch.func and forward mode
+
+
+def _jvp(tensors, tangents, geometry) -> Tensor:
+    with _without_autocast(tensors[0].device.type):
+        return reference.dcnv3_jvp(_or_zero(tangents, tensors), tensors, *geometry)
+
+
+def _jvp_backward(tensors, tangents, arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients are linear in grad_output; their derivative in the direction of the other tensors is what double
+    backward gives for these tensors, as second derivatives do not depend on the order."""
+    *geometry, deterministic, output_mask = arguments
+    grad_output_dir, *directions = _or_zero(tangents, tensors)
+    grads = _apply_backward(grad_output_dir, *tensors[1:], *arguments)
+    with _without_autocast(tensors[0].device.type):
+        _, *bent = reference.dcnv3_double_backward(*directions, *tensors, *geometry, deterministic)
+    return tuple(a + b if wanted else a for a, b, wanted in zip(grads, bent, output_mask))
+
+
+def _or_zero(tangents, tensors) -> list[Tensor]:
+    return [torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(tensors, tangents)]
+
+
+def apply_dcnv3(*arguments) -> Tensor:
+    """`torch.ops.internimage.dcnv3`, in the schema's order and unchecked, also where that has no derivatives: under the
+    transforms of `torch.func` and in forward mode."""
+    if not is_transformed():
+        return _dcnv3(*arguments)
+    kind = arguments[0].device.type
+    if not _is_autocast_enabled(kind):
+        return _DCNv3Function.apply(*arguments)
+    tensors = _cast(kind, arguments[:3])  # before the function, so that the gradients have the dtypes of what it saves
+    with _without_autocast(kind):
+        return _DCNv3Function.apply(*tensors, *arguments[3:])
+
+
+def _apply_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return _DCNv3BackwardFunction.apply(*arguments) if is_transformed() else _dcnv3_backward(*arguments)
+
+
+# their vmap rules call what may be transformed once more: another vmap, or a gradient of the whole
+_DCNv3BackwardFunction = as_function(
+    _dcnv3_backward,
+    tensors=4,
+    setup_context=_setup_context_backward,
+    backward=_double_backward,
+    vmap=partial(_vmap_backward, _apply_backward),
+    jvp=_jvp_backward,
+)
+_DCNv3Function = as_function(
+    _dcnv3, tensors=3, setup_context=_setup_context, backward=_backward, vmap=partial(_vmap, apply_dcnv3), jvp=_jvp
+)
+
+
 # ---- autocast
 
 
-def _register_autocast(key: str, device_type: str) -> None:
-    def cast(tensor: Tensor) -> Tensor:  # float64 is left alone, as torch's own casting rules do
-        return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device_type))
+def _cast(device_type: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in autocast's dtype; float64 is left alone, as torch's own casting rules do."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
+
+def _register_autocast(key: str, device_type: str) -> None:
     def kernel(input, offset, mask, *geometry):
         with _without_autocast(device_type):
-            return _dcnv3(cast(input), cast(offset), cast(mask), *geometry)
+            return _dcnv3(*_cast(device_type, (input, offset, mask)), *geometry)
 
     def kernel_backward(*arguments):
         with _without_autocast(device_type):
@@ -142,6 +215,10 @@ def _register_autocast(key: str, device_type: str) -> None:
 
     _library.impl("dcnv3", kernel, key)
     _library.impl("dcnv3_backward", kernel_backward, key)
+
+
+def _is_autocast_enabled(device_type: str) -> bool:
+    return device_type in _AUTOCAST and torch.is_autocast_enabled(device_type)  # "meta" has none to ask
 
 
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
@@ -177,7 +254,8 @@ def dcnv3(
     Exploring Large-Scale Vision Foundation Models with Deformable Convolutions", CVPR 2023, equation 2.)
 
     Differentiable any number of times in all three tensors; works under autocast (which casts all three to its dtype),
-    `torch.compile`, `torch.export` and `torch.func.vmap`.
+    `torch.compile`, `torch.export`, the transforms of `torch.func` (`grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`,
+    `hessian`, `vmap`) and in forward mode.
 
     Args:
         input: (N, H, W, C), channels last. float64, float32, bfloat16 or float16; the half types accumulate in float32.
@@ -206,13 +284,12 @@ def dcnv3(
     remove_center, softmax = bool(remove_center), bool(softmax)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-    kind = input.device.type
-    autocast = kind in _AUTOCAST and torch.is_autocast_enabled(kind)  # "meta" has none to ask
-    check_tensors({"input": input, "offset": offset, "mask": mask}, same_dtype=not autocast)
+    same_dtype = not _is_autocast_enabled(input.device.type)
+    check_tensors({"input": input, "offset": offset, "mask": mask}, same_dtype)
     check_channels(input.shape[3], groups)
     check_offset_scale(offset_scale)
     check_kernel(kernel_size, remove_center)
     check_shapes(input, offset, mask, kernel_size, stride, padding, dilation, groups, remove_center)
-    return torch.ops.internimage.dcnv3(
+    return apply_dcnv3(
         input, offset, mask, kernel_size, stride, padding, dilation, groups, float(offset_scale), remove_center, softmax
     )  # fmt: skip

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_one_device
+
 _library = torch.library.Library("internimage", "FRAGMENT")
 _library.define(
     "layer_norm(Tensor input, Tensor weight, Tensor bias, float eps, Tensor? residual=None, Tensor? scale=None) "
@@ -47,6 +49,8 @@ def _fake(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
+    others = {"weight": weight, "bias": bias, "residual": residual, "scale": scale}
+    check_one_device({"input": input} | {name: tensor for name, tensor in others.items() if tensor is not None})
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 

@@ -10,12 +10,13 @@ outside, NaN and infinity included, contributes nothing and receives no gradient
 interpolation has a kink, the derivative is the right-hand one.
 
 Works on any torch device, in float64, float32, bfloat16 and float16; the half types are computed in float32 and rounded
-once. Nothing here calls autograd: `dcnv3_backward` and `dcnv3_double_backward` are written out.
+once. Nothing here calls autograd: `dcnv3_backward`, `dcnv3_double_backward` and `dcnv3_jvp` are written out.
 
 The idea of the implementation: bilinear sampling at P points is a weighted sum over 4 * P rows (pixels of one group) of
 the input, and torch has an operator for weighted sums of gathered rows: `embedding_bag`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,10 @@ class Geometry:
     offset_scale: float
     remove_center: bool
     softmax: bool
+
+    def __post_init__(self) -> None:
+        if not abs(self.offset_scale) < math.inf:  # the compiled kernels refuse it, too
+            raise ValueError(f"offset_scale must be finite, got {self.offset_scale}")
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,57 @@ def dcnv3_backward(
     return tuple(empty.clone() if g is None else g.to(input.dtype) for g in (grad_input, grad_offset, grad_mask))
 
 
+class _Direction:
+    """A direction (I', o', m') in tensors of input's, offset's and mask's shapes, and the derivative T of DCNv3 in it::
+
+        T = sum_p  m_p B_p(I') + m_p s (o'_x dB_p/dx (I) + o'_y dB_p/dy (I)) + f_p B_p(I)
+
+    with B_p the bilinear sample at point p, m the (normalized) mask, f its derivative in the direction m' and s the
+    offset scale. Differentiable torch operations throughout.
+    """
+
+    def __init__(
+        self,
+        input_dir: Tensor,
+        offset_dir: Tensor,
+        mask_dir: Tensor,
+        input: Tensor,
+        offset: Tensor,
+        mask: Tensor,
+        geometry: Geometry,
+    ) -> None:
+        dtype = accumulate_dtype(input.dtype)
+        self.rows, self.rows_dir = (_rows(t.to(dtype), geometry.groups) for t in (input, input_dir))
+        coordinates = _coordinates(offset, geometry)
+        self.inside, self.corners = _corners(coordinates, input.shape[1:3], derivatives=True)
+        self.all_factors, self.factor = _modulation(mask, self.inside, geometry)
+        step = offset_dir.to(dtype).reshape(*self.inside.shape, 2) * geometry.offset_scale
+        self.step_x, self.step_y = step.unbind(-1)
+        self.factor_dir = mask_dir.to(dtype).reshape(self.inside.shape)  # f
+        self.centered_dir = self.factor_dir  # m' - <m, m'>, with a softmax
+        if geometry.softmax:
+            self.centered_dir = self.factor_dir - (self.all_factors * self.factor_dir).sum(-1, keepdim=True)
+            self.factor_dir = self.all_factors * self.centered_dir
+        self.mask_dir = mask_dir.to(dtype).reshape(self.inside.shape)
+        self.factor_dir = torch.where(self.inside, self.factor_dir, 0)
+        # the weight of each corner's row in T: of I' and of I
+        self.direct = [self.factor * c.weight for c in self.corners]
+        self.moved = [
+            self.factor * (c.weight_x * self.step_x + c.weight_y * self.step_y) + self.factor_dir * c.weight
+            for c in self.corners
+        ]
+
+    def derivative(self) -> Tensor:
+        """T, (N, Ho, Wo, C), in the dtype of sums."""
+        along_input = _weighted_sum(self.rows_dir, self.corners, self.direct)
+        return along_input + _weighted_sum(self.rows, self.corners, self.moved)
+
+
+def dcnv3_jvp(tangents: Sequence[Tensor], tensors: Sequence[Tensor], *arguments) -> Tensor:
+    """Derivative of `dcnv3` at (input, offset, mask) in the direction of `tangents`, for forward mode."""
+    return _Direction(*tangents, *tensors, Geometry(*arguments)).derivative().to(tensors[0].dtype)
+
+
 def dcnv3_double_backward(
     grad_grad_input: Tensor,  # (N, H, W, C)
     grad_grad_offset: Tensor,  # (N, Ho, Wo, groups * P * 2)
@@ -208,62 +264,43 @@ def dcnv3_double_backward(
 
     The three gradients that `dcnv3_backward` returns are linear in grad_output, so their weighted sum with
     (I', o', m') = (grad_grad_input, grad_grad_offset, grad_grad_mask) is <grad_output, T>, where T is the derivative of
-    the forward pass in the direction (I', o', m')::
-
-        T = sum_p  m_p B_p(I') + m_p s (o'_x dB_p/dx (I) + o'_y dB_p/dy (I)) + f_p B_p(I)
-
-    with B_p the bilinear sample at point p, m the (normalised) mask, f its derivative in the direction m' and s the
-    offset scale. So the gradient of grad_output is T and the others are those of <grad_output, T>. Everything is a
-    differentiable torch operation: third and higher derivatives come from torch.
+    the forward pass in the direction (I', o', m'), see `_Direction`. So the gradient of grad_output is T and the others
+    are those of <grad_output, T>. Everything is a differentiable torch operation: torch gives third and higher
+    derivatives.
 
     The last argument is `deterministic`.
     """
     *arguments, deterministic = arguments
     geometry = Geometry(*arguments)
-    dtype = accumulate_dtype(input.dtype)
-    scale, groups = geometry.offset_scale, geometry.groups
-    grad = grad_output.to(dtype)
-    rows = _rows(input.to(dtype), groups)
-    rows_dir = _rows(grad_grad_input.to(dtype), groups)
-    inside, corners = _corners(_coordinates(offset, geometry), input.shape[1:3], derivatives=True)
-    all_factors, factor = _modulation(mask, inside, geometry)
-    step_x, step_y = (grad_grad_offset.to(dtype).reshape(*inside.shape, 2) * scale).unbind(-1)
-    factor_dir = grad_grad_mask.to(dtype).reshape(inside.shape)
-    if geometry.softmax:
-        direction = factor_dir
-        mean = (all_factors * direction).sum(-1, keepdim=True)
-        factor_dir = all_factors * (direction - mean)
-    factor_dir_inside = torch.where(inside, factor_dir, 0)
-
-    # T, and the weight of each corner's row in it
-    direct = [factor * c.weight for c in corners]
-    moved = [factor * (c.weight_x * step_x + c.weight_y * step_y) + factor_dir_inside * c.weight for c in corners]
-    grad_grad_output = _weighted_sum(rows_dir, corners, direct) + _weighted_sum(rows, corners, moved)
+    at = _Direction(grad_grad_input, grad_grad_offset, grad_grad_mask, input, offset, mask, geometry)
+    grad = grad_output.to(at.rows.dtype)
+    rows, corners, factor, step_x, step_y = at.rows, at.corners, at.factor, at.step_x, at.step_y
+    grad_grad_output = at.derivative()
 
     total = torch.zeros_like(rows)
-    for c, weight in zip(corners, moved):
+    for c, weight in zip(corners, at.moved):
         total = _scatter(grad, rows, c, weight, total, deterministic)
     grad_input = total[:-1].reshape(input.shape)
 
     dots = [_dots(grad, rows, c) for c in corners]
-    dots_dir = [_dots(grad, rows_dir, c) for c in corners]
+    dots_dir = [_dots(grad, at.rows_dir, c) for c in corners]
     along_x = sum(c.weight_x * dot for c, dot in zip(corners, dots))  # d/dx of <grad, B_p(I)>
     along_y = sum(c.weight_y * dot for c, dot in zip(corners, dots))
     mixed = sum(c.weight_xy * dot for c, dot in zip(corners, dots))
     dir_x = sum(c.weight_x * dot for c, dot in zip(corners, dots_dir))
     dir_y = sum(c.weight_y * dot for c, dot in zip(corners, dots_dir))
-    grad_x = factor * (dir_x + mixed * step_y) + factor_dir_inside * along_x
-    grad_y = factor * (dir_y + mixed * step_x) + factor_dir_inside * along_y
-    grad_offset = (torch.stack([grad_x, grad_y], dim=-1) * scale).reshape(offset.shape)
+    grad_x = factor * (dir_x + mixed * step_y) + at.factor_dir * along_x
+    grad_y = factor * (dir_y + mixed * step_x) + at.factor_dir * along_y
+    grad_offset = (torch.stack([grad_x, grad_y], dim=-1) * geometry.offset_scale).reshape(offset.shape)
 
     grad_factor = sum(c.weight * dot for c, dot in zip(corners, dots_dir)) + along_x * step_x + along_y * step_y
-    grad_factor = torch.where(inside, grad_factor, 0)
+    grad_factor = torch.where(at.inside, grad_factor, 0)
     if geometry.softmax:
         # f = m (m' - <m, m'>) depends on m twice: through both factors m
         grad_factor_dir = sum(c.weight * dot for c, dot in zip(corners, dots))
-        inner = (all_factors * grad_factor_dir).sum(-1, keepdim=True)
-        grad_factor = grad_factor + grad_factor_dir * (direction - mean) - inner * direction
-        grad_factor = _softmax_grad(grad_factor, all_factors)
+        inner = (at.all_factors * grad_factor_dir).sum(-1, keepdim=True)
+        grad_factor = grad_factor + grad_factor_dir * at.centered_dir - inner * at.mask_dir
+        grad_factor = _softmax_grad(grad_factor, at.all_factors)
     grad_mask = grad_factor.reshape(mask.shape)
     return tuple(g.to(input.dtype) for g in (grad_grad_output, grad_input, grad_offset, grad_mask))
 
