@@ -10,13 +10,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # up to 50 times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow timm-contract lint format bench overhead abi asan aarch64 wheel gpu-check clean
+.PHONY: demo test test-machines test-slow timm-contract lint format bench overhead abi asan aarch64 wheel gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# the tests under the arithmetic of other processors, with 1, 2 and 4 threads, in random order, and not as root
+test-machines: $(VENV)/.installed-dev
+	$(BIN)/python scripts/machines_check.py $(CHECK_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from double import in_double
 
 from internimage.cli import evaluate, main
 from internimage.engine import finetune, trainer
@@ -206,8 +207,9 @@ scenario("whole", train)
 scenario("sharded", lambda name: train(name, "parallel=fsdp"))
 scenario("long", lambda name: train(name, *LONG))
 # with batch norm fixed: over a part it is another function than over the batch
-scenario("accumulated", lambda name: train(name, "freeze=5", "accumulate=2"))
-scenario("accumulated, sharded", lambda name: train(name, "freeze=5", "accumulate=2", "parallel=fsdp"))
+with in_double():
+    scenario("accumulated", lambda name: train(name, "freeze=5", "accumulate=2"))
+    scenario("accumulated, sharded", lambda name: train(name, "freeze=5", "accumulate=2", "parallel=fsdp"))
 scenario("full disk, file", full_disk(0))
 scenario("full disk, shards, first", full_disk(0, "parallel=fsdp"))
 scenario("full disk, shards, second", full_disk(1, "parallel=fsdp"))

@@ -13,6 +13,7 @@ import torch.distributed.nn.functional as collectives
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.sampling import accumulate_dtype
 
 
 class LaunchError(UserError, RuntimeError):
@@ -122,7 +123,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         if not self.training or not dist.is_initialized():
             return super().forward(x)
         axes, shape = (0, 2, 3), (1, -1, 1, 1)
-        wide = x.float()
+        wide = x.to(accumulate_dtype(x.dtype))
         count = dist.get_world_size() * (x.numel() // x.shape[1])  # parts are of one size: see BatchPlan
         mean = _sum(wide.sum(axes)) / count
         centered = wide - mean.view(shape)
@@ -135,7 +136,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
                 self.running_var.lerp_((var * count / max(count - 1, 1)).to(self.running_var.dtype), share)
         y = centered * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
-            y = y * self.weight.float().view(shape) + self.bias.float().view(shape)
+            y = y * self.weight.to(y.dtype).view(shape) + self.bias.to(y.dtype).view(shape)
         return y.to(x.dtype)
 
 
