@@ -80,6 +80,19 @@ def test_timms_graph_has_the_bits_of_the_model(kind, dtype, monkeypatch):
     assert torch.equal(graph(x)["head"], model(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("name", ["internimage_atto", "internimage_tiny"])
+@torch.inference_mode()
+def test_a_released_model_as_timm_tests_it(name):
+    """The cheapest of timm's own tests (`make timm-contract`): forward, FX and TorchScript, at the model's own size."""
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    logits = model(x)
+    assert logits.shape == (1, model.num_classes) and logits.isfinite().all()
+    assert torch.equal(create_feature_extractor(model, ["head"])(x)["head"], logits)
+    assert_close(torch.jit.script(model)(x), logits)
+
+
 @torch.inference_mode()
 def test_a_watched_model_has_the_bits_of_the_model(kind, monkeypatch):
     """Whoever looks on by a hook makes blocks scale and add step by step."""
