@@ -668,6 +668,7 @@ def test_offline_with_an_empty_cache_says_what_to_set(offline, tmp_path):
         create(name=TINY, cache_dir=str(tmp_path))
     for part in (TINY_REPO, "HF_HUB_OFFLINE", "HF_ENDPOINT", "pretrained_cfg_overlay=dict(file=PATH)", TINY_PTH):
         assert part in str(error.value)
+    assert "--checkpoint FILE" in str(error.value)  # the command line's words for the same
 
 
 def test_offline_from_the_cache(offline, tmp_path, monkeypatch):

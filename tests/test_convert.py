@@ -581,6 +581,26 @@ def test_push_without_the_right(folder, local_hub, capsys, monkeypatch):
     assert local_hub.repositories == {}
 
 
+NO_REPOSITORIES = ["a", "a/", "/a", "a/b/c", "a b/c", "../a", "me/..", "a//b", "me/mine@v1", "me/" + "x" * 100, "", "-a/b"]
+NO_BRANCHES = ["", " ", "a b", "a..b", "-a", "/a", "a/", "a.lock", "a~1", "a:b", "a*", "@", "a@{1}", "a//b", ".a", "a\n"]
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "push"])
+def test_names_are_checked_before_anything_is_done(dry, folder, local_hub, capsys):
+    for name in NO_REPOSITORIES:
+        err = fails(capsys, "push", *dry, "--", folder, name)
+        assert f"'{name}' is no name for a repository: it must be OWNER/NAME" in err
+    for branch in NO_BRANCHES:
+        err = fails(capsys, "push", folder, "me/mine", *dry, f"--revision={branch}")
+        assert f"'{branch}' is no name for a branch" in err
+    assert fails(capsys, "push", "no-such-folder", "a").count("no name for a repository") == 1
+    assert local_hub.requests == []
+    for revision in ("main", "v1.0", "feature/x", "refs/pr/1", None):
+        hub.check_repository("me/mine", revision)
+    with pytest.raises(hub.BadName, match="OWNER/NAME"):
+        hub.push(folder, "a/b/c", [])
+
+
 def test_folder_that_is_not_whole_is_not_pushed(folder, local_hub, capsys, tmp_path):
     files = check_folder(folder)
     shard = next(file for file in files if "00002-of" in file)
@@ -592,7 +612,7 @@ def test_folder_that_is_not_whole_is_not_pushed(folder, local_hub, capsys, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     assert "does not fit the model" in fails(capsys, "push", folder, "me/mine")
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "nothing"}))
-    assert "builds no model" in fails(capsys, "push", folder, "me/mine")
+    assert "has an architecture 'nothing'" in fails(capsys, "push", folder, "me/mine")
     (folder / "config.json").unlink()
     assert "no folder with timm's config.json" in fails(capsys, "push", folder, "me/mine")
     assert local_hub.requests == []
