@@ -581,8 +581,12 @@ def test_push_without_the_right(folder, local_hub, capsys, monkeypatch):
     assert local_hub.repositories == {}
 
 
-NO_REPOSITORIES = ["a", "a/", "/a", "a/b/c", "a b/c", "../a", "me/..", "a//b", "me/mine@v1", "me/" + "x" * 100, "", "-a/b"]
-NO_BRANCHES = ["", " ", "a b", "a..b", "-a", "/a", "a/", "a.lock", "a~1", "a:b", "a*", "@", "a@{1}", "a//b", ".a", "a\n"]
+NO_REPOSITORIES = [
+    "a", "a/", "/a", "a/b/c", "a b/c", "../a", "me/..", "a//b", "me/mine@v1", "me/" + "x" * 100, "", "-a/b",
+]  # fmt: skip
+NO_BRANCHES = [
+    "", " ", "a b", "a..b", "-a", "/a", "a/", "a.lock", "a~1", "a:b", "a*", "@", "a@{1}", "a//b", ".a", "a\n",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "push"])

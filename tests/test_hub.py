@@ -336,7 +336,15 @@ def test_no_network_says_what_to_set(local_hub, cache, weights, waits):
     with pytest.raises(hub.DownloadError) as error:
         create(cache)
     message = str(error.value)
-    for part in (TINY_REPO, TINY_PTH, HUB.url, str(cache), "pretrained_cfg_overlay=dict(file=PATH)", "--checkpoint FILE", "HF_ENDPOINT"):
+    for part in (
+        TINY_REPO,
+        TINY_PTH,
+        HUB.url,
+        str(cache),
+        "pretrained_cfg_overlay=dict(file=PATH)",
+        "--checkpoint FILE",
+        "HF_ENDPOINT",
+    ):
         assert part in message
     assert "\n" not in message and len(message.replace(str(cache), "")) < 650
     assert len(waits) <= 5, "one file's attempts are long enough to wait for"

@@ -39,7 +39,8 @@ def check_num_classes(num_classes: Any) -> None:
     check_whole_number("num_classes", num_classes, 0, MOST_CLASSES)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int that is larger than any float
@@ -101,13 +102,13 @@ def check_arguments(
                 f"{count} groups"
             )
     for name, ratio, width in (("mlp_ratio", mlp_ratio, channels), ("cls_scale", cls_scale, 8 * channels)):
-        if not _is_number(ratio) or not 0 < ratio <= _LARGEST_RATIO or int(width * ratio) < 1:
+        if not is_number(ratio) or not 0 < ratio <= _LARGEST_RATIO or int(width * ratio) < 1:
             raise ValueError(
                 f"{name} must be a number above 0, at most {_LARGEST_RATIO}, that leaves a channel, got {repr(ratio)}"
             )
-    if layer_scale is not None and not _is_number(layer_scale):
+    if layer_scale is not None and not is_number(layer_scale):
         raise ValueError(f"layer_scale must be None or a finite number, got {repr(layer_scale)}")
-    if not _is_number(offset_scale):
+    if not is_number(offset_scale):
         raise ValueError(f"offset_scale must be a finite number, got {repr(offset_scale)}")
     if dw_kernel_size is not None:
         sides = dw_kernel_size if isinstance(dw_kernel_size, (tuple, list)) else (dw_kernel_size,)
@@ -115,7 +116,7 @@ def check_arguments(
     _whole_numbers("stage3_post_norm_blocks", stage3_post_norm_blocks, 0, depths[2] - 1)
     check_act_layer(act_layer)
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-        if not _is_number(rate) or not 0 <= rate <= 1:
+        if not is_number(rate) or not 0 <= rate <= 1:
             raise ValueError(f"{name} must be a number from 0 to 1, got {repr(rate)}")
     for name, value in switches.items():
         if not isinstance(value, (bool, int)) or value not in (0, 1):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Which weights are meant, and which model they belong to."""
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ import timm
 from torch import nn
 
 from .. import hub
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import checkpoints
 from .imagenet22k import imagenet_1k
+from .model_config import CONFIG, ModelConfigError, has_model_config, is_ours, read_model_config
 from .published import PUBLISHED, Published
 from .sources import resolve_source
 
 _logger = logging.getLogger(__name__)
 
-CONFIG = "config.json"
 _REPOSITORY = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(@[^/\s]+)?(?:/(.+))?")
 
 
@@ -105,9 +104,9 @@ def model_of(
     """
     shapes = checkpoints.describe(source.path, use_ema)
     kwargs: dict[str, Any] = {"device": "meta", **model_kwargs}
-    folder = source.path if source.path.is_dir() else source.path.parent
-    if name is None and source.model is None and is_timm_folder(folder):
-        name = f"local-dir:{folder}"
+    described = _described(source.path) if name is None and source.model is None else None
+    if described is not None:
+        name = f"local-dir:{described}"
     else:
         name = name or source.model or _guess(shapes, source.path)
         first, classifier = shapes.get("patch_embed.conv1.weight"), shapes.get("head.weight")
@@ -118,21 +117,36 @@ def model_of(
             kwargs.setdefault("layer_scale", _layer_scale(name))
     if reduce_head:
         kwargs["num_classes"] = len(imagenet_1k())
+    architecture = name if described is None else read_model_config(described).architecture
+    if timm.is_model(architecture) and not is_ours(architecture):
+        raise ConvertError(f"'{name}' is of the architecture '{architecture}'; only InternImage can be converted")
     try:
         model = timm.create_model(name, **kwargs)
     except UserError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ConvertError(f"cannot build '{name}' with {kwargs}: {error}") from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        given = {key: value for key, value in kwargs.items() if key != "device"}
+        raise ConvertError(f"cannot build '{name}' with {given}: {one_line(error)}") from error
     return model, not checkpoints.has_head(shapes)
 
 
-def is_timm_folder(folder: Path) -> bool:
-    """Whether a folder's config.json is timm's; that of transformers is another."""
+def _described(source: Path) -> Path | None:
+    """The folder with a timm config.json that a source is, or stands in; that of transformers is another.
+
+    Raises:
+        ModelConfigError: The source is a folder whose config.json is damaged.
+    """
+    folder = source if source.is_dir() else source.parent
     try:
-        return "architecture" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        if not has_model_config(folder):
+            return None
+        read_model_config(folder)
+    except ModelConfigError as error:
+        if source.is_dir():
+            raise
+        _logger.warning("%s; it was left out, as a file of weights was named", error)
+        return None
+    return folder
 
 
 def _layer_scale(name: str) -> float:
