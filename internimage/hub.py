@@ -110,15 +110,23 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         ValueError: It is not a shard index.
     """
+    what = f"'{index}' is not a shard index, JSON with a 'weight_map'"
+    if not index.is_file():  # opening a pipe would wait for its writer forever
+        raise ValueError(f"{what}: it is not a regular file")
     try:
-        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        if not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise TypeError("its shards are not file names")
-        outside = [s for s in shard_of.values() if PurePosixPath(s).is_absolute() or ".." in PurePosixPath(s).parts]
-        if outside:
-            raise TypeError(f"its shard '{outside[0]}' lies outside of its folder")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{index}' is not a shard index, json with a 'weight_map': {error}") from error
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{what}: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {one_line(error, 100)}") from error
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict):
+        raise ValueError(f"{what}: it has none")
+    if not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise ValueError(f"{what}: its shards are not file names")
+    outside = [s for s in shard_of.values() if PurePosixPath(s).is_absolute() or ".." in PurePosixPath(s).parts]
+    if outside:
+        raise ValueError(f"{what}: its shard '{outside[0]}' lies outside of its folder")
     return shard_of
 
 
@@ -182,8 +190,9 @@ def download(
     if unreachable:
         cause = one_line(unreachable.__cause__ or unreachable, 200)
         offline = " HF_HUB_OFFLINE=1 forbids downloads." if constants.HF_HUB_OFFLINE else ""
+        what = "weights" if filenames == WEIGHT_FILES else ", ".join(filenames)
         raise Unreachable(
-            f"{name}: {', '.join(filenames)} could not be downloaded from {constants.ENDPOINT} and is not in the cache "
+            f"{name}: {what} could not be downloaded from {constants.ENDPOINT}, nor found in the cache "
             f"'{cache_dir or constants.HF_HUB_CACHE}'. Use {OWN_FILE}, or a mirror (HF_ENDPOINT).{offline} ({cause})"
         ) from unreachable
     raise NothingThere(f"{name} ({at}) has none of {', '.join(filenames)}")

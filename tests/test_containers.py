@@ -409,14 +409,15 @@ def test_damage_anywhere_is_an_error_or_harmless(kind, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
-@pytest.mark.parametrize("where", ["named", "in a folder", "shard"])
+@pytest.mark.parametrize("where", ["named", "in a folder", "shard", "index"])
 def test_pipe_is_refused_and_not_waited_for(where, tmp_path):
-    path = tmp_path / ("model-1.safetensors" if where == "shard" else "model.safetensors")
+    names = {"shard": "model-1.safetensors", "index": "model.safetensors.index.json"}
+    path = tmp_path / names.get(where, "model.safetensors")
     os.mkfifo(path)
     if where == "shard":
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": path.name}}))
     with pytest.raises(CheckpointError, match="not a regular file|missing: model-1"):
-        open_checkpoint(path if where == "named" else tmp_path)
+        open_checkpoint(path if where in ("named", "index") else tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no device files like these")
@@ -536,11 +537,14 @@ def test_index_that_disagrees_with_its_shards(change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "<html>", "{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": null}']
-)
+    "content",
+    ["", "<html>", "{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": null}',
+     '{"weight_map": ' + "[" * 100_000, "\udcff"],
+    ids=lambda content: content[:30],
+)  # fmt: skip
 def test_broken_index(content, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(content)
+    index.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match="is not a shard index") as error:
         open_checkpoint(tmp_path)
-    assert str(index) in str(error.value)
+    assert str(index) in str(error.value) and "\n" not in str(error.value)

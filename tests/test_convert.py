@@ -185,6 +185,23 @@ def test_hub_sources(local_hub, weights, tmp_path, monkeypatch):
 # ---- types, shards, room
 
 
+def test_sources_that_are_none(weights, tmp_path, capsys, local_hub):
+    path = formats.write("official", tmp_path / "w", weights)
+    assert "the source is empty" in fails(capsys, "convert", "", tmp_path / "out")
+    err = fails(capsys, "convert", "internimage_tiny", tmp_path / "out")
+    assert "did you mean internimage_tiny.ogvl_in1k?" in err
+    assert "did you mean internimage_base.ogvl_in1k" in fails(
+        capsys, "convert", "internimage_bass.ogvl", tmp_path / "o"
+    )
+    model = ["--model", "internimage_atto", "--model-kwargs"]
+    for odd in ("device=cuda", "pretrained=true", "cache_dir=/x", "pretrained_cfg_overlay={file: /x}"):
+        err = fails(capsys, "convert", path, tmp_path / "out", *model, odd)
+        assert f"'{odd.partition('=')[0]}' is no argument of a model" in err
+    err = fails(capsys, "convert", path, tmp_path / "out", *model, "channels=1e9", "depths=[1,1,1,1]")
+    assert "channels must be a whole number" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() and local_hub.requests == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype(dtype, weights, tmp_path):
     path = formats.write("official", tmp_path, weights)

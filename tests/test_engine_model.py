@@ -77,7 +77,7 @@ def refused(call, message: str, kind=ModelError) -> None:
     with pytest.raises(kind, match=message) as error:
         call()
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    for advice in ("weights_only", "safe_globals", "create_model("):
+    for advice in ("weights_only", "safe_globals", "create_model("):  # for programmers
         assert advice not in str(error.value)
 
 
@@ -190,7 +190,7 @@ def test_models_of_the_hub(ours, resnet, local_hub, tmp_path, monkeypatch):
     refused(lambda: create("resnet10t.c3_in1k"), "cannot create 'resnet10t.c3_in1k'")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     local_hub.stop()
-    refused(lambda: create("resnet10t.c3_in1k"), "cannot create 'resnet10t.c3_in1k'")
+    refused(lambda: create("resnet10t.c3_in1k"), "cannot create 'resnet10t.c3_in1k': its weights could not be downl")
 
 
 # ---- weights of timm models that are not ours

@@ -87,12 +87,11 @@ def create_model(
     ours = is_ours(architecture)
     if not ours and kwargs.get("head_from_22k"):
         raise ModelError(f"'head_from_22k' is for InternImage models, which '{name}' is not")
+    _check_img_size(img_size)
     try:
         if num_classes is not None:
             check_num_classes(num_classes)  # some models take any number, and fail later
             kwargs["num_classes"] = num_classes
-        if img_size is not None:
-            check_whole_number("the image size", img_size, 1, LARGEST_SIDE)
         if not ours:
             return _create_foreign(name, config, checkpoint, pretrained, use_ema, img_size, kwargs)
         if use_ema:
@@ -148,6 +147,9 @@ def _reason(error: BaseException) -> str:
     text = one_line(error)
     if "weights_only" in text:  # advice for programmers, and to let the file run code
         return "its weights are a pickle that holds something else than data, and nothing else is unpickled"
+    if isinstance(error, hub.LocalEntryNotFoundError):
+        where = f"from {hub.constants.ENDPOINT}, nor found in the cache"
+        return f"its weights could not be downloaded {where}; use {hub.OWN_FILE}"
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         argument = text.rpartition("unexpected keyword argument ")[2]
         return f"it does not take the argument {argument}"
@@ -209,6 +211,14 @@ def _create_foreign(
 # ---- what a model takes
 
 
+def _check_img_size(img_size: int | None) -> None:
+    try:
+        if img_size is not None:
+            check_whole_number("the image size", img_size, 1, LARGEST_SIDE)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
 def _check_takes(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Run a model on an image of a size that it may not take; on tensors without numbers, which cost nothing.
 
@@ -244,11 +254,7 @@ def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float |
     Raises:
         ModelError: It does not, or takes neither one channel nor three, or an override is out of range.
     """
-    try:
-        if img_size is not None:
-            check_whole_number("the image size", img_size, 1, LARGEST_SIDE)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    _check_img_size(img_size)
     if crop_pct is not None and not (is_number(crop_pct) and 0 < crop_pct <= 2):  # timm takes 0 as not given
         raise ModelError(f"the share of the image that is kept must be above 0, at most 2, got {crop_pct}")
     config = resolve_data_config({"crop_pct": crop_pct}, model=model)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
-from ..errors import CheckpointError, some
+from ..errors import CheckpointError, one_line, some
 from ..hub import INDEX_SUFFIX, weight_map
 from .pickles import is_mappable, load_pickle
 from .safetensors_file import DTYPES, positions, read_tensor
@@ -213,7 +213,7 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         slices = {key: file.get_slice(key) for key in file.keys()}
         place = positions(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is damaged or truncated: {error}") from error
+        raise CheckpointError(f"'{path}' is damaged or truncated: {one_line(error)}") from error
     odd = {part.get_dtype() for part in slices.values()} - set(DTYPES)
     if odd:
         raise CheckpointError(f"'{path}' has tensors of {some(odd)}, which are no weights of this package")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which weights are meant, and which model they belong to."""
 
+import difflib
 import logging
 import re
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .. import hub
 from ..errors import UserError, one_line
 from . import checkpoints
 from .imagenet22k import imagenet_1k
-from .model_config import CONFIG, ModelConfigError, has_model_config, is_ours, read_model_config
+from .model_config import CONFIG, NOT_OF_A_MODEL, ModelConfigError, has_model_config, is_ours, read_model_config
 from .published import PUBLISHED, Published
 from .sources import resolve_source
 
@@ -49,6 +50,8 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
         FileNotFoundError: It is none of these.
         internimage.hub.DownloadError: It could not be downloaded.
     """
+    if not source:  # as a path, that would be this folder
+        raise ConvertError("the source is empty; it must be a file, a folder, a released name or OWNER/NAME of the Hub")
     path = Path(source).expanduser()
     if path.exists():
         known = next((name for name, item in PUBLISHED.items() if item.pth == path.name), None)
@@ -59,8 +62,10 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
         return Source(path, _on_the_hub(path, source), source, PUBLISHED[source])
     match = _REPOSITORY.fullmatch(source)
     if match is None or source.startswith(("/", "./", "../")):
-        near = f"; released models are {', '.join(PUBLISHED)}" if source.startswith("internimage_") else ""
-        raise FileNotFoundError(f"no weights at '{source}', and it is no OWNER/NAME of the Hub{near}")
+        near = [name for name in PUBLISHED if name.startswith(f"{source}.")]
+        near = near or difflib.get_close_matches(source, PUBLISHED, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise FileNotFoundError(f"no weights at '{source}', and it is no OWNER/NAME of the Hub{hint}")
     repo_id, revision, file = match.groups()
     try:
         path = hub.download(repo_id + (revision or ""), (file,) if file else hub.WEIGHT_FILES, cache_dir)
@@ -102,6 +107,9 @@ def model_of(
         ConvertError: It is of no released size and no name was given, or cannot be built.
         CheckpointError: The weights cannot be read.
     """
+    odd = [key for key in model_kwargs if key in NOT_OF_A_MODEL]
+    if odd:
+        raise ConvertError(f"'{odd[0]}' is no argument of a model")
     shapes = checkpoints.describe(source.path, use_ema)
     kwargs: dict[str, Any] = {"device": "meta", **model_kwargs}
     described = _described(source.path) if name is None and source.model is None else None

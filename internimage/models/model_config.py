@@ -31,7 +31,7 @@ _MOST_BLOCKS = 1000
 _LARGEST_FILE = 64 * 2**20
 
 # arguments of `timm.create_model` that say where weights come from and go to, and nothing about the model
-_NOT_OF_A_MODEL = (
+NOT_OF_A_MODEL = (
     "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path",
     "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "file", "url", "state_dict",
 )  # fmt: skip
@@ -167,7 +167,7 @@ def _check_model_args(architecture: str, model_args: Any) -> None:
     if not isinstance(model_args, dict):
         raise ValueError(f"model_args must be an object, got {repr(model_args)}")
     for key, value in model_args.items():
-        if key in _NOT_OF_A_MODEL:
+        if key in NOT_OF_A_MODEL:
             raise ValueError(f"model_args has '{key}', which is no argument of a model")
         if is_ours(architecture) and key not in _our_arguments():
             near = difflib.get_close_matches(key, _our_arguments(), n=1)
