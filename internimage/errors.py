@@ -17,3 +17,9 @@ def some(names: Iterable[Any], most: int = 10) -> str:
     """For messages: the first names in order, and how many more there are."""
     names = sorted(map(str, names))
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """For messages: what another library said, on one line and not longer than `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."

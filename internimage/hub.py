@@ -31,9 +31,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import download_cached_file
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +51,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+# what helps where there is no network, for both kinds of readers
+OWN_FILE = "a file of your own (--checkpoint FILE; in Python, pretrained_cfg_overlay=dict(file=PATH))"
+
+
 class DownloadError(UserError, RuntimeError):
     """A repository or a file could not be had; the message says what was tried and what to set."""
 
@@ -62,6 +67,10 @@ class Unreachable(DownloadError):
     """The Hub did not answer, and the cache does not hold the file."""
 
 
+class BadName(UserError, ValueError):
+    """What no repository or branch of the Hub can be called."""
+
+
 class UploadError(UserError, RuntimeError):
     """A folder could not be uploaded; the message says why."""
 
@@ -72,21 +81,52 @@ def split_revision(repo_id: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+_BRANCH = re.compile(r"(?![-/.])(?!.*(//|\.\.|@\{|/\.|\.lock(/|$)))[^\x00-\x20\x7f~^:?*\[\\]+(?<![/.])")
+
+
+def check_repository(repo_id: str, revision: str | None = None) -> None:
+    """Whether `owner/name` can be a repository of the Hub, and `revision` a branch, tag or commit; asks nobody.
+
+    Raises:
+        BadName: It cannot; the message says what names look like.
+    """
+    try:
+        validate_repo_id(repo_id)
+        wrong = repo_id.count("/") != 1
+    except HFValidationError:
+        wrong = True
+    if wrong:
+        raise BadName(
+            f"'{repo_id}' is no name for a repository: it must be OWNER/NAME, of letters, digits, '-', '_' and '.', "
+            f"at most 96"
+        )
+    if revision is not None and (revision == "@" or not _BRANCH.fullmatch(revision)):
+        raise BadName(f"'{revision}' is no name for a branch: as in git, without spaces, '..' and any of ~^:?*[\\")
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Shard index -> tensor name: shard's file name.
 
     Raises:
         ValueError: It is not a shard index.
     """
+    what = f"'{index}' is not a shard index, JSON with a 'weight_map'"
+    if not index.is_file():  # opening a pipe would wait for its writer forever
+        raise ValueError(f"{what}: it is not a regular file")
     try:
-        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        if not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise TypeError("its shards are not file names")
-        outside = [s for s in shard_of.values() if PurePosixPath(s).is_absolute() or ".." in PurePosixPath(s).parts]
-        if outside:
-            raise TypeError(f"its shard '{outside[0]}' lies outside of its folder")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{index}' is not a shard index, json with a 'weight_map': {error}") from error
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{what}: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {one_line(error, 100)}") from error
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict):
+        raise ValueError(f"{what}: it has none")
+    if not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise ValueError(f"{what}: its shards are not file names")
+    outside = [s for s in shard_of.values() if PurePosixPath(s).is_absolute() or ".." in PurePosixPath(s).parts]
+    if outside:
+        raise ValueError(f"{what}: its shard '{outside[0]}' lies outside of its folder")
     return shard_of
 
 
@@ -148,12 +188,12 @@ def download(
             _logger.info("%s: using %s", name, filename)
             return path
     if unreachable:
-        cause = unreachable.__cause__ or unreachable
+        cause = one_line(unreachable.__cause__ or unreachable, 200)
+        offline = " HF_HUB_OFFLINE=1 forbids downloads." if constants.HF_HUB_OFFLINE else ""
+        what = "weights" if filenames == WEIGHT_FILES else ", ".join(filenames)
         raise Unreachable(
-            f"{name}: {', '.join(filenames)} could not be downloaded from {constants.ENDPOINT}, nor is any of them in "
-            f"the cache '{cache_dir or constants.HF_HUB_CACHE}'. Without a network, load a local file: "
-            f"create_model(..., pretrained_cfg_overlay=dict(file=PATH)); with a mirror, set HF_ENDPOINT; "
-            f"HF_HUB_OFFLINE must not be 1 for a download. ({str(cause).strip()})"
+            f"{name}: {what} could not be downloaded from {constants.ENDPOINT}, nor found in the cache "
+            f"'{cache_dir or constants.HF_HUB_CACHE}'. Use {OWN_FILE}, or a mirror (HF_ENDPOINT).{offline} ({cause})"
         ) from unreachable
     raise NothingThere(f"{name} ({at}) has none of {', '.join(filenames)}")
 
@@ -194,9 +234,8 @@ def _verify(name: str, filename: str, path: Path) -> None:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
         raise DownloadError(
-            f"{name}: '{filename}' came damaged and was removed again: its SHA-256 is {digest.hexdigest()}, the Hub "
-            f"announced {blob.name}. Try once more; if it comes back, whatever stands between (a mirror, a proxy) "
-            f"changes files"
+            f"{name}: '{filename}' was corrupted and has been deleted; try again. If that happens again, a mirror or "
+            f"proxy changes files (SHA-256 {digest.hexdigest()}, announced was {blob.name})"
         )
 
 
@@ -212,10 +251,10 @@ def _reason(error: Exception, cache_dir: str | None) -> str:
     if code in _NOT_WRITABLE:
         return f"'{error.filename or cache}': {error.strerror}. HF_HOME or cache_dir=PATH names another place"
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
-        return f"the token was refused (HF_TOKEN): {error}"
+        return f"the token was refused (HF_TOKEN): {one_line(error)}"
     if isinstance(error, OSError) and "Consistency check" in str(error):
-        return f"it came with another size than announced, and no part of it was kept; try once more. {error}"
-    return str(error) or type(error).__name__
+        return f"it has another size than announced and has been deleted; try again. ({one_line(error)})"
+    return one_line(error)
 
 
 def download_url(url: str, cache_dir: str | None = None) -> Path:
@@ -227,7 +266,7 @@ def download_url(url: str, cache_dir: str | None = None) -> Path:
     try:
         return Path(download_cached_file(url, cache_dir=cache_dir))
     except (OSError, RuntimeError, ValueError) as error:
-        raise DownloadError(f"{url} could not be downloaded: {error}") from error
+        raise DownloadError(f"{url} could not be downloaded: {one_line(error)}") from error
 
 
 # ---- upload
@@ -257,8 +296,10 @@ def push(
         The commit's address.
 
     Raises:
+        BadName: `repo_id` or `revision` cannot be one; the Hub was not asked.
         UploadError: The Hub refused, or did not answer. Nothing of it is visible there then.
     """
+    check_repository(repo_id, revision)
     api = HfApi(library_name="internimage")
     files = list(files)
     try:
@@ -274,12 +315,10 @@ def push(
             commit_message=message or f"Upload {folder.resolve().name}",
             revision=revision,
         )
-    except HFValidationError as error:
-        raise UploadError(f"'{repo_id}' is no name for a repository: {error}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         hint = " HF_TOKEN, or `hf auth login`, must name a token that may write there." if status in (401, 403) else ""
-        raise UploadError(f"{constants.ENDPOINT} refused the upload to {repo_id}: {error}{hint}") from error
+        raise UploadError(f"{constants.ENDPOINT} refused the upload to {repo_id}: {one_line(error)}{hint}") from error
     except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
-        raise UploadError(f"{repo_id}: the upload failed: {type(error).__name__}: {error}") from error
+        raise UploadError(f"{repo_id}: the upload failed: {type(error).__name__}: {one_line(error)}") from error
     return str(commit.commit_url)

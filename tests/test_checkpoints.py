@@ -17,6 +17,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from internimage import CheckpointError, hub
+from internimage.cli import main
 from internimage.models import PUBLISHED, InternImage, checkpoints
 from internimage.models.containers import Entry
 
@@ -274,6 +275,60 @@ def test_one_difference_is_an_error_and_nothing_is_written(change, kind, weights
     message = assert_refused(new(), source, "nothing was loaded. 1 differences:")
     assert f"\n  {line}" in message
     assert ("the state dict" if kind == "in memory" else str(source)) in message
+
+
+class OwnTensor(Tensor):
+    """What another library might hand over."""
+
+
+# tensors that are no plain numbers in memory, and what is said of them
+ODD = {
+    "sparse": (lambda t: t.to_sparse(), "sparse.*to_dense"),
+    "sparse rows": (lambda t: t.to_sparse_csr(), "sparse.*to_dense"),
+    "meta": (lambda t: t.to("meta"), "meta device.*no numbers"),
+    "nested": (lambda t: torch.nested.nested_tensor([t, t[:1]]), "nested"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "quantized.*dequantize"),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn.*float64, float32, bfloat16 or float16"),
+    "float8 of another kind": (lambda t: t.to(torch.float8_e5m2fnuz), "float8_e5m2fnuz"),
+    "complex": (lambda t: t.to(torch.complex64), "complex64"),
+    "whole numbers": (lambda t: t.to(torch.int8), "holds torch.int8"),
+    "of a class of its own": (lambda t: t.as_subclass(OwnTensor), "OwnTensor"),
+    "without shape": (lambda t: torch.nn.UninitializedParameter(), "UninitializedParameter"),
+    "empty": (lambda t: t[:0], r"is \(0, 16\) in the file"),
+    "scalar": (lambda t: t.sum(), r"is \(\) in the file"),
+}
+ODD_IN_A_FILE = [kind for kind in ODD if kind not in ("nested", "of a class of its own", "without shape")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind, where", [(k, "in memory") for k in ODD] + [(k, "official") for k in ODD_IN_A_FILE])
+def test_tensor_that_holds_no_plain_numbers_is_named_and_nothing_is_written(kind, where, weights, tmp_path, capsys):
+    make, message = ODD[kind]
+    key = "levels.1.blocks.0.mlp.fc1.weight"
+    changed = {**weights, key: make(weights[key])}
+    if where == "in memory":
+        assert_refused(new(), changed, rf"{re.escape(key)}(?s:.*){message}")
+        return
+    torch.save(changed, tmp_path / "w.pth")
+    assert_refused(new(), tmp_path / "w.pth", rf"{re.escape(key)}(?s:.*){message}")
+    arguments = ["--model", "internimage_atto", "--model-kwargs", *(f"{k}={json.dumps(v)}" for k, v in SCALED.items())]
+    assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "out"), *arguments]) == 2
+    assert key in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["optimizer", "neck.conv.weight"])
+def test_odd_tensor_beside_the_model_does_not_matter(key, weights, tmp_path):
+    beside = {f"backbone.{name}": value for name, value in weights.items()}
+    path = formats.save_torch(tmp_path / "w.pth", {"state_dict": {**beside, key: torch.ones(2).to_sparse()}})
+    model = new()
+    model.load_pretrained(path)
+    assert_equal(model.state_dict(), weights)
+
+
+def test_parameters_are_plain_tensors(weights):
+    model = new()
+    model.load_pretrained({key: torch.nn.Parameter(v) if v.is_floating_point() else v for key, v in weights.items()})
+    assert_equal(model.state_dict(), weights)
 
 
 @pytest.mark.parametrize("kind", ["official", "ours"])
@@ -613,6 +668,7 @@ def test_offline_with_an_empty_cache_says_what_to_set(offline, tmp_path):
         create(name=TINY, cache_dir=str(tmp_path))
     for part in (TINY_REPO, "HF_HUB_OFFLINE", "HF_ENDPOINT", "pretrained_cfg_overlay=dict(file=PATH)", TINY_PTH):
         assert part in str(error.value)
+    assert "--checkpoint FILE" in str(error.value)  # the command line's words for the same
 
 
 def test_offline_from_the_cache(offline, tmp_path, monkeypatch):

@@ -185,6 +185,23 @@ def test_hub_sources(local_hub, weights, tmp_path, monkeypatch):
 # ---- types, shards, room
 
 
+def test_sources_that_are_none(weights, tmp_path, capsys, local_hub):
+    path = formats.write("official", tmp_path / "w", weights)
+    assert "the source is empty" in fails(capsys, "convert", "", tmp_path / "out")
+    err = fails(capsys, "convert", "internimage_tiny", tmp_path / "out")
+    assert "did you mean internimage_tiny.ogvl_in1k?" in err
+    assert "did you mean internimage_base.ogvl_in1k" in fails(
+        capsys, "convert", "internimage_bass.ogvl", tmp_path / "o"
+    )
+    model = ["--model", "internimage_atto", "--model-kwargs"]
+    for odd in ("device=cuda", "pretrained=true", "cache_dir=/x", "pretrained_cfg_overlay={file: /x}"):
+        err = fails(capsys, "convert", path, tmp_path / "out", *model, odd)
+        assert f"'{odd.partition('=')[0]}' is no argument of a model" in err
+    err = fails(capsys, "convert", path, tmp_path / "out", *model, "channels=1e9", "depths=[1,1,1,1]")
+    assert "channels must be a whole number" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() and local_hub.requests == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype(dtype, weights, tmp_path):
     path = formats.write("official", tmp_path, weights)
@@ -581,6 +598,30 @@ def test_push_without_the_right(folder, local_hub, capsys, monkeypatch):
     assert local_hub.repositories == {}
 
 
+NO_REPOSITORIES = [
+    "a", "a/", "/a", "a/b/c", "a b/c", "../a", "me/..", "a//b", "me/mine@v1", "me/" + "x" * 100, "", "-a/b",
+]  # fmt: skip
+NO_BRANCHES = [
+    "", " ", "a b", "a..b", "-a", "/a", "a/", "a.lock", "a~1", "a:b", "a*", "@", "a@{1}", "a//b", ".a", "a\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "push"])
+def test_names_are_checked_before_anything_is_done(dry, folder, local_hub, capsys):
+    for name in NO_REPOSITORIES:
+        err = fails(capsys, "push", *dry, "--", folder, name)
+        assert f"'{name}' is no name for a repository: it must be OWNER/NAME" in err
+    for branch in NO_BRANCHES:
+        err = fails(capsys, "push", folder, "me/mine", *dry, f"--revision={branch}")
+        assert f"'{branch}' is no name for a branch" in err
+    assert fails(capsys, "push", "no-such-folder", "a").count("no name for a repository") == 1
+    assert local_hub.requests == []
+    for revision in ("main", "v1.0", "feature/x", "refs/pr/1", None):
+        hub.check_repository("me/mine", revision)
+    with pytest.raises(hub.BadName, match="OWNER/NAME"):
+        hub.push(folder, "a/b/c", [])
+
+
 def test_folder_that_is_not_whole_is_not_pushed(folder, local_hub, capsys, tmp_path):
     files = check_folder(folder)
     shard = next(file for file in files if "00002-of" in file)
@@ -592,7 +633,7 @@ def test_folder_that_is_not_whole_is_not_pushed(folder, local_hub, capsys, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     assert "does not fit the model" in fails(capsys, "push", folder, "me/mine")
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "nothing"}))
-    assert "builds no model" in fails(capsys, "push", folder, "me/mine")
+    assert "has an architecture 'nothing'" in fails(capsys, "push", folder, "me/mine")
     (folder / "config.json").unlink()
     assert "no folder with timm's config.json" in fails(capsys, "push", folder, "me/mine")
     assert local_hub.requests == []

@@ -267,10 +267,10 @@ def test_cut_connection_is_resumed_or_begun_again(ignore_range, local_hub, cache
 
 BROKEN = {
     "always cut": (Fault("/blobs/", cut=0, times=99), "downloading 'model.safetensors' failed"),
-    "shorter than it says": (Fault("/blobs/", short=100), "another size than announced, and no part of it was kept"),
+    "shorter than it says": (Fault("/blobs/", short=100), "another size than announced and has been deleted"),
     "longer than it says": (Fault("/resolve/", "HEAD", size=3000), "another size than announced"),
-    "damaged": (Fault("/blobs/", damage=5000), "'model.safetensors' came damaged and was removed.*SHA-256"),
-    "damaged header": (Fault("/blobs/", damage=30), "came damaged and was removed"),
+    "damaged": (Fault("/blobs/", damage=5000), "'model.safetensors' was corrupted and has been deleted.*SHA-256"),
+    "damaged header": (Fault("/blobs/", damage=30), "was corrupted and has been deleted"),
     "forbidden": (Fault("/blobs/", status=403), "403"),
     "bad token": (
         Fault("/resolve/", "HEAD", 99, 401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
@@ -300,7 +300,7 @@ def test_damaged_shard_leaves_the_others(local_hub, cache, weights, tmp_path):
     second = local_hub.repositories[TINY_REPO].commits.popitem()[1]["model-00002-of-00003.safetensors"]
     local_hub.add(TINY_REPO, folder)
     local_hub.faults = [Fault(second.etag, damage=50)]
-    with pytest.raises(hub.DownloadError, match="'model-00002-of-00003.safetensors' came damaged"):
+    with pytest.raises(hub.DownloadError, match="'model-00002-of-00003.safetensors' was corrupted"):
         create(cache)
     local_hub.requests.clear()
     assert_equal(create(cache).state_dict(), weights)
@@ -336,8 +336,17 @@ def test_no_network_says_what_to_set(local_hub, cache, weights, waits):
     with pytest.raises(hub.DownloadError) as error:
         create(cache)
     message = str(error.value)
-    for part in (TINY_REPO, TINY_PTH, HUB.url, str(cache), "pretrained_cfg_overlay=dict(file=PATH)", "HF_ENDPOINT"):
+    for part in (
+        TINY_REPO,
+        TINY_PTH,
+        HUB.url,
+        str(cache),
+        "pretrained_cfg_overlay=dict(file=PATH)",
+        "--checkpoint FILE",
+        "HF_ENDPOINT",
+    ):
         assert part in message
+    assert "\n" not in message and len(message.replace(str(cache), "")) < 650
     assert len(waits) <= 5, "one file's attempts are long enough to wait for"
     local_hub.start()
     create(cache)

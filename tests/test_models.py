@@ -5,6 +5,7 @@ import copy
 import re
 
 import golden
+import numpy as np
 import pytest
 import timm
 import torch
@@ -225,19 +226,82 @@ def test_dropout_before_the_classifier():
     assert not (model.eval().forward_head(features, pre_logits=True) == 0).any()
 
 
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (dict(depths=(1, 1, 1)), "depths and groups"),
-        (dict(post_norm=True, res_post_norm=True), "res_post_norm"),
-        (dict(stage3_post_norm_blocks=(3,)), "post_norm_blocks"),
-        (dict(groups=(1, 2, 4, 7)), "groups"),
-    ],
-    ids=["depths", "norms", "post-norms", "groups"],
-)
-def test_arguments_that_do_not_fit(arguments, named):
-    with pytest.raises(ValueError, match=named):
-        InternImage(**{**SMALL, **arguments})
+NAN, INF = float("nan"), float("inf")
+WRONG_ARGUMENTS = [
+    (dict(in_chans=0), "in_chans must be a whole number from 1"),
+    (dict(in_chans=3.0), "in_chans.*3.0"),
+    (dict(num_classes=-3), "num_classes must be a whole number from 0.*-3"),
+    (dict(num_classes="ten"), "num_classes.*'ten'"),
+    (dict(num_classes=True), "num_classes.*True"),
+    (dict(num_classes=10**12), "num_classes must be a whole number"),
+    (dict(channels=0), "channels must be a whole number from 2"),
+    (dict(channels=15, groups=(1, 1, 1, 1)), "channels must be even.*15"),
+    (dict(channels="16"), "channels.*'16'"),
+    (dict(channels=10**12), "channels must be a whole number from 2 to 8192"),
+    (dict(depths=(1, 1, 1)), "depths and groups must name four stages"),
+    (dict(depths=(0, 1, 3, 1)), "each of depths must be a whole number from 1"),
+    (dict(depths=(2, -1, 3, 1)), "each of depths.*-1"),
+    (dict(depths=(10**9, 1, 3, 1)), "each of depths must be a whole number from 1 to 1000"),
+    (dict(depths="2131"), "depths must be a sequence"),
+    (dict(depths=7), "depths must be a sequence"),
+    (dict(groups=(1, 2, 4, 7)), "groups must divide the channels of their stage: stage 4 has 128 channels and 7"),
+    (dict(groups=(0, 2, 4, 8)), "each of groups"),
+    (dict(groups=(1, 2, 4, None)), "each of groups.*None"),
+    (dict(mlp_ratio=0), "mlp_ratio must be a number above 0"),
+    (dict(mlp_ratio=-4.0), "mlp_ratio"),
+    (dict(mlp_ratio=NAN), "mlp_ratio.*nan"),
+    (dict(mlp_ratio=0.01), "mlp_ratio.*leaves a channel"),
+    (dict(mlp_ratio=10**400), "mlp_ratio"),
+    (dict(cls_scale=0.0), "cls_scale must be a number above 0"),
+    (dict(cls_scale="1.5"), "cls_scale.*'1.5'"),
+    (dict(layer_scale=NAN), "layer_scale must be None or a finite number"),
+    (dict(layer_scale="small"), "layer_scale.*'small'"),
+    (dict(offset_scale=NAN), "offset_scale must be a finite number"),
+    (dict(offset_scale=INF), "offset_scale.*inf"),
+    (dict(offset_scale=None), "offset_scale.*None"),
+    (dict(post_norm=True, res_post_norm=True), "post_norm and res_post_norm exclude each other"),
+    (dict(post_norm="yes"), "post_norm must be true or false.*'yes'"),
+    (dict(attentive_head=[]), "attentive_head must be true or false"),
+    (dict(dw_kernel_size=0), "dw_kernel_size.*from 1"),
+    (dict(dw_kernel_size=4), "dw_kernel_size 4 cannot be centred"),
+    (dict(dw_kernel_size=10**9 + 1), "dw_kernel_size.*to 255"),
+    (dict(stage3_post_norm_blocks=(3,)), "stage3_post_norm_blocks must be a whole number from 0 to 2"),
+    (dict(stage3_post_norm_blocks="02"), "stage3_post_norm_blocks must be a sequence"),
+    (dict(act_layer="nope"), "act_layer must be timm's name of an activation, such as 'gelu', got 'nope'"),
+    (dict(act_layer=""), "act_layer"),
+    (dict(act_layer=5), "act_layer.*5"),
+    (dict(act_layer=["gelu"]), "act_layer"),
+    (dict(drop_rate=1.5), "drop_rate must be a number from 0 to 1, got 1.5"),
+    (dict(drop_rate=-0.1), "drop_rate"),
+    (dict(drop_rate=NAN), "drop_rate"),
+    (dict(drop_path_rate=2), "drop_path_rate must be a number from 0 to 1, got 2"),
+    (dict(drop_path_rate="0.1"), "drop_path_rate"),
+    (dict(global_pool=5), "global_pool must be one of"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_ARGUMENTS, ids=lambda value: str(value)[:40])
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        InternImage(**{**SMALL, **arguments, "device": "meta"})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_arguments_in_other_types_of_numbers():
+    model = InternImage(
+        in_chans=np.int64(1), num_classes=np.int32(3), channels=np.int64(16), depths=[1, 1, np.int64(1), 1],
+        groups=np.array([1, 2, 4, 8]), mlp_ratio=np.float32(2), drop_rate=0, layer_scale=1, act_layer=nn.SiLU,
+        center_feature_scale=1,
+    )  # fmt: skip
+    assert model(image(32, 32)[:, :1]).shape == (2, 3)
+
+
+@pytest.mark.parametrize("num_classes", [-1, "ten", 2.5, None])
+def test_new_classifier_of_an_impossible_size(num_classes):
+    model = build(SMALL)
+    with pytest.raises(ValueError, match="num_classes must be a whole number"):
+        model.reset_classifier(num_classes)
+    assert model(image(32, 32)).shape == (2, 10)  # the model is as it was
 
 
 # ---- features

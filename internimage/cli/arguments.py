@@ -31,6 +31,10 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict, torch.de
     """Model, preprocessing, device and dtype from `add_model_arguments`."""
     device = pick_device(arguments.device)
     model = create_model(
-        arguments.model, arguments.checkpoint, num_classes=arguments.num_classes, use_ema=arguments.use_ema
+        arguments.model,
+        arguments.checkpoint,
+        num_classes=arguments.num_classes,
+        use_ema=arguments.use_ema,
+        img_size=arguments.img_size,
     )
     return model, data_config(model, arguments.img_size, arguments.crop_pct), device, DTYPES[arguments.dtype]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..hub import push
+from ..hub import check_repository, push
 from ..models.convert import CARD, check_folder
 
 HELP = "Upload a folder that convert has written to the Hub."
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_repository(arguments.repository, arguments.revision)
     folder = Path(arguments.folder).expanduser()
     files = check_folder(folder)
     if CARD not in files:

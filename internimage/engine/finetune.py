@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..files import WriteError
-from .config import ConfigError
 from .data import DataError, class_names, find_split, open_dataset
 from .distributed import World, join, leave
 from .model import create_model, data_config, pick_device
@@ -68,21 +67,16 @@ def save_model(
 
 
 def _create_model(config: FinetuneConfig, names: list[str]) -> nn.Module:
-    kwargs = {"head_from_22k": names} if config.head_from_22k else {}
-    try:
-        return create_model(
-            config.model,
-            config.checkpoint,
-            pretrained=config.pretrained,
-            num_classes=len(names),
-            in_chans=config.in_chans,
-            drop_path_rate=config.drop_path,
-            **kwargs,
-        )
-    except TypeError as error:
-        if "head_from_22k" not in str(error):
-            raise
-        raise ConfigError(f"'head_from_22k' is for InternImage models, which '{config.model}' is not") from error
+    return create_model(
+        config.model,
+        config.checkpoint,
+        pretrained=config.pretrained,
+        num_classes=len(names),
+        img_size=config.img_size,
+        in_chans=config.in_chans,
+        drop_path_rate=config.drop_path or None,  # 0 is also for models that have no such argument
+        head_from_22k=names if config.head_from_22k else None,
+    )
 
 
 def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str]]:

@@ -2,18 +2,32 @@
 """A model for a command: by name, from a folder, or with a file of weights."""
 
 import difflib
+import logging
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.models import clean_state_dict
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import UserError
-from ..models.backbone import check_fusable
+from .. import hub
+from ..errors import CheckpointError, UserError, one_line, some
+from ..models.arguments import check_num_classes, check_whole_number, is_number
+from ..models.backbone import InternImage, check_fusable
 from ..models.checkpoints import count_classes
+from ..models.containers import existing_path, open_checkpoint
+from ..models.model_config import CONFIG, LARGEST_SIDE, ModelConfig, has_model_config, is_ours, read_model_config
+
+_logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# how building a model fails for a user's mistake; others of timm's have no checks of their own, and fail in any way
+_FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
+_FOREIGN_FAILURES = (*_FAILURES, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError)
 
 
 class ModelError(UserError, ValueError):
@@ -31,55 +45,205 @@ def create_model(
     pretrained: bool = True,
     num_classes: int | None = None,
     use_ema: bool = False,
+    img_size: int | None = None,
     **kwargs,
 ) -> nn.Module:
     """`timm.create_model` with a command's conveniences.
 
     Args:
         name: `internimage_SIZE[.TAG]`, any other timm name, `hf-hub:REPO`, `local-dir:FOLDER`, or a folder that
-            `finetune` has written.
-        checkpoint: File or folder of weights for the architecture `name`. Its own number of classes is taken unless
-            `num_classes` says otherwise.
+            `finetune` or `convert` has written.
+        checkpoint: Weights for the architecture `name`. Of a folder with timm's config.json, everything is taken: the
+            arguments of the model, image size, labels and preprocessing, as if `name` were that folder. Of a file, the
+            weights alone and their number of classes, unless `num_classes` says otherwise.
         pretrained: Load the weights that `name` stands for.
         num_classes: Instead of the weights' own.
         use_ema: Of a checkpoint that has averaged weights beside the others, take those.
+        img_size: Image side, for models that are built for one size, such as ViTs. Others do without;
+            `data_config(model, img_size)` checks both.
         kwargs: For `timm.create_model`.
 
     Raises:
-        ModelError: There is no such model; the message has the nearest names.
-        internimage.CheckpointError: The weights cannot be read or do not fit.
+        ModelError: There is no such model, the message has the nearest names; or it cannot be built.
+        internimage.CheckpointError: The weights, or the config.json beside them, cannot be read or do not fit.
     """
-    if ":" not in name and (Path(name) / "config.json").is_file():
-        name = f"local-dir:{name}"
-    if ":" not in name and not timm.is_model(name):
-        if Path(name).is_dir():
-            raise ModelError(f"the folder '{name}' has no config.json, so it is not a model that finetune has written")
-        names = timm.list_models(include_tags=True) if not name.startswith("intern") else []
-        near = difflib.get_close_matches(name, known_models() + names, n=3, cutoff=0.5)
-        instead = (
-            f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(timm.list_models('internim*'))}"
-        )
-        raise ModelError(f"there is no model '{name}'; {instead}")
-    if use_ema:
-        kwargs["use_ema"] = True
+    name, config = _find(name, kwargs.get("cache_dir"))
+    architecture = name.partition(".")[0] if config is None else config.architecture
     if checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = dict(file=str(checkpoint), source="")
-        if num_classes is None:
-            num_classes = count_classes(checkpoint, use_ema)
-            kwargs["pretrained_cfg_overlay"]["num_classes"] = num_classes
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
+        path = _existing_checkpoint(checkpoint)
+        if path.is_dir() and has_model_config(path):
+            config, asked = read_model_config(path), architecture
+            if config.architecture != asked:
+                raise ModelError(
+                    f"the checkpoint '{checkpoint}' is of the architecture '{config.architecture}', and the model "
+                    f"'{name}' is of '{asked}': name '{config.architecture}', or the folder itself, as the model"
+                )
+            name, checkpoint, pretrained = f"local-dir:{path}", None, True
+        elif has_model_config(path.parent) and path.name in hub.WEIGHT_FILES:
+            _logger.warning(
+                "'%s' is read without the %s beside it: name the folder to take image size and labels from there",
+                checkpoint, CONFIG,
+            )  # fmt: skip
+    ours = is_ours(architecture)
+    if not ours and kwargs.get("head_from_22k"):
+        raise ModelError(f"'head_from_22k' is for InternImage models, which '{name}' is not")
+    _check_img_size(img_size)
     try:
+        if num_classes is not None:
+            check_num_classes(num_classes)  # some models take any number, and fail later
+            kwargs["num_classes"] = num_classes
+        if not ours:
+            return _create_foreign(name, config, checkpoint, pretrained, use_ema, img_size, kwargs)
+        if use_ema:
+            kwargs["use_ema"] = True
+        if checkpoint is not None:
+            kwargs["pretrained_cfg_overlay"] = dict(file=str(checkpoint), source="")
+            if num_classes is None:
+                kwargs["num_classes"] = count_classes(checkpoint, use_ema)
+                kwargs["pretrained_cfg_overlay"]["num_classes"] = kwargs["num_classes"]
         return timm.create_model(name, pretrained=pretrained or checkpoint is not None, **kwargs)
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
-        if isinstance(error, UserError):
+    except UserError:
+        raise
+    except _FOREIGN_FAILURES as error:
+        if ours and not isinstance(error, _FAILURES):
             raise
-        raise ModelError(f"cannot create '{name}': {error}") from error
-    except KeyError as error:  # timm, reading a config.json of transformers
-        raise ModelError(
-            f"cannot create '{name}': its config.json is not timm's (it has no {error}). Official weights load by "
-            f"their names here, such as internimage_tiny.ogvl_in1k"
-        ) from error
+        size = f" for images of {img_size} x {img_size}" if "img_size" in kwargs else ""
+        raise ModelError(f"cannot create '{name}'{size}: {_reason(error)}") from error
+
+
+def _find(name: str, cache_dir: str | None) -> tuple[str, ModelConfig | None]:
+    """timm's name for what a user names, and the config.json that comes with it; None without one."""
+    if not name:
+        raise ModelError(f"the name of the model is empty; ours are {', '.join(timm.list_models('internim*'))}")
+    source, colon, rest = name.partition(":")
+    if not colon and (Path(name) / CONFIG).exists():
+        source, colon, rest = "local-dir", ":", name
+    if colon and source.lower() == "local-dir" and rest:
+        if not Path(rest).is_dir():
+            raise ModelError(f"there is no folder '{rest}'")
+        return f"local-dir:{rest}", read_model_config(rest)
+    if colon and source.lower() in ("hf-hub", "hf_hub") and rest:
+        return name, read_model_config(hub.download(rest, (CONFIG,), cache_dir).parent)
+    if colon:
+        raise ModelError(f"there is no model '{name}': a name with a colon is hf-hub:OWNER/NAME or local-dir:FOLDER")
+    if timm.is_model(name):
+        return name, None
+    if Path(name).is_dir():
+        raise ModelError(f"the folder '{name}' has no {CONFIG}, so it is not a model that finetune has written")
+    names = timm.list_models(include_tags=True) if not name.startswith("intern") else []
+    near = difflib.get_close_matches(name, known_models() + names, n=3, cutoff=0.5)
+    instead = f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(timm.list_models('internim*'))}"
+    raise ModelError(f"there is no model '{name}'; {instead}")
+
+
+def _existing_checkpoint(checkpoint: str | Path) -> Path:
+    if not str(checkpoint):  # as a path, that would be this folder
+        raise ModelError("the path of the checkpoint is empty")
+    return existing_path(checkpoint)
+
+
+def _reason(error: BaseException) -> str:
+    """Why timm could not build a model, in a user's terms."""
+    text = one_line(error)
+    if "weights_only" in text:  # advice for programmers, and to let the file run code
+        return "its weights are a pickle that holds something else than data, and nothing else is unpickled"
+    if isinstance(error, hub.LocalEntryNotFoundError):
+        where = f"from {hub.constants.ENDPOINT}, nor found in the cache"
+        return f"its weights could not be downloaded {where}; use {hub.OWN_FILE}"
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+        argument = text.rpartition("unexpected keyword argument ")[2]
+        return f"it does not take the argument {argument}"
+    return text
+
+
+# ---- models of timm's that are not ours
+
+
+def _create_foreign(
+    name: str,
+    config: ModelConfig | None,
+    checkpoint: str | Path | None,
+    pretrained: bool,
+    use_ema: bool,
+    img_size: int | None,
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    """A timm model that is not ours, with local weights read by our reader: timm's would pass on torch's advice."""
+    registered = timm.get_pretrained_cfg(name) if config is None else None
+    cfg = config.pretrained_cfg if config is not None else registered.to_dict() if registered is not None else {}
+    if img_size is not None and (cfg.get("fixed_input_size") or "img_size" in getattr(config, "model_args", {})):
+        kwargs["img_size"] = img_size
+    folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else None
+    weights = checkpoint or (folder if pretrained else None)
+    if weights is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    entries = open_checkpoint(weights, use_ema)
+    odd = next((f"{key}' is {entry.problem}" for key, entry in entries.items() if entry.problem), None)
+    if odd:
+        raise CheckpointError(f"'{weights}' cannot be used, and nothing was loaded: its tensor '{odd}")
+    entries = clean_state_dict(entries)  # of the prefixes that parallel and compiled training leaves
+    overlay = dict(state_dict={key: entry.read() for key, entry in entries.items()}, source="", custom_load=False)
+    classifier = cfg.get("classifier")
+    first = classifier[0] if isinstance(classifier, (list, tuple)) and classifier else classifier
+    head = entries.get(f"{first}.weight")
+    asked = kwargs.pop("num_classes", None)
+    in_file = head.shape[0] if head is not None and head.shape else asked
+    if in_file is not None:
+        # the weights' own number first, as timm compares nothing at all where another is asked for
+        kwargs["num_classes"] = overlay["num_classes"] = in_file
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        detail = one_line(RuntimeError(str(error).partition("\n")[2]))
+        hint = "; it holds an InternImage" if any(key.endswith(".dcn.offset.weight") for key in entries) else ""
+        raise CheckpointError(f"'{weights}' does not fit '{name}'; nothing was loaded{hint}: {detail}") from error
+    model.pretrained_cfg.pop("state_dict", None)
+    if asked is not None and asked != in_file:
+        model.reset_classifier(asked)
+        _logger.warning(
+            "'%s' has %d classes and %d were asked for: the classifier is new and untrained", weights, in_file, asked
+        )
+    return model
+
+
+# ---- what a model takes
+
+
+def _check_img_size(img_size: int | None) -> None:
+    try:
+        if img_size is not None:
+            check_whole_number("the image size", img_size, 1, LARGEST_SIDE)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _check_takes(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Run a model on an image of a size that it may not take; on tensors without numbers, which cost nothing.
+
+    Raises:
+        ModelError: It does not take the size.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            try:
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    model(torch.zeros(1, *input_size))
+                return
+            except Exception as error:  # of the model, or because it does what cannot be done without numbers
+                _logger.debug("%s: %s", type(model).__name__, error)
+            model(torch.zeros(1, *input_size))
+    except _FOREIGN_FAILURES as error:
+        height, width = input_size[1:]
+        own = getattr(model, "pretrained_cfg", {}).get("input_size")
+        instead = f"; it was made for {own[1]} x {own[2]}" if own and tuple(own[1:]) != (height, width) else ""
+        raise ModelError(f"the model does not take images of {height} x {width}{instead}: {one_line(error)}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict:
@@ -88,8 +252,11 @@ def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float |
     A model of one channel reads grey images, normalised by the mean of the three channels' means.
 
     Raises:
-        ModelError: It does not, or takes neither one channel nor three.
+        ModelError: It does not, or takes neither one channel nor three, or an override is out of range.
     """
+    _check_img_size(img_size)
+    if crop_pct is not None and not (is_number(crop_pct) and 0 < crop_pct <= 2):  # timm takes 0 as not given
+        raise ModelError(f"the share of the image that is kept must be above 0, at most 2, got {crop_pct}")
     config = resolve_data_config({"crop_pct": crop_pct}, model=model)
     channels = getattr(model, "in_chans", 3)
     if channels not in (1, 3):
@@ -104,6 +271,8 @@ def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float |
             check_fusable(torch.empty(1, *config["input_size"], device="meta"))
         except ValueError as error:
             raise ModelError(str(error)) from error
+    if not isinstance(model, InternImage):
+        _check_takes(model, config["input_size"])
     return config
 
 
@@ -116,18 +285,33 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
+    there = _devices()
+    if name == "cpu:0":  # what torch takes too, and then calls another device than cpu
+        name = "cpu"
+    if name not in there:
+        raise ModelError(f"there is no device '{name}' here; there {'is' if len(there) == 1 else 'are'} {some(there)}")
+    device = torch.device(name)
     try:
-        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"device '{name}' cannot be used here: {one_line(error, 200)}") from error
     return device
+
+
+def _devices() -> list[str]:
+    """The names of all devices that can be asked for."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator().type
+    return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
 def label_names(model: nn.Module) -> list[str]:
     """A readable name of every class: those saved with the weights, ImageNet's, or the indices."""
     cfg = getattr(model, "pretrained_cfg", {})
     names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    if isinstance(names, dict):  # index -> name, as timm takes it where some classes have none
+        names = [names.get(i, names.get(str(i), str(i))) for i in range(model.num_classes)]
     if names and len(names) == model.num_classes:
         return [descriptions.get(name, name) for name in names]
     subset = infer_imagenet_subset(model)

@@ -17,6 +17,7 @@ from ..layers.dcn import DCNv3
 from ..layers.format import create_norm
 from ..layers.pool import AttentivePool
 from . import checkpoints
+from .arguments import check_arguments, check_num_classes
 from .blocks import Block, Stage, Stem
 
 __all__ = ["InternImage"]
@@ -82,7 +83,7 @@ class InternImage(nn.Module):
         (N, in_chans, H, W) -> (N, num_classes), any H and W (see above for the attentive head).
 
     Raises:
-        ValueError: Arguments that do not fit each other; the message names them.
+        ValueError: An argument is out of range or does not fit another; the message names it.
     """
 
     def __init__(
@@ -112,8 +113,27 @@ class InternImage(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if len(depths) != 4 or len(groups) != 4:
-            raise ValueError(f"depths and groups must name four stages, got {depths} and {groups}")
+        check_arguments(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            channels=channels,
+            depths=depths,
+            groups=groups,
+            mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale,
+            offset_scale=offset_scale,
+            dw_kernel_size=dw_kernel_size,
+            stage3_post_norm_blocks=stage3_post_norm_blocks,
+            cls_scale=cls_scale,
+            act_layer=act_layer,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            post_norm=post_norm,
+            res_post_norm=res_post_norm,
+            center_feature_scale=center_feature_scale,
+            remove_center=remove_center,
+            attentive_head=attentive_head,
+        )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.fuses_stages = attentive_head  # forward_features joins stages 3 and 4
@@ -170,6 +190,7 @@ class InternImage(nn.Module):
 
     def _set_head(self, num_classes: int, global_pool: str | None, device=None, dtype=None) -> None:
         """Pooling and classifier; sets `head_hidden_size`."""
+        check_num_classes(num_classes)
         if global_pool is None:
             global_pool = "attn" if self.attentive else "avg"
         pools = ("attn", "") if self.attentive else ("avg", "max", "avgmax", "catavgmax", "")
@@ -292,6 +313,9 @@ class InternImage(nn.Module):
             num_classes: Classes of the new classifier; 0 leaves it out.
             global_pool: As for the constructor. None keeps the pooling, except that a classifier on an unpooled map
                 brings the model's default pooling back.
+
+        Raises:
+            ValueError: As the constructor.
         """
         kept = "attn" if self.attend else self.global_pool.pool_type
         if global_pool is None and (kept or num_classes == 0):

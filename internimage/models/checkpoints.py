@@ -24,6 +24,7 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor
 
 from ..errors import CheckpointError, some
+from ..ops.arguments import FLOATING
 from . import imagenet22k
 from .containers import Entry, from_state_dict, open_checkpoint
 
@@ -168,6 +169,7 @@ def match(
         _reduce_head(model.num_classes, synsets, origin, found)
     _drop_head(model, origin, found, expected, cfg, backbone_only)
     _adapt_first_conv(model.in_chans, (cfg.get("input_size") or (3,))[0], origin, found)
+    _check_plain(found, expected, origin)
     differences = _differences(found, expected)
     differences += [
         f"dtype: {key} holds {found[key].dtype} in the file, and numbers of a {value.dtype} are needed"
@@ -183,6 +185,23 @@ def match(
             f"{listed}{more}{hint}"
         )
     return origin, {key: found[key] for key in target if key in found}
+
+
+def _check_plain(found: dict[str, Entry], expected: Iterable[str], origin: str) -> None:
+    """Refuse tensors that cannot be read as numbers, or whose numbers are no weights.
+
+    float8 is among them: such weights go with scales, which no InternImage checkpoint has.
+    """
+    for key in expected:
+        entry = found.get(key)
+        if entry is None:
+            continue
+        problem = entry.problem
+        if not problem and entry.dtype not in FLOATING and (entry.dtype.is_floating_point or entry.dtype.is_complex):
+            name = str(entry.dtype).removeprefix("torch.")
+            problem = f"{name}; weights are float64, float32, bfloat16 or float16"
+        if problem:
+            raise CheckpointError(f"{origin} cannot be used, and nothing was loaded: its tensor '{key}' is {problem}")
 
 
 def _is_odd(tensor: Tensor) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-from ..errors import CheckpointError, some
+from ..errors import CheckpointError, one_line, some
 from ..hub import INDEX_SUFFIX, weight_map
 from .pickles import is_mappable, load_pickle
 from .safetensors_file import DTYPES, positions, read_tensor
@@ -31,6 +32,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    problem: str = ""  # what it is instead of plain numbers in memory; `read` must not be called then
 
 
 def existing_path(path: str | Path) -> Path:
@@ -65,7 +67,24 @@ def from_state_dict(data: object, origin: str = "the state dict", use_ema: bool 
 
 
 def _entry(tensor: Tensor, read: Callable[[], Tensor]) -> Entry:
-    return Entry(tuple(tensor.shape), tensor.dtype, read)
+    problem = _problem(tensor)
+    shapeless = tensor.is_nested or isinstance(tensor, UninitializedTensorMixin)  # asking either for it raises
+    return Entry(() if shapeless else tuple(tensor.shape), tensor.dtype, read, problem)
+
+
+def _problem(tensor: Tensor) -> str:
+    """What a tensor is, if not plain numbers in memory; checked before any is read, as reading fails half way."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}, not a plain torch.Tensor"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_quantized:
+        return "quantized; save it after .dequantize()"
+    if tensor.layout != torch.strided:
+        return f"sparse ({str(tensor.layout).removeprefix('torch.')}); save it after .to_dense()"
+    if tensor.is_meta:
+        return "on the meta device, so it holds no numbers"
+    return ""
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -167,6 +186,8 @@ def _open_shards(index: Path, use_ema: bool) -> dict[str, Entry]:
 
 def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
     """By content, not by name: a safetensors file called .bin opens as what it is."""
+    if not path.is_file():  # opening a pipe would wait for its writer forever
+        raise CheckpointError(f"'{path}' is not a regular file")
     with path.open("rb") as file:
         start = file.read(64)
     # before the pickles: the size of a header, which stands first, may begin like one of them
@@ -192,7 +213,7 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         slices = {key: file.get_slice(key) for key in file.keys()}
         place = positions(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is damaged or truncated: {error}") from error
+        raise CheckpointError(f"'{path}' is damaged or truncated: {one_line(error)}") from error
     odd = {part.get_dtype() for part in slices.values()} - set(DTYPES)
     if odd:
         raise CheckpointError(f"'{path}' has tensors of {some(odd)}, which are no weights of this package")

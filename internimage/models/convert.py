@@ -23,11 +23,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from .. import hub
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 from . import checkpoints
 from .card import model_card
 from .containers import Entry, open_checkpoint
-from .identify import CONFIG, ConvertError, find_source, is_timm_folder, model_of
+from .identify import ConvertError, find_source, model_of
+from .model_config import CONFIG, has_model_config, read_model_config
 from .safetensors_file import nbytes, write_safetensors
 
 _logger = logging.getLogger(__name__)
@@ -253,12 +254,15 @@ def check_folder(folder: str | Path) -> list[str]:
         CheckpointError: Its configuration and its weights do not belong together, or some of them are missing.
     """
     folder = Path(folder).expanduser()
-    if not is_timm_folder(folder):
+    if not folder.is_dir() or not has_model_config(folder):
         raise CheckpointError(f"'{folder}' is no folder with timm's {CONFIG}; `internimage convert` makes one")
+    config = read_model_config(folder)
+    if not config.ours:
+        raise CheckpointError(f"'{folder}' is of the architecture '{config.architecture}', which is no InternImage")
     try:
         model = timm.create_model(f"local-dir:{folder}", device="meta")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"the {CONFIG} of '{folder}' builds no model: {error}") from error
+        raise CheckpointError(f"the {CONFIG} of '{folder}' builds no model: {one_line(error)}") from error
     entries = open_checkpoint(folder)
     checkpoints.match(model, folder, backbone_only=not checkpoints.has_head(entries))
     index = folder / f"{WEIGHTS}{hub.INDEX_SUFFIX}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which weights are meant, and which model they belong to."""
 
-import json
+import difflib
 import logging
 import re
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ import timm
 from torch import nn
 
 from .. import hub
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import checkpoints
 from .imagenet22k import imagenet_1k
+from .model_config import CONFIG, NOT_OF_A_MODEL, ModelConfigError, has_model_config, is_ours, read_model_config
 from .published import PUBLISHED, Published
 from .sources import resolve_source
 
 _logger = logging.getLogger(__name__)
 
-CONFIG = "config.json"
 _REPOSITORY = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(@[^/\s]+)?(?:/(.+))?")
 
 
@@ -50,6 +50,8 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
         FileNotFoundError: It is none of these.
         internimage.hub.DownloadError: It could not be downloaded.
     """
+    if not source:  # as a path, that would be this folder
+        raise ConvertError("the source is empty; it must be a file, a folder, a released name or OWNER/NAME of the Hub")
     path = Path(source).expanduser()
     if path.exists():
         known = next((name for name, item in PUBLISHED.items() if item.pth == path.name), None)
@@ -60,8 +62,10 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
         return Source(path, _on_the_hub(path, source), source, PUBLISHED[source])
     match = _REPOSITORY.fullmatch(source)
     if match is None or source.startswith(("/", "./", "../")):
-        near = f"; released models are {', '.join(PUBLISHED)}" if source.startswith("internimage_") else ""
-        raise FileNotFoundError(f"no weights at '{source}', and it is no OWNER/NAME of the Hub{near}")
+        near = [name for name in PUBLISHED if name.startswith(f"{source}.")]
+        near = near or difflib.get_close_matches(source, PUBLISHED, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise FileNotFoundError(f"no weights at '{source}', and it is no OWNER/NAME of the Hub{hint}")
     repo_id, revision, file = match.groups()
     try:
         path = hub.download(repo_id + (revision or ""), (file,) if file else hub.WEIGHT_FILES, cache_dir)
@@ -103,11 +107,14 @@ def model_of(
         ConvertError: It is of no released size and no name was given, or cannot be built.
         CheckpointError: The weights cannot be read.
     """
+    odd = [key for key in model_kwargs if key in NOT_OF_A_MODEL]
+    if odd:
+        raise ConvertError(f"'{odd[0]}' is no argument of a model")
     shapes = checkpoints.describe(source.path, use_ema)
     kwargs: dict[str, Any] = {"device": "meta", **model_kwargs}
-    folder = source.path if source.path.is_dir() else source.path.parent
-    if name is None and source.model is None and is_timm_folder(folder):
-        name = f"local-dir:{folder}"
+    described = _described(source.path) if name is None and source.model is None else None
+    if described is not None:
+        name = f"local-dir:{described}"
     else:
         name = name or source.model or _guess(shapes, source.path)
         first, classifier = shapes.get("patch_embed.conv1.weight"), shapes.get("head.weight")
@@ -118,21 +125,36 @@ def model_of(
             kwargs.setdefault("layer_scale", _layer_scale(name))
     if reduce_head:
         kwargs["num_classes"] = len(imagenet_1k())
+    architecture = name if described is None else read_model_config(described).architecture
+    if timm.is_model(architecture) and not is_ours(architecture):
+        raise ConvertError(f"'{name}' is of the architecture '{architecture}'; only InternImage can be converted")
     try:
         model = timm.create_model(name, **kwargs)
     except UserError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ConvertError(f"cannot build '{name}' with {kwargs}: {error}") from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        given = {key: value for key, value in kwargs.items() if key != "device"}
+        raise ConvertError(f"cannot build '{name}' with {given}: {one_line(error)}") from error
     return model, not checkpoints.has_head(shapes)
 
 
-def is_timm_folder(folder: Path) -> bool:
-    """Whether a folder's config.json is timm's; that of transformers is another."""
+def _described(source: Path) -> Path | None:
+    """The folder with a timm config.json that a source is, or stands in; that of transformers is another.
+
+    Raises:
+        ModelConfigError: The source is a folder whose config.json is damaged.
+    """
+    folder = source if source.is_dir() else source.parent
     try:
-        return "architecture" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        if not has_model_config(folder):
+            return None
+        read_model_config(folder)
+    except ModelConfigError as error:
+        if source.is_dir():
+            raise
+        _logger.warning("%s; it was left out, as a file of weights was named", error)
+        return None
+    return folder
 
 
 def _layer_scale(name: str) -> float:

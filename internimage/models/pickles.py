@@ -13,7 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ _HARMLESS = re.compile(  # ours and torch's own, not worth naming in a refusal
     r"|torch\.(_utils|_tensor)\._rebuild\w+|torch\.serialization\._get_layout"
 )
 _ALLOW_LIST = threading.Lock()
+
+# what torch says of the first thing that it refuses
+_REFUSED = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)")
+_INSTRUCTION = re.compile(r"Unsupported operand (\d+)")
 
 
 def load_pickle(path: Path, mmap: bool) -> Any:
@@ -68,8 +72,48 @@ def is_mappable(path: Path) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return CheckpointError(f"'{path}' is damaged, truncated or no torch checkpoint: {reason}")
+    # not torch's own words: they advise programmers, and among other things to let a file run code
+    _logger.debug("'%s': %s: %s", path, type(error).__name__, error)
+    return CheckpointError(f"'{path}' is damaged, truncated or no torch checkpoint: {_damage(path, error)}")
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file that torch could not read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    with path.open("rb") as file:
+        archived = file.read(4) == b"PK\x03\x04"
+    if archived and not _is_zip(path):
+        return "the end of its ZIP archive is missing; compare its size with the original's"
+    if archived:
+        names = _names_in_zip(path)
+        if any(PurePosixPath(name).name == "constants.pkl" for name in names):
+            return "it is a TorchScript archive, which holds code; save the state_dict of the model alone"
+        if names and not any(PurePosixPath(name).name == "data.pkl" for name in names):
+            return "it is a ZIP archive, but written not by torch.save"
+        return f"its ZIP archive cannot be read ({type(error).__name__})"
+    text = str(error)
+    if "magic number" in text or "protocol version" in text:
+        return "it is a pickle, but written not by torch.save"
+    if isinstance(error, EOFError) or "unexpected EOF" in text:
+        return "it ends too early"
+    return f"its pickle cannot be read ({type(error).__name__})"
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except Exception:  # as in `is_mappable`
+        return False
+
+
+def _names_in_zip(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except Exception as error:  # only a message depends on it
+        _logger.debug("'%s': %s", path, error)
+        return []
 
 
 @contextmanager
@@ -88,14 +132,31 @@ def _only_allowed_globals() -> Iterator[None]:
 
 def _refusal(path: Path, error: Exception) -> str:
     odd = [name for name in _globals_of_pickle(path) if not _HARMLESS.fullmatch(name)]
-    if not odd:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
-        return f"'{path}' cannot be unpickled safely (torch can up to protocol 2), or is damaged: {reason}"
-    return (
-        f"'{path}' was refused: unpickling it would call {some(odd)}, and this package unpickles nothing but data. "
-        f"Nothing of it was run. If you trust its source, save its weights alone: "
-        f"safetensors.torch.save_file(state_dict, PATH)"
-    )
+    if odd:
+        return (
+            f"'{path}' was refused: unpickling it would call {some(odd)}, and this package unpickles nothing but data. "
+            f"Nothing of it was run. If you trust its source, save its weights alone: "
+            f"safetensors.torch.save_file(state_dict, PATH)"
+        )
+    refused = _REFUSED.search(str(error))
+    if refused:
+        return (
+            f"'{path}' was refused: it names '{refused[1]}', which is not among the data that this package unpickles; "
+            f"or it is damaged. Nothing of it was run"
+        )
+    reason = "its pickle is not one that torch.save writes"
+    unknown = _INSTRUCTION.search(str(error))
+    if unknown:
+        instruction = pickletools.code2op.get(chr(int(unknown[1])))
+        reason = f"its pickle has the unknown instruction {unknown[1]}"
+        if instruction is not None:
+            reason = f"its pickle has the instruction {instruction.name}, which torch.save does not write"
+            if instruction.proto > 2:
+                reason = (
+                    f"it was written with pickle protocol {instruction.proto}, of which torch cannot tell data from "
+                    f"code; save it again without another pickle_protocol, or with pickle_protocol=2"
+                )
+    return f"'{path}' cannot be unpickled safely, or is damaged: {reason}"
 
 
 def _globals_of_pickle(path: Path) -> list[str]:

@@ -39,7 +39,9 @@ def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = No
     if cfg.get("hf_hub_id"):
         return _download_tag(variant, cfg, cache_dir)
     name = f"{variant}.{cfg['tag']}" if cfg.get("tag") else variant
-    raise CheckpointError(f"no weights were released for '{name}'; use pretrained=False, or name a file of your own")
+    raise CheckpointError(
+        f"no weights were released for '{name}'; use {hub.OWN_FILE}, or pretrained=False to begin without weights"
+    )
 
 
 def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> Path:
@@ -59,4 +61,7 @@ def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> P
             cached_only = isinstance(error, hub.Unreachable)  # one attempt is long enough to wait for
             return hub.download(published.pth_source, (published.pth,), cache_dir, cached_only)
         except hub.DownloadError as second:
-            raise hub.DownloadError(f"{error}\nNor from the collected files: {second}") from second
+            collected = f"{published.pth} of {HUB_PTH_REPO}"
+            if isinstance(error, hub.Unreachable):
+                raise hub.DownloadError(f"{error} Nor is {collected} in the cache.") from second
+            raise hub.DownloadError(f"{error}; nor could {collected} be had: {second}") from second

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Checks of the model's arguments, before anything is allocated.
+
+They come from Python, from `--model-kwargs` and from a folder's config.json, so a wrong one can be of any type. The
+upper limits are far above any model in use; they are there because a mistyped number would fill the memory.
+"""
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from reprlib import repr  # shortens, so that a message stays a line whatever a file holds
+from typing import Any
+
+from timm.layers import get_act_layer
+
+MOST_CLASSES = 10_000_000
+_MOST_CHANNELS = 8192  # of the first stage; giant has 512
+_MOST_BLOCKS = 1000  # of a stage; giant has 48
+_MOST_IMAGE_CHANNELS = 65536
+_LARGEST_KERNEL = 255
+_LARGEST_RATIO = 256
+
+
+def check_whole_number(name: str, value: Any, least: int, most: int) -> None:
+    """Raises ValueError unless `value` is an int from `least` to `most`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {repr(value)}")
+
+
+def check_num_classes(num_classes: Any) -> None:
+    """Raises ValueError unless it is a whole number from 0."""
+    check_whole_number("num_classes", num_classes, 0, MOST_CLASSES)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that is larger than any float
+        return False
+
+
+def _whole_numbers(name: str, values: Any, least: int, most: int) -> None:
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
+        raise ValueError(f"{name} must be a sequence of whole numbers, got {repr(values)}")
+    for value in values:
+        check_whole_number(f"each of {name}", value, least, most)
+
+
+def check_act_layer(act_layer: Any) -> None:
+    """Raises ValueError unless it is timm's name of an activation, or the class of one."""
+    try:
+        known = get_act_layer(act_layer)
+    except (KeyError, TypeError):
+        known = None
+    if not callable(known):  # timm makes None of an empty name, and gives back what is no name
+        raise ValueError(f"act_layer must be timm's name of an activation, such as 'gelu', got {repr(act_layer)}")
+
+
+def check_arguments(
+    in_chans: Any,
+    num_classes: Any,
+    channels: Any,
+    depths: Any,
+    groups: Any,
+    mlp_ratio: Any,
+    layer_scale: Any,
+    offset_scale: Any,
+    dw_kernel_size: Any,
+    stage3_post_norm_blocks: Any,
+    cls_scale: Any,
+    act_layer: Any,
+    drop_rate: Any,
+    drop_path_rate: Any,
+    **switches: Any,
+) -> None:
+    """Arguments of `InternImage`, named as there; `switches` are those that are true or false.
+
+    Raises:
+        ValueError: One is of another type, out of range, or does not fit another; the message names it.
+    """
+    check_whole_number("in_chans", in_chans, 1, _MOST_IMAGE_CHANNELS)
+    check_num_classes(num_classes)
+    check_whole_number("channels", channels, 2, _MOST_CHANNELS)
+    if channels % 2:
+        raise ValueError(f"channels must be even (the first convolution has half of them), got {channels}")
+    _whole_numbers("depths", depths, 1, _MOST_BLOCKS)
+    _whole_numbers("groups", groups, 1, 8 * _MOST_CHANNELS)
+    if len(depths) != 4 or len(groups) != 4:
+        raise ValueError(f"depths and groups must name four stages, got {repr(depths)} and {repr(groups)}")
+    for i, count in enumerate(groups):
+        if channels * 2**i % count:
+            raise ValueError(
+                f"groups must divide the channels of their stage: stage {i + 1} has {channels * 2**i} channels and "
+                f"{count} groups"
+            )
+    for name, ratio, width in (("mlp_ratio", mlp_ratio, channels), ("cls_scale", cls_scale, 8 * channels)):
+        if not is_number(ratio) or not 0 < ratio <= _LARGEST_RATIO or int(width * ratio) < 1:
+            raise ValueError(
+                f"{name} must be a number above 0, at most {_LARGEST_RATIO}, that leaves a channel, got {repr(ratio)}"
+            )
+    if layer_scale is not None and not is_number(layer_scale):
+        raise ValueError(f"layer_scale must be None or a finite number, got {repr(layer_scale)}")
+    if not is_number(offset_scale):
+        raise ValueError(f"offset_scale must be a finite number, got {repr(offset_scale)}")
+    if dw_kernel_size is not None:
+        sides = dw_kernel_size if isinstance(dw_kernel_size, (tuple, list)) else (dw_kernel_size,)
+        _whole_numbers("dw_kernel_size", sides, 1, _LARGEST_KERNEL)
+    _whole_numbers("stage3_post_norm_blocks", stage3_post_norm_blocks, 0, depths[2] - 1)
+    check_act_layer(act_layer)
+    for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+        if not is_number(rate) or not 0 <= rate <= 1:
+            raise ValueError(f"{name} must be a number from 0 to 1, got {repr(rate)}")
+    for name, value in switches.items():
+        if not isinstance(value, (bool, int)) or value not in (0, 1):
+            raise ValueError(f"{name} must be true or false, got {repr(value)}")
+    if switches.get("post_norm") and switches.get("res_post_norm"):
+        raise ValueError("post_norm and res_post_norm exclude each other")

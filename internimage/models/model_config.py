@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""timm's config.json of a model folder: read in one place, and checked before anything is built of it.
+
+The file may come from anywhere, and timm takes it as it is: a wrong value would come out as an exception of whatever
+code meets it first, or, as a mean of NaN does, as a wrong result.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import stat
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from reprlib import repr  # shortens, so that a message stays a line whatever the file holds
+from typing import Any
+
+import timm
+from timm.data.transforms import str_to_interp_mode
+from timm.models import PretrainedCfg
+
+from ..errors import CheckpointError
+from .arguments import MOST_CLASSES, check_whole_number, is_number
+from .backbone import InternImage
+
+CONFIG = "config.json"
+LARGEST_SIDE = 16384  # of an image; one of this size takes 3 GB as float32
+_MOST_CHANNELS = 65536
+_MOST_BLOCKS = 1000
+_LARGEST_FILE = 64 * 2**20
+
+# arguments of `timm.create_model` that say where weights come from and go to, and nothing about the model
+NOT_OF_A_MODEL = (
+    "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path",
+    "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "file", "url", "state_dict",
+)  # fmt: skip
+# what our registered functions take beside the arguments of the model
+_OUR_OPTIONS = ("head_from_22k", "use_ema", "features_only", "out_indices", "feature_cls")
+
+
+class ModelConfigError(CheckpointError, ValueError):
+    """A config.json that describes no model; the message says which value is wrong."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a config.json says."""
+
+    architecture: str  # timm's name, without a tag
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]  # with the number and names of classes, which stand beside it in the file
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is an InternImage."""
+        return is_ours(self.architecture)
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether a model of timm's registry is one of this package."""
+    return architecture.partition(".")[0] in _our_names()
+
+
+@cache
+def _our_names() -> frozenset[str]:
+    return frozenset(timm.list_models("internimage_*", module="internimage"))
+
+
+def has_model_config(folder: Path) -> bool:
+    """Whether a folder has a config.json of timm's kind; transformers writes one without an architecture.
+
+    Raises:
+        ModelConfigError: It has a config.json that is no JSON object.
+    """
+    path = Path(folder) / CONFIG
+    return path.exists() and "architecture" in _read_object(path)
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """The config.json of a model folder, with every value checked that timm or this package will use.
+
+    Args:
+        folder: Written by `finetune`, `convert` or timm.
+
+    Raises:
+        ModelConfigError: There is none, it cannot be read, or a value is wrong; the message is one line and names it.
+    """
+    path = Path(folder).expanduser() / CONFIG
+    content = _read_object(path)
+    if "architecture" not in content:
+        kind = "transformers' kind" if "model_type" in content or "architectures" in content else "another kind"
+        raise ModelConfigError(
+            f"'{path}' is not timm's: it has no 'architecture' (it is of {kind}). `internimage convert` makes a folder "
+            f"that has it; released weights load by their names, such as internimage_tiny.ogvl_in1k"
+        )
+    try:
+        return _check(content)
+    except ValueError as error:
+        raise ModelConfigError(f"'{path}' cannot be used: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer forever
+            raise ModelConfigError(f"'{path}' is not a regular file")
+        if status.st_size > _LARGEST_FILE:
+            raise ModelConfigError(f"'{path}' has {status.st_size / 1e6:.0f} MB; a model's configuration has less")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise ModelConfigError(f"the folder '{path.parent}' has no {CONFIG}, so it holds no model") from error
+    except OSError as error:
+        raise ModelConfigError(f"'{path}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelConfigError(f"'{path}' is not JSON: it is not UTF-8 text") from error
+    except RecursionError as error:
+        raise ModelConfigError(f"'{path}' is not a model's configuration: it is nested too deeply") from error
+    except ValueError as error:
+        if isinstance(error, ModelConfigError):
+            raise
+        raise ModelConfigError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelConfigError(f"'{path}' must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+# ---- values
+
+
+def _check(content: dict[str, Any]) -> ModelConfig:
+    """Raises ValueError for a value that cannot be used."""
+    architecture = content["architecture"]
+    if not isinstance(architecture, str):
+        raise ValueError(f"architecture must be a model's name, got {repr(architecture)}")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.6)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"neither this package nor timm has an architecture {repr(architecture)}{hint}")
+    architecture = architecture.partition(".")[0]
+    model_args = content.get("model_args", {})
+    _check_model_args(architecture, model_args)
+    if "pretrained_cfg" in content:
+        cfg = content["pretrained_cfg"]
+    else:  # as older versions of timm wrote it: one object with everything in it
+        cfg = {key: value for key, value in content.items() if key not in ("architecture", "num_features", "labels")}
+    if not isinstance(cfg, dict):
+        raise ValueError(f"pretrained_cfg must be an object, got {repr(cfg)}")
+    unknown = set(cfg) - {field.name for field in dataclasses.fields(PretrainedCfg)}
+    if unknown:
+        raise ValueError(f"pretrained_cfg has {repr(sorted(unknown)[0])}, which timm {timm.__version__} does not know")
+    if "state_dict" in cfg:
+        raise ValueError("pretrained_cfg holds a state_dict; weights belong in a file beside it")
+    cfg = dict(cfg)
+    for key in ("num_classes", "label_names", "label_descriptions"):
+        if key in content:
+            cfg[key] = content[key]
+    _check_cfg(cfg)
+    return ModelConfig(architecture, model_args, cfg)
+
+
+def _check_model_args(architecture: str, model_args: Any) -> None:
+    if not isinstance(model_args, dict):
+        raise ValueError(f"model_args must be an object, got {repr(model_args)}")
+    for key, value in model_args.items():
+        if key in NOT_OF_A_MODEL:
+            raise ValueError(f"model_args has '{key}', which is no argument of a model")
+        if is_ours(architecture) and key not in _our_arguments():
+            near = difflib.get_close_matches(key, _our_arguments(), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"model_args has {repr(key)}, which InternImage does not take{hint}")
+        blocks = "depth" in key or "layers" in key
+        for number in _numbers(value):
+            if number > (_MOST_BLOCKS if blocks else MOST_CLASSES):
+                raise ValueError(f"'{key}' of model_args is too large: {repr(value)}")
+    if "num_classes" in model_args:
+        check_whole_number("num_classes of model_args", model_args["num_classes"], 0, MOST_CLASSES)
+    if model_args.get("in_chans") is not None:
+        check_whole_number("in_chans of model_args", model_args["in_chans"], 1, _MOST_CHANNELS)
+    size = model_args.get("img_size")
+    for side in size if isinstance(size, list) and len(size) == 2 else [size]:
+        if side is not None:
+            check_whole_number("img_size of model_args", side, 1, LARGEST_SIDE)
+
+
+@cache
+def _our_arguments() -> tuple[str, ...]:
+    return (*inspect.signature(InternImage).parameters, *_OUR_OPTIONS)
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a value of JSON, however deep."""
+    if isinstance(value, (list, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return [number for part in parts for number in _numbers(part)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def _check_cfg(cfg: dict[str, Any]) -> None:
+    cfg = {key: value for key, value in cfg.items() if value is not None}  # timm takes null as not given
+    classes = cfg.get("num_classes")
+    if classes is not None:
+        check_whole_number("num_classes", classes, 0, MOST_CLASSES)
+    for key in ("input_size", "test_input_size", "min_input_size"):
+        if key in cfg:
+            _check_input_size(key, cfg[key])
+    channels = cfg["input_size"][0] if "input_size" in cfg else 3
+    for key in ("mean", "std"):
+        if key in cfg:
+            _check_per_channel(key, cfg[key], channels)
+    for key in ("crop_pct", "test_crop_pct"):
+        if key in cfg and not (is_number(cfg[key]) and 0 < cfg[key] <= 2):
+            raise ValueError(f"{key} must be a number above 0, at most 2, got {repr(cfg[key])}")
+    if "interpolation" in cfg and cfg["interpolation"] != "random":
+        try:
+            str_to_interp_mode(cfg["interpolation"])
+        except (KeyError, TypeError):
+            raise ValueError(f"interpolation must be such as 'bicubic', got {repr(cfg['interpolation'])}") from None
+    if cfg.get("crop_mode", "center") not in ("center", "squash", "border"):
+        raise ValueError(f"crop_mode must be center, squash or border, got {repr(cfg['crop_mode'])}")
+    for key in ("first_conv", "classifier"):
+        names = cfg.get(key, [])
+        if not all(isinstance(name, str) for name in (names if isinstance(names, list) else [names])):
+            raise ValueError(f"{key} must be a layer's name, got {repr(names)}")
+    _check_labels(cfg, classes)
+
+
+def _check_input_size(key: str, size: Any) -> None:
+    if not isinstance(size, list) or len(size) != 3:
+        raise ValueError(f"{key} must be [channels, height, width], got {repr(size)}")
+    check_whole_number(f"channels of {key}", size[0], 1, _MOST_CHANNELS)
+    for side in size[1:]:
+        check_whole_number(f"height and width of {key}", side, 1, LARGEST_SIDE)
+
+
+def _check_per_channel(key: str, values: Any, channels: int) -> None:
+    if not isinstance(values, list) or not all(map(is_number, values)):
+        raise ValueError(f"{key} must be a list of numbers, got {repr(values)}")
+    if len(values) not in (1, 3, channels):  # 3 also for grey images: the mean of them is taken
+        raise ValueError(f"{key} must have a number for each of {channels} channels, got {repr(values)}")
+    if key == "std" and min(values) <= 0:
+        raise ValueError(f"std must be above 0, got {repr(values)}")
+
+
+def _check_labels(cfg: dict[str, Any], classes: int | None) -> None:
+    names = cfg.get("label_names")
+    if isinstance(names, dict):  # index -> name, where some have none
+        if not all(key.isdecimal() for key in names):
+            raise ValueError(f"the keys of label_names must be indices of classes, got {repr(list(names))}")
+        names = list(names.values())
+    elif names is not None and classes is not None and isinstance(names, list) and len(names) != classes:
+        raise ValueError(f"label_names has {len(names)} names, and num_classes is {classes}")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"label_names must be a list of names, got {repr(names)}")
+    texts = cfg.get("label_descriptions", {})
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError(f"label_descriptions must be an object of texts, got {repr(texts)}")
