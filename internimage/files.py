@@ -7,6 +7,7 @@ safetensors would make files that their owner alone can read.
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -22,6 +23,8 @@ from .errors import UserError
 
 STDOUT = "-"  # as the name of a file
 PARTIAL = ".partial-"  # begins the names of what is half written; no reader looks at these
+
+_PARTIAL_NAME = re.compile(re.escape(PARTIAL) + r"(.+-)?[0-9a-f]{8}")
 
 
 class WriteError(UserError, OSError):
@@ -141,6 +144,18 @@ def _replacing(target: Path, mode: int | None) -> Iterator[BinaryIO]:
 def beside(path: Path) -> Path:
     """A name in the same folder that nobody has and no reader looks for."""
     return path.with_name(f"{PARTIAL}{path.name[:40]}-{secrets.token_hex(4)}")
+
+
+def is_partial(name: str) -> bool:
+    """Whether a name is one of those of `beside` and `partial_folder`, which only a killed process leaves."""
+    return _PARTIAL_NAME.fullmatch(name) is not None
+
+
+def remove_partial(folder: Path, but: Path | None = None) -> None:
+    """Remove what killed processes left half written in a folder; to be called where no other process writes to it."""
+    for path in list(folder.iterdir()):
+        if is_partial(path.name) and path != but:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager

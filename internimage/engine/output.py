@@ -7,7 +7,6 @@ Nothing in it is removed but what a run has written, by name, and only where the
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..files import PARTIAL, check_writable, write_text
+from ..files import check_writable, is_partial, remove_partial, write_text
 from ..locks import LOCK_FILE, hold
 from .checkpoint import checkpoints, remove_all, remove_if_empty
 from .config import ConfigError, dump, from_dict
@@ -25,7 +24,6 @@ from .settings import FinetuneConfig
 CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"
 LOG_FILE, STEPS_FILE = "log.csv", "steps.csv"
 CHECKPOINTS, BAD_BATCHES, TENSORBOARD = "checkpoints", "bad-batches", "tensorboard"
-_HALF_WRITTEN = re.escape(PARTIAL) + r"(.+-)?[0-9a-f]{8}"
 _OURS = {BAD_BATCHES: r"step-\d{9}-process-\d+\.pt", TENSORBOARD: r"events\.out\.tfevents\..+"}
 
 # may differ between a run and its continuation: where and how, not what is computed
@@ -93,9 +91,7 @@ def prepare_output(config: FinetuneConfig) -> None:
     output = Path(config.output)
     resumes = check_output(config)
     if output.is_dir():
-        for path in list(output.iterdir()):
-            if re.fullmatch(_HALF_WRITTEN, path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_partial(output)
         if resumes:
             return
         _clear(output)
@@ -104,7 +100,7 @@ def prepare_output(config: FinetuneConfig) -> None:
 
 def _entries(output: Path) -> list[str]:
     """Names in a folder, without what a killed process can leave."""
-    return [name for name in os.listdir(output) if name != LOCK_FILE and not name.startswith(PARTIAL)]
+    return [name for name in os.listdir(output) if name != LOCK_FILE and not is_partial(name)]
 
 
 def _mark(output: Path) -> str:
