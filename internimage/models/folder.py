@@ -54,7 +54,7 @@ def check_destination(folder: Path, overwrite: bool) -> None:
 
 def check_source(source: Path, folder: Path) -> None:
     """ConvertError where weights stand in the folder that they would be written to."""
-    if not source.exists():
+    if not source.exists() or not folder.is_dir():
         return
     real = Path(os.path.realpath(folder))
     files = list(source.iterdir()) if source.is_dir() else []
