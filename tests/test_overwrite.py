@@ -189,27 +189,45 @@ def test_two_conversions_into_one_folder(source, out):
     assert LOCK_FILE not in os.listdir(out)
 
 
+def failing(after, failure):
+    """os.replace that fails once after so many files were exchanged."""
+    replace, calls = os.replace, []
+
+    def patched(source, target):
+        if os.path.dirname(source) != os.path.dirname(target):  # or a text gets its name
+            calls.append(target)
+            if len(calls) == after + 1:
+                raise failure
+        replace(source, target)
+
+    return patched
+
+
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 @pytest.mark.parametrize("after", [0, 1, 3, 5])
 def test_what_fails_in_between_is_taken_back(source, out, monkeypatch, failure, after):
     (out / "notes.txt").write_text("mine")
     before = contents(out)
-    replace, calls = os.replace, []
-
-    def patched(old, new):
-        if not str(new).endswith((".json", ".md", ".safetensors")) or ".partial-README" in str(old):
-            return replace(old, new)
-        if os.path.dirname(old) == os.path.dirname(new):  # a text that gets its name
-            return replace(old, new)
-        calls.append(new)
-        if len(calls) == after + 1:
-            raise failure
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", patched)
-    with pytest.raises(ConvertError if after >= 0 and isinstance(failure, OSError) else KeyboardInterrupt):
+    monkeypatch.setattr(os, "replace", failing(after, failure))
+    with pytest.raises(ConvertError if isinstance(failure, OSError) else KeyboardInterrupt):
         overwrite(source / "b.pth", out)
     assert contents(out) == before and set(os.listdir(out)) == FILES | {"notes.txt"}
+
+
+def test_a_failure_after_a_kill_leaves_the_folder_ours(source, out, monkeypatch):
+    """config.json had gone already, and the journal alone says whose the folder is."""
+    (out / folders._JOURNAL).write_text('{"cards": []}')
+    (out / "config.json").unlink()
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    monkeypatch.setattr(os, "replace", failing(1, OSError(5, "Input/output error")))
+    with pytest.raises(ConvertError, match="cannot be written"):
+        overwrite(source / "b.pth", out)
+    assert contents(out).keys() == before.keys()
+    monkeypatch.undo()
+    overwrite(source / "b.pth", out)
+    assert set(os.listdir(out)) == FILES | {"notes.txt"}
+    check_folder(out)
 
 
 def loads(folder):

@@ -44,7 +44,7 @@ def check_output(config: FinetuneConfig) -> bool:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"'{output}' is a file; 'output' must name a folder")
-    check_writable(output / CONFIG_FILE)
+    check_writable(output / LOCK_FILE)  # which is the first to be written
     if not output.is_dir() or not _entries(output):
         return False
     if not (output / CONFIG_FILE).is_file():

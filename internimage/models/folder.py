@@ -106,7 +106,9 @@ def place(staged: Path, folder: Path) -> list[str]:
         new.remove(CARD)
     else:
         cards.append(_digest((staged / CARD).read_bytes()))
-    write_text(real / _JOURNAL, json.dumps({"cards": cards}))
+    journal = real / _JOURNAL
+    again = journal.exists()  # after a kill: nothing else says that the folder is ours
+    write_text(journal, json.dumps({"cards": cards}))
     away = beside(real / "replaced")
     away.mkdir()
     moves = [(real / name, away / name) for name in old] + [(staged / name, real / name) for name in new]
@@ -118,9 +120,10 @@ def place(staged: Path, folder: Path) -> list[str]:
             if target.exists() and not source.exists():
                 os.replace(target, source)
         away.rmdir()
-        (real / _JOURNAL).unlink()
+        if not again:
+            journal.unlink()
         raise
-    (real / _JOURNAL).unlink()
+    journal.unlink()
     remove_partial(real, but=staged)  # with the old model, and what killed conversions left
     return sorted(new)
 
