@@ -1,14 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""Files that are there whole or not at all."""
+"""Where everything that is written passes: files are there whole or not at all, and nobody else's file is replaced.
 
+Names are made by the system's own calls, so that a file's and a folder's mode is what the umask says; tempfile and
+safetensors would make files that their owner alone can read.
+"""
+
+import errno
 import os
-import tempfile
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from .errors import UserError
+
+STDOUT = "-"  # as the name of a file
+PARTIAL = ".partial-"  # begins the names of what is half written; no reader looks at these
+
+_PARTIAL_NAME = re.compile(re.escape(PARTIAL) + r"(.+-)?[0-9a-f]{8}")
 
 
 class WriteError(UserError, OSError):
@@ -16,36 +32,219 @@ class WriteError(UserError, OSError):
 
 
 def save_tensors(path: Path, thing: Any) -> None:
-    """`torch.save` to the disk itself, with an OSError where it is full: torch makes a RuntimeError of that."""
+    """`torch.save` to the disk itself. Its archive writer makes a RuntimeError of a full disk and of Ctrl-C; not here.
+
+    Raises:
+        OSError: The disk is full, or the like.
+        KeyboardInterrupt: Ctrl-C.
+    """
     try:
         with path.open("wb") as file:  # not by torch, which keeps the cause for itself
             torch.save(thing, file)
             file.flush()
             os.fsync(file.fileno())
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+        cause = error.__context__
+        while cause is not None and not isinstance(cause, (OSError, KeyboardInterrupt)):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
         raise
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file under its name only once it is complete; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a text file as `writing` does."""
+    with writing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to. A regular one appears under its name only once it is whole; makes its folder.
+
+    A link stays a link, and its target is replaced. A device, a pipe, `/dev/fd/N` and `-` (standard output) are written
+    to as they are, since a rename would put a regular file in their place.
+
+    Raises:
+        WriteError: It is a folder, a block device or a socket, or the reader of the pipe has gone.
+        OSError: The disk is full, or the like.
+    """
+    if str(path) == STDOUT:
+        sys.stdout.flush()
+        yield sys.stdout.buffer
+        sys.stdout.flush()
+        return
+    descriptor = _descriptor(path)
+    target = Path(os.path.realpath(path))
+    there = None if descriptor is not None else _mode(path)
+    if descriptor is None and (there is None or stat.S_ISREG(there)):
+        with _replacing(target, there) as file:
+            yield file
+        return
+    _check_kind(path, there)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        if descriptor is None:
+            file = target.open("wb")
+        else:  # a second descriptor of the same open file: opened by its name, a file would be written from its start
+            sys.stdout.flush()
+            file = os.fdopen(os.dup(descriptor), "wb")
+        with file:
+            yield file
+    except BrokenPipeError as error:
+        if descriptor == 1:  # as with `| head`
+            raise
+        raise WriteError(f"'{path}' was closed by its reader before everything was written") from error
+
+
+@contextmanager
+def appending(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to append to, which others may do at the same time; what is not a regular file is written to."""
+    mode = _mode(path)
+    if str(path) == STDOUT or _descriptor(path) is not None or (mode is not None and not stat.S_ISREG(mode)):
+        with writing(path) as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("ab") as file:
+        yield file
+
+
+@contextmanager
+def _replacing(target: Path, mode: int | None) -> Iterator[BinaryIO]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(target)
+    try:
+        file = partial.open("xb")
+    except OSError as error:
+        if mode is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        with target.open("wb") as file:  # of this folder, this file alone may be written to
+            yield file
+        return
+    try:
+        with file:
+            if mode is not None:
+                os.chmod(partial, stat.S_IMODE(mode))  # what its owner gave it
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives the owner alone
-        os.replace(partial, path)
+        try:
+            os.replace(partial, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(partial, target)  # mounted on its own, as a single file of a container is
+            partial.unlink()
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def beside(path: Path) -> Path:
+    """A name in the same folder that nobody has and no reader looks for."""
+    return path.with_name(f"{PARTIAL}{path.name[:40]}-{secrets.token_hex(4)}")
+
+
+def is_partial(name: str) -> bool:
+    """Whether a name is one of those of `beside` and `partial_folder`, which only a killed process leaves."""
+    return _PARTIAL_NAME.fullmatch(name) is not None
+
+
+def remove_partial(folder: Path, but: Path | None = None) -> None:
+    """Remove what killed processes left half written in a folder; to be called where no other process writes to it."""
+    for path in list(folder.iterdir()):
+        if is_partial(path.name) and path != but:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def partial_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in another, to write files in before they get their names; is removed at the end."""
+    folder = parent / f"{PARTIAL}{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- before hours of work
+
+
+def check_writable(path: str | Path) -> None:
+    """Whether `writing` can write to a name. Opens nothing, since that could wait for a pipe's reader; makes nothing.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if str(path) == STDOUT:
+        return
+    if not str(path):
+        raise UserError("a file to write to has no name: got ''")
+    descriptor = _descriptor(path)
+    if descriptor is not None:
+        import fcntl  # where there are names of descriptors, there is this
+
+        try:
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be written to: it is not open") from error
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            raise UserError(f"'{path}' cannot be written to: it is open for reading")
+        return
+    mode = _mode(path)
+    if str(path).endswith("/"):
+        mode = stat.S_IFDIR
+    _check_kind(path, mode)
+    if mode is not None:
+        if not os.access(path, os.W_OK):
+            raise UserError(f"'{path}' cannot be written to: it is write-protected")
+        return
+    folder = Path(os.path.realpath(path)).parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"'{path}' cannot be written to: '{folder}' is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"'{path}' cannot be written to: the folder '{folder}' is write-protected")
+
+
+def is_stdout(path: str | Path | None) -> bool:
+    """Whether a name is that of standard output, so that nothing else should go there."""
+    return path is not None and (str(path) == STDOUT or _descriptor(path) == 1)
+
+
+def _mode(path: str | Path) -> int | None:
+    """Kind and permissions of what a name leads to; None where there is nothing yet."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # a loop of links, a file among the folders
+        raise WriteError(f"'{path}' cannot be written to: {error.strerror}") from error
+
+
+def _check_kind(path: str | Path, mode: int | None) -> None:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFBLK: "block device", stat.S_IFSOCK: "socket"}
+    kind = None if mode is None else kinds.get(stat.S_IFMT(mode))
+    if kind is not None:
+        raise WriteError(f"'{path}' is a {kind}; the name of a file is needed")
+
+
+def _descriptor(path: str | Path) -> int | None:
+    """N where a path is a name of this process's descriptor N, such as /dev/stdout and the /dev/fd/63 of `>(...)`.
+
+    What it leads to need not have a name, and if it has one, others write to it through the same descriptor.
+    """
+    path = os.fspath(path)
+    for _ in range(40):  # links; the system follows as many
+        folder, name = os.path.split(path)
+        folder = os.path.realpath(folder)
+        if name.isdecimal() and folder in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
+            return int(name)
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            return None
+        path = os.path.join(folder, os.readlink(path))
+    return None

@@ -3,15 +3,21 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import internimage
+from internimage.engine import Preempted, checkpoint, trainer
+from internimage.engine.finetune import finetune
+from internimage.engine.settings import FinetuneConfig
 
 ROOT = Path(internimage.__file__).parent.parent
 
@@ -65,3 +71,33 @@ def same_weights(a, b) -> bool:
     a, b = load_file(Path(a) / "model.safetensors"), load_file(Path(b) / "model.safetensors")
     assert a.keys() == b.keys()
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def settings(data, output, **more):
+    base = dict(
+        data=str(data), output=str(output), model="internimage_atto", pretrained=False, img_size=32, epochs=3,
+        batch_size=8, workers=0, lr=0.003, warmup_epochs=1, drop_path=0.2, eval_every=0, device="cpu", report=False,
+    )  # fmt: skip
+    return FinetuneConfig(**(base | more))
+
+
+def stop_at(config, step):
+    """Run to a step, as if SIGTERM had come in it."""
+    run = trainer.Trainer.run
+    trainer.Trainer.run = lambda self, stop, progress=True: run(
+        self, lambda: self.progress.step + 1 >= step, progress
+    )  # fmt: skip
+    try:
+        with pytest.raises(Preempted):
+            finetune(config, progress=False)
+    finally:
+        trainer.Trainer.run = run
+
+
+def wait_for_checkpoint(run, process, more_than=0):
+    while True:
+        found = checkpoint.checkpoints(run / "checkpoints")
+        if found and int(re.search(r"\d+", found[0].name)[0]) > more_than:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)

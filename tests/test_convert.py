@@ -324,9 +324,9 @@ def test_existing_folders(weights, tmp_path):
     convert(path, out, **ATTO)  # an empty one is as good as none
     with pytest.raises(ConvertError, match="holds a model; overwrite replaces it"):
         convert(path, out, **ATTO)
-    (out / "old.txt").write_text("of the old one")
+    (out / "notes.txt").write_text("mine")
     convert(path, out, overwrite=True, dtype=torch.bfloat16, **ATTO)
-    assert not (out / "old.txt").exists()
+    assert (out / "notes.txt").read_text() == "mine"
     assert load_file(out / "model.safetensors")["head.bias"].dtype == torch.bfloat16
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(CheckpointError):

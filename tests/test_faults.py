@@ -8,21 +8,32 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from double import bound, in_double
-from runs import ROOT, environment, epochs, losses, same_weights, steps, torchrun, torchrun_command, write_noise
+from runs import (
+    ROOT,
+    environment,
+    epochs,
+    losses,
+    same_weights,
+    settings,
+    steps,
+    stop_at,
+    torchrun,
+    torchrun_command,
+    wait_for_checkpoint,
+    write_noise,
+)  # fmt: skip
 
 from internimage.cli import main
-from internimage.engine import Preempted, checkpoint, trainer
+from internimage.engine import checkpoint, trainer
 from internimage.engine.config import ConfigError
 from internimage.engine.data import DataError
 from internimage.engine.finetune import finetune
-from internimage.engine.settings import FinetuneConfig
 from internimage.engine.training_log import TrainingLog
 from internimage.errors import CheckpointError
 from internimage.files import WriteError
@@ -42,27 +53,6 @@ def faults(data, tmp_path_factory):
     (folder / "map.txt").write_text("0\n9\n8\n7\n1\n2\n")
     torchrun(2, TESTS / "faults.py", data, folder)
     return folder, json.loads((folder / "faults.json").read_text())
-
-
-def settings(data, output, **more):
-    base = dict(
-        data=str(data), output=str(output), model="internimage_atto", pretrained=False, img_size=32, epochs=3,
-        batch_size=8, workers=0, lr=0.003, warmup_epochs=1, drop_path=0.2, eval_every=0, device="cpu", report=False,
-    )  # fmt: skip
-    return FinetuneConfig(**(base | more))
-
-
-def stop_at(config, step):
-    """Run to a step, as if SIGTERM had come in it."""
-    run = trainer.Trainer.run
-    trainer.Trainer.run = lambda self, stop, progress=True: run(
-        self, lambda: self.progress.step + 1 >= step, progress
-    )  # fmt: skip
-    try:
-        with pytest.raises(Preempted):
-            finetune(config, progress=False)
-    finally:
-        trainer.Trainer.run = run
 
 
 def told(faults, name, code=2):
@@ -167,15 +157,6 @@ def test_failures_of_several_processes_stand_in_the_order_of_the_images(faults, 
 
 
 # ---- signals
-
-
-def wait_for_checkpoint(run, process, more_than=0):
-    while True:
-        found = checkpoint.checkpoints(run / "checkpoints")
-        if found and int(re.search(r"\d+", found[0].name)[0]) > more_than:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
 
 
 def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):

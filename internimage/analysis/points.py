@@ -9,6 +9,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import writing
 from ..layers.dcn import DCNv3
 
 _TILE = 224  # side of one drawn image in pixels
@@ -107,6 +108,7 @@ def draw_points(
             draw.line([x - arm, y, x + arm, y], fill=color, width=thickness)
             draw.line([x, y - arm, x, y + arm], fill=color, width=thickness)
         sheet.paste(tile, (8 + (i % columns) * (_TILE + 8), 8 + (i // columns) * (_TILE + 8)))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with writing(path) as file:  # a pipe has no ending that would name a format
+        kind = Image.registered_extensions().get(Path(path).suffix.lower())
+        sheet.save(file, kind if kind in Image.SAVE else "PNG")
     return layer

@@ -8,6 +8,7 @@ several, for which rounds count only while the rest of the machine is quiet.
 
 import csv
 import datetime
+import io
 import os
 import platform
 import statistics
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..errors import UserError
 from ..extension import cpu_capability
+from ..files import appending, check_writable
 
 QUIET = 0.1  # cores that other processes may use during a round of wall times
 PICKS = {"min": min, "median": statistics.median}
@@ -195,24 +197,24 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """
     columns = list(rows[0])
     check_csv(path, columns)
-    new = not path.exists() or path.stat().st_size == 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not path.is_file() or path.stat().st_size == 0:
+        writer.writeheader()
+    writer.writerows(rows)
+    with appending(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def check_csv(path: Path, columns: Sequence[str]) -> None:
     """Whether rows of these columns may be appended to a file: to ask before an hour of measuring.
 
     Raises:
-        BenchmarkError: The file has other columns, or is a folder.
+        BenchmarkError: The file has other columns.
+        UserError: It cannot be written to.
     """
-    if path.is_dir():
-        raise BenchmarkError(f"'{path}' is a folder; name a csv file")
-    if path.exists() and path.stat().st_size > 0:
+    check_writable(path)
+    if path.is_file() and path.stat().st_size > 0:
         with path.open(newline="", encoding="utf-8") as file:
             there = next(csv.reader(file), [])
         if there != list(columns):

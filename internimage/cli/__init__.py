@@ -59,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename is None and error.errno not in _FULL and not isinstance(error, _MISSING):
             raise
         return _fail(arguments.verb, error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
+            print(error if error.args else "interrupted", file=sys.stderr)
         return 130
 
 

@@ -5,9 +5,7 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
-from pathlib import Path
 
 from .. import __version__
 from ..engine.data import open_dataset
@@ -16,7 +14,7 @@ from ..engine.evaluate import Evaluation, evaluate
 from ..engine.imagenet import VARIANTS, open_labelled_folder, protocol
 from ..engine.model import pick_device
 from ..errors import UserError
-from ..files import write_text
+from ..files import check_writable, is_stdout, write_text
 from ..models.published import PUBLISHED
 from .arguments import add_model_arguments, load_model
 
@@ -64,8 +62,8 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     # the data and the other arguments first: a model may have to be downloaded
     number = _number(arguments.expect)
     for path in (arguments.json, arguments.csv):
-        if path and path != "-":
-            _check_writable(Path(path))
+        if path is not None:
+            check_writable(path)
     if arguments.labels:
         dataset = open_labelled_folder(arguments.data, arguments.labels)
     else:
@@ -112,15 +110,6 @@ def _number(expect: str | None) -> float | None:
     return number
 
 
-def _check_writable(path: Path) -> None:
-    """A report that cannot be written is better found before an hour's evaluation than after."""
-    if path.is_dir():
-        raise UserError(f"'{path}' is a folder; the report needs the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"the folder '{path.parent}' cannot be written to")
-
-
 def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, device, published: float | None) -> None:
     row = {
         "model": arguments.model,
@@ -148,18 +137,14 @@ def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, dev
         "dtype": arguments.dtype,
         "internimage": __version__,
     }
-    out = sys.stderr if arguments.json == "-" else sys.stdout
+    out = sys.stderr if is_stdout(arguments.json) or is_stdout(arguments.csv) else sys.stdout
     _print(result, row, arguments, out)
-    if arguments.json:
+    if arguments.json is not None:
         report = {**row, "skipped_files": [{"file": f, "reason": r} for f, r in result.skipped]}
         if arguments.per_class:
             report["per_class"] = result.per_class
-        text = json.dumps(report, indent=2) + "\n"
-        if arguments.json == "-":
-            sys.stdout.write(text)
-        else:
-            write_text(arguments.json, text)
-    if arguments.csv:
+        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+    if arguments.csv is not None:
         text = io.StringIO()
         writer = csv.DictWriter(text, row, lineterminator="\n")
         writer.writeheader()

@@ -9,6 +9,7 @@ import sys
 from ..analysis.points import draw_points
 from ..engine.data import DataError
 from ..engine.predict import Prediction, find_images, predict, read_image
+from ..files import check_writable
 from .arguments import add_model_arguments, load_model
 
 HELP = "Classes and probabilities of images."
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.draw_points is not None:
+        check_writable(arguments.draw_points)
     files = find_images(path for path in arguments.images if path != "-")
     model, config, device, dtype = load_model(arguments)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
@@ -45,13 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     def remembered():
         for name, image in images():
-            if arguments.draw_points and len(kept) < 16:
+            if arguments.draw_points is not None and len(kept) < 16:
                 kept.append((name, image))
             yield name, image
 
     for prediction in predict(model, remembered(), config, arguments.topk, device, dtype):
         _print(prediction, arguments.json)
-    if arguments.draw_points and kept:
+    if arguments.draw_points is not None and kept:
         layer = draw_points(model, kept, config, arguments.draw_points, arguments.draw_layer)
         print(f"sampled points of {layer}: {arguments.draw_points}", file=sys.stderr)
     return 2 if failures else 0

@@ -7,9 +7,9 @@ rename, after everything in it has reached the disk: whatever instant a run is k
 
 import logging
 import os
-import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UserError
-from ..files import WriteError, save_tensors
+from ..files import PARTIAL, WriteError, save_tensors
 from .distributed import World
 
 _logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{9})(?:\.pt)?")
-_PARTIAL = ".partial-"
+_PART = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|state\.pt")  # of a checkpoint that is a folder
 KEEP = 2
 
 
@@ -36,6 +36,11 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name has."""
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -51,12 +56,15 @@ def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """
     try:
         _make(folder)
-        partial, final = folder / f"{_PARTIAL}{step:09d}", folder / f"step-{step:09d}.pt"
+        partial, final = folder / f"{PARTIAL}{step:09d}", folder / f"step-{step:09d}.pt"
         save_tensors(partial, state)
         os.replace(partial, final)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:
         raise _failed(folder, step, error) from error
+    except BaseException:
+        _clean(folder)
+        raise
     _remove_old(folder)
     return final
 
@@ -73,7 +81,7 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
     Raises:
         CheckpointWriteError: The disk is full, or the like.
     """
-    partial, final = folder / f"{_PARTIAL}{step:09d}", folder / f"step-{step:09d}"
+    partial, final = folder / f"{PARTIAL}{step:09d}", folder / f"step-{step:09d}"
 
     def prepare() -> None:
         if world.first:
@@ -105,9 +113,32 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
     return final
 
 
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written; the message says why, to stand in a sentence about it."""
+
+
 def load_file(path: Path) -> dict[str, Any]:
-    """What `save_file` was given, on the CPU. Runs no code from the file."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What `save_file` was given, on the CPU. Runs no code from the file.
+
+    Raises:
+        DamagedError: It is no such file, or not all of it. torch's own reasons are for those who make such files, and
+            one of them advises to run the code in it.
+        OSError: It cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd bytes, which are an error here
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # there is no end to how reading damaged bytes can fail
+        _logger.debug("reading '%s'", path, exc_info=error)
+        raise DamagedError(
+            f"its {path.stat().st_size} bytes are not those of a checkpoint, or not all of them"
+        ) from error
+    if not isinstance(state, dict):
+        raise DamagedError(f"it holds {type(state).__name__} instead of a run's state")
+    return state
 
 
 def newest(folder: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None:
@@ -125,8 +156,8 @@ def newest(folder: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None
             return path, load(path)
         except UserError:  # it can be read, and was written for another kind of run: not to be trained over
             raise
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        except (OSError, DamagedError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, reason)
     if found:
         raise CheckpointError(f"none of the checkpoints in '{folder}' can be read; resume=false begins the run anew")
@@ -135,7 +166,7 @@ def newest(folder: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None
 
 def remove_partial(folder: Path) -> None:
     """Remove what a killed process left half written."""
-    for path in folder.glob(f"{_PARTIAL}*") if folder.is_dir() else ():
+    for path in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -166,15 +197,37 @@ def _failed(folder: Path, step: int, error: BaseException, clean: bool = True) -
 def _remove_old(folder: Path) -> None:
     for path in checkpoints(folder)[KEEP:]:
         try:
-            if path.is_dir():
-                # the name goes first: a half removed folder must not look like a checkpoint
-                gone = path.with_name(f"{_PARTIAL}{path.name}")
-                os.replace(path, gone)
-                shutil.rmtree(gone)
-            else:
-                path.unlink()
+            _remove(path)
         except OSError as error:  # the new one is there, and that is what counts
             _logger.warning("the old checkpoint '%s' cannot be removed: %s", path, error)
+
+
+def remove_all(folder: Path) -> None:
+    """Remove the checkpoints of a run, and their folder if nothing else is in it."""
+    for path in reversed(checkpoints(folder)):
+        _remove(path)
+    remove_partial(folder)
+    remove_if_empty(folder)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing is left; others stay."""
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink()
+        return
+    # the name goes first: a half removed folder must not look like a checkpoint
+    others = any(not _PART.fullmatch(file.name) for file in path.iterdir())
+    gone = path.with_name(f"{'not-of-' if others else PARTIAL}{path.name}")
+    os.replace(path, gone)
+    for file in list(gone.iterdir()):
+        if _PART.fullmatch(file.name):
+            file.unlink()
+    remove_if_empty(gone)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,23 +5,25 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..files import WriteError
+from ..errors import some
+from ..files import WriteError, partial_folder
+from ..locks import check_free
+from ..models.safetensors_file import write_safetensors
+from .checkpoint import checkpoints, step_of
 from .data import DataError, class_names, find_split, open_dataset
 from .distributed import World, join, leave
 from .model import create_model, data_config, pick_device
-from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, prepare_output
+from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, own_output
 from .parallel import full_weights
 from .randomness import seed_run
 from .report import write_report
@@ -52,14 +54,15 @@ def save_model(
         preprocessing: From `data_config`.
         weights: Instead of the model's own state dict, where that is spread over processes.
     """
-    weights = model.state_dict() if weights is None else weights
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        config, tensors = Path(partial) / "config.json", Path(partial) / WEIGHTS_FILE
+    weights = {k: v.detach() for k, v in (model.state_dict() if weights is None else weights).items()}
+    with partial_folder(folder) as partial:
+        config, tensors = partial / "config.json", partial / WEIGHTS_FILE
         save_config_for_hf(model, config, dict(label_names=names), data_config=preprocessing)
         written = json.loads(config.read_text(encoding="utf-8"))
         written["model_args"].pop("num_classes", None)  # stands beside them too, and transformers would pass it twice
         config.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, tensors)
+        specs = {key: (tuple(value.shape), value.dtype) for key, value in weights.items()}
+        write_safetensors(tensors, specs, lambda key: weights[key].cpu())
         for file in (config, tensors):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -93,16 +96,32 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str
     if len(names) < 2:
         raise DataError(f"'{split}' has one class ({names[0]}); two are needed")
     if len(train_set) < config.batch_size:
+        part = config.accumulate * (2 if config.mixes else 1)
+        fitting = len(train_set) // part * part
+        hint = f": set batch_size={fitting} or less" if fitting else ""
         raise DataError(
-            f"batch_size={config.batch_size} is more than the {len(train_set)} training images of '{split}'"
+            f"batch_size={config.batch_size} is more than the {len(train_set)} training images of '{split}'{hint}"
         )
     validation = find_split(config.data, "validation")
     val_set = None
     if config.eval_every and validation != Path(config.data):
         val_set = open_dataset(validation, split="")
-        if class_names(val_set) != names:
-            raise DataError(f"'{split}' and '{validation}' have different classes: {names} and {class_names(val_set)}")
+        _check_classes(split, names, validation, class_names(val_set) or [])
     return train_set, val_set, names
+
+
+def _check_classes(split: Path, names: list[str], validation: Path, val_names: list[str]) -> None:
+    if val_names == names:
+        return
+    ours, theirs = sorted(set(names) - set(val_names)), sorted(set(val_names) - set(names))
+    if not ours and not theirs:
+        raise DataError(f"'{split}' and '{validation}' have the same {len(names)} classes in another order")
+    only = "; ".join(
+        f"only '{folder}' has {some(odd, 3)}" for folder, odd in ((split, ours), (validation, theirs)) if odd
+    )
+    raise DataError(
+        f"'{split}' has {len(names)} classes and '{validation}' {len(val_names)}, which must be the same: {only}"
+    )
 
 
 @contextmanager
@@ -139,24 +158,54 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> Path:
 
     Raises:
         UserError: The data, the weights or the settings cannot be used; nothing has been written then.
-        TrainingError: Too many steps had no finite loss.
+        TrainingError: Too many steps had no finite loss, or training diverged; no model is written then.
         internimage.engine.checkpoint.CheckpointWriteError: The disk is full.
         Preempted: SIGTERM came, and a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C; its message says what the same command does now.
     """
+    stage = _Stage()
     with _sigterm() as stop:
         try:
-            return _finetune(config, join(pick_device(config.device)), stop, progress)
+            with ExitStack() as held:
+                return _finetune(config, join(pick_device(config.device)), stop, progress, stage, held)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(stage.after_interrupt(config)) from error
         finally:
             leave()
 
 
-def _finetune(config: FinetuneConfig, world: World, stop, progress: bool) -> Path:
+@dataclass
+class _Stage:
+    """How far `_finetune` has come, for who interrupts it."""
+
+    began: bool = False  # the output folder is this run's
+    done: bool = False  # the result is written
+    total: int = 0  # steps
+
+    def after_interrupt(self, config: FinetuneConfig) -> str:
+        """What was saved, and how to go on."""
+        if self.done:
+            return f"interrupted; training is done, and the result is in '{config.output}'"
+        if not self.began:
+            return "interrupted before training began; nothing was changed"
+        kept = checkpoints(Path(config.output) / CHECKPOINTS)
+        if not kept:
+            return "interrupted before the first checkpoint; the same command begins anew"
+        steps = f"step {step_of(kept[0])} of {self.total}"
+        if config.resume:
+            return f"interrupted; the same command resumes after {steps}"
+        return f"interrupted; the same command with resume=true resumes after {steps}"
+
+
+def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage: _Stage, held: ExitStack) -> Path:
     output = Path(config.output)
     with world.together():  # what is quick to see comes before a model is made, and perhaps downloaded
         config.check_parts(world.size)
         if config.tensorboard:
             check_tensorboard()
         if world.first:
+            if output.is_dir():
+                check_free(output)
             check_output(config)
         train_set, val_set, names = open_data(config)
     seed_run(config.seed)
@@ -169,9 +218,10 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool) -> Pat
             val_set.input_img_mode = "L"
     model.to(world.device)
     trainer = Trainer(config, world, model, names, preprocessing, train_set, val_set, output)
+    stage.began, stage.total = True, trainer.total
     with world.together():
         if world.first:
-            prepare_output(config)
+            held.enter_context(own_output(config))  # until the result is there
     resumed = trainer.resume()
     if resumed is not None and world.first and progress:
         print(f"going on from {resumed}, step {trainer.progress.step} of {trainer.total}", file=sys.stderr)
@@ -180,6 +230,7 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool) -> Pat
             f"asked to stop: saved after step {trainer.progress.step} of {trainer.total} in '{output / CHECKPOINTS}'; "
             f"the same command goes on from there"
         )
+    trainer.check_finite()
     weights = full_weights(trainer.result)
     answers = trainer.evaluate(keep_answers=True) if config.report and val_set is not None else None
     with world.together():
@@ -191,9 +242,10 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool) -> Pat
                         None if trainer.sharded else trainer.result, preprocessing,
                     )  # fmt: skip
                 save_model(trainer.result, output, names, preprocessing, weights)  # last: it marks the run as finished
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 raise WriteError(
                     f"training is done, and the result could not be written to '{output}' ({error}). Make room and run "
                     f"the same command again: it goes on from the last checkpoint"
                 ) from error
+    stage.done = True
     return output

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""The folder of a run: the names of its files, and when it may be written to."""
+"""The folder of a run: the names of its files, and when it may be written to.
 
-import shutil
-from dataclasses import asdict
+Nothing in it is removed but what a run has written, by name, and only where the folder is known to be a run's.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ..files import write_text
-from .checkpoint import checkpoints
+from ..files import check_writable, is_partial, remove_partial, write_text
+from ..locks import LOCK_FILE, hold
+from .checkpoint import checkpoints, remove_all, remove_if_empty
 from .config import ConfigError, dump, from_dict
 from .settings import FinetuneConfig
 
 CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"
 LOG_FILE, STEPS_FILE = "log.csv", "steps.csv"
-CHECKPOINTS, BAD_BATCHES = "checkpoints", "bad-batches"
+CHECKPOINTS, BAD_BATCHES, TENSORBOARD = "checkpoints", "bad-batches", "tensorboard"
+_OURS = {BAD_BATCHES: r"step-\d{9}-process-\d+\.pt", TENSORBOARD: r"events\.out\.tfevents\..+"}
 
 # may differ between a run and its continuation: where and how, not what is computed
 _FREE = ("output", "overwrite", "resume", "workers", "device", "tensorboard", "report", "data",
@@ -34,7 +44,8 @@ def check_output(config: FinetuneConfig) -> bool:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"'{output}' is a file; 'output' must name a folder")
-    if not output.is_dir() or not any(output.iterdir()):
+    check_writable(output / LOCK_FILE)  # which is the first to be written
+    if not output.is_dir() or not _entries(output):
         return False
     if not (output / CONFIG_FILE).is_file():
         raise ConfigError(f"the folder '{output}' is not empty and not ours")
@@ -48,7 +59,27 @@ def check_output(config: FinetuneConfig) -> bool:
     if not (output / WEIGHTS_FILE).is_file() and config.resume and checkpoints(output / CHECKPOINTS):
         _check_same(config, output)
         return True
+    if not _is_run(output):
+        raise ConfigError(
+            f"the folder '{output}' is not empty, and its {CONFIG_FILE} is not one that finetune has written for this "
+            f"folder, so nothing in it is replaced: name another output, or empty it yourself"
+        )
     return False
+
+
+@contextmanager
+def own_output(config: FinetuneConfig) -> Iterator[None]:
+    """The result's folder, made ready and for this run alone.
+
+    Raises:
+        ConfigError: As `check_output`.
+        internimage.locks.LockedError: Another run writes there.
+    """
+    output = Path(config.output)
+    Path(os.path.realpath(output)).mkdir(parents=True, exist_ok=True)  # a link may lead to what is not there yet
+    with hold(output):
+        prepare_output(config)
+        yield
 
 
 def prepare_output(config: FinetuneConfig) -> None:
@@ -58,19 +89,65 @@ def prepare_output(config: FinetuneConfig) -> None:
         ConfigError: As `check_output`.
     """
     output = Path(config.output)
-    if check_output(config):
-        return
+    resumes = check_output(config)
     if output.is_dir():
+        remove_partial(output)
+        if resumes:
+            return
         _clear(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / CONFIG_FILE, dump(config))
+    write_text(output / CONFIG_FILE, f"{_mark(output)}\n{dump(config)}")
+
+
+def _entries(output: Path) -> list[str]:
+    """Names in a folder, without what a killed process can leave."""
+    return [name for name in os.listdir(output) if name != LOCK_FILE and not is_partial(name)]
+
+
+def _mark(output: Path) -> str:
+    """The first line of a run's settings. It has the folder's name: copied to another one, they say nothing of that."""
+    return f"# written by `internimage finetune` for its folder {json.dumps(output.resolve().name)}"
+
+
+def _is_run(output: Path) -> bool:
+    """Whether a folder's settings prove that `finetune` made it."""
+    try:
+        text = (output / CONFIG_FILE).read_text(encoding="utf-8")
+        if text.startswith(_mark(output) + "\n"):
+            return True
+        # before there was that line: as yaml writes all the settings that there were, which no recipe is
+        values = yaml.safe_load(text)
+        known = [field.name for field in fields(FinetuneConfig)]
+        return (
+            isinstance(values, dict)
+            and len(values) >= 48
+            and list(values) == [name for name in known if name in values]
+            and yaml.safe_dump(values, sort_keys=False) == text
+            and Path(os.path.abspath(values["output"])).name == output.resolve().name
+        )
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError("it holds no settings")
+        return asdict(from_dict(FinetuneConfig, values))
+    except ConfigError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        reason = "it is damaged"
+    raise ConfigError(
+        f"'{path}' cannot be read ({reason}), so the run cannot go on: put the file back as it was, or name another "
+        f"output"
+    )
 
 
 def _check_same(config: FinetuneConfig, output: Path) -> None:
-    try:
-        earlier = asdict(from_dict(FinetuneConfig, yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))))
-    except (ConfigError, yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ConfigError(f"'{output / CONFIG_FILE}' cannot be read, so the run cannot go on: {error}") from error
+    earlier = _settings(output / CONFIG_FILE)
     differ = [f"{k} was {earlier[k]}, now {v}" for k, v in asdict(config).items() if k not in _FREE and earlier[k] != v]
     if differ:
         raise ConfigError(
@@ -81,7 +158,12 @@ def _check_same(config: FinetuneConfig, output: Path) -> None:
 
 def _clear(output: Path) -> None:
     """Remove an earlier run; what makes it count as finished goes after its checkpoints, so a kill cannot mix runs."""
-    for folder in (CHECKPOINTS, BAD_BATCHES, "tensorboard"):
-        shutil.rmtree(output / folder, ignore_errors=True)
+    remove_all(output / CHECKPOINTS)
+    for folder, names in _OURS.items():
+        if (output / folder).is_dir():
+            for file in list((output / folder).iterdir()):
+                if re.fullmatch(names, file.name):
+                    file.unlink()
+            remove_if_empty(output / folder)
     for file in (LOG_FILE, STEPS_FILE, REPORT_FILE, "config.json", WEIGHTS_FILE):
         (output / file).unlink(missing_ok=True)

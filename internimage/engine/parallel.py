@@ -107,6 +107,8 @@ def _plain_errors() -> Iterator[None]:
         yield
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         if isinstance(cause.__context__, OSError):
             raise cause.__context__ from None
         if "inline_container" in str(cause):  # torch's writer, in another process: what it met is not sent along

@@ -2,6 +2,7 @@
 """Where a run stands, and how that is written to a checkpoint and taken up again."""
 
 import dataclasses
+import logging
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from . import checkpoint, parallel
 from .config import ConfigError
 from .distributed import World
 
+_logger = logging.getLogger(__name__)
+
 _STATE_FILE = "state.pt"
 
 
@@ -33,6 +36,27 @@ class Progress:
     seconds: float = 0.0  # in steps of the current epoch
     epochs: list[dict] = field(default_factory=list)  # a row an epoch
 
+    @classmethod
+    def read(cls, values: Any) -> "Progress":
+        """From what `dataclasses.asdict` gave and a checkpoint kept.
+
+        Raises:
+            internimage.engine.checkpoint.DamagedError: It is something else.
+        """
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or "step" not in values or values.keys() - fields.keys():
+            raise checkpoint.DamagedError("its 'progress' is not that of a run")
+        for name, value in values.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            valid = {
+                int: isinstance(value, int) and number and value >= 0,
+                float: number,
+                list[dict]: isinstance(value, list) and all(isinstance(row, dict) and "epoch" in row for row in value),
+            }[fields[name]]
+            if not valid:
+                raise checkpoint.DamagedError(f"its 'progress' has {value!r:.50} for '{name}'")
+        return cls(**values)
+
 
 class RunState:
     """Everything that a run changes.
@@ -43,7 +67,8 @@ class RunState:
         average: Of its weights, or None.
         optimizer, scheduler, scaler: `scheduler` may be None.
         sharded: The weights are spread over the processes.
-        data: The number of training images and the classes: a continuation on others would be another run.
+        data: The number of training images ("samples"), the names of the classes ("classes"), and the fingerprint of
+            each class's images ("images"): a continuation on others would be another run.
     """
 
     def __init__(
@@ -134,25 +159,69 @@ class RunState:
                 f"and the same 'parallel' as before, or resume=false to begin anew"
             )
         state = checkpoint.load_file(path / _STATE_FILE if self.sharded else path)
-        if state["data"] != self.data:  # before anything is changed
+        progress = _check(state, path, self.sharded)
+        difference = _difference(state["data"], self.data)
+        if difference is not None:  # before anything is changed
             raise ConfigError(
-                f"the run in '{path.parent.parent}' was trained on {_describe(state['data'])}, here are "
-                f"{_describe(self.data)}: give it the same images to go on, or resume=false to begin anew"
+                f"the run in '{path.parent.parent}' was trained on {difference}: give it the same images to go on, or "
+                f"resume=false to begin anew"
             )
-        if self.sharded:
-            parallel.read_shards(path, self.model, self.average, self.optimizer)
-        else:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["schedule"])
-        self.progress = Progress(**state["progress"])
-        random.setstate(state["random"]["python"])
-        np.random.set_state(state["random"]["numpy"])
-        torch.set_rng_state(state["random"]["torch"])
+        try:
+            if self.sharded:
+                parallel.read_shards(path, self.model, self.average, self.optimizer)
+            else:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                if self.average is not None:
+                    self.average.load_state_dict(state["average"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["schedule"])
+            random.setstate(state["random"]["python"])
+            np.random.set_state(state["random"]["numpy"])
+            torch.set_rng_state(state["random"]["torch"])
+        except OSError:
+            raise
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            _logger.debug("taking up '%s'", path, exc_info=error)
+            raise checkpoint.DamagedError("its tensors are not those of this run") from error
+        self.progress = progress
+
+
+def _check(state: dict[str, Any], path: Path, sharded: bool) -> Progress:
+    """That a state is whole, as far as this can be seen without loading it; returns its progress."""
+    kinds = {"progress": dict, "scaler": dict, "data": dict, "random": dict, "schedule": (dict, type(None))}
+    if not sharded:
+        kinds |= {"model": dict, "optimizer": dict, "average": (dict, type(None))}
+    for name, kind in kinds.items():
+        if name not in state:
+            raise checkpoint.DamagedError(f"it has no '{name}'")
+        if not isinstance(state[name], kind):
+            raise checkpoint.DamagedError(f"its '{name}' is of another kind ({type(state[name]).__name__})")
+    data = state["data"]
+    images = data.get("images")  # older versions kept none
+    if not (
+        isinstance(data.get("samples"), int)
+        and isinstance(data.get("classes"), list)
+        and (images is None or isinstance(images, list))
+    ):
+        raise checkpoint.DamagedError("its 'data' does not say which images it was trained on")
+    progress = Progress.read(state["progress"])
+    if progress.step != checkpoint.step_of(path):
+        raise checkpoint.DamagedError(f"it is of step {progress.step}")
+    return progress
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What is different about the images, for a sentence; None where they are the same."""
+    if (then["samples"], then["classes"]) != (now["samples"], now["classes"]):
+        return f"{_describe(then)}, here are {_describe(now)}"
+    before, here = then.get("images"), now.get("images")
+    if before is None or here is None or before == here:  # older versions kept no fingerprints
+        return None
+    names = now["classes"]
+    changed = [name for i, name in enumerate(names) if before[i : i + 1] != here[i : i + 1]] or names
+    return f"other images: as many, and of other names or sizes, in {len(changed)} classes ({some(changed, 3)})"
 
 
 def _describe(data: dict[str, Any]) -> str:

@@ -19,7 +19,9 @@ from . import parallel
 from .config import ConfigError
 from .data import DataError, sigterm_for_us
 from .distributed import World, synchronise_batch_norm
+from .divergence import finite_names, not_finite
 from .evaluate import evaluate
+from .fingerprint import fingerprint
 from .model import DTYPES
 from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
 from .output import BAD_BATCHES, CHECKPOINTS
@@ -125,8 +127,9 @@ class Trainer:
         self.statistics = [b for name, b in model.named_buffers() if not name.endswith(".factor")]
         self.state = RunState(
             world, model, self.average, self.optimizer, self.scheduler, self.scaler, self.sharded,
-            {"samples": len(train_set), "classes": names},
+            {"samples": len(train_set), "classes": names, "images": self._fingerprint()},
         )  # fmt: skip
+        self._finite = finite_names(self.result)
 
     # ---- checkpoints
 
@@ -140,6 +143,10 @@ class Trainer:
             self._raise_noted()
             self.log.flush()
         self.state.save(self.output / CHECKPOINTS)
+
+    def _fingerprint(self) -> list[str] | None:
+        """The first process asks the file system for all; each compares its own count and classes all the same."""
+        return self.world.gather(fingerprint(self.train_set) if self.world.first else None)[0]
 
     def resume(self) -> Path | None:
         """Take up the newest checkpoint of the output folder; returns it, None if there is none."""
@@ -170,7 +177,7 @@ class Trainer:
             Whether the end was reached. A checkpoint of where it stands has been written either way.
 
         Raises:
-            TrainingError: Too many steps had no finite loss.
+            TrainingError: Too many steps had no finite loss, or training diverged.
             UserError: The disk is full, or too many images cannot be read.
         """
         config, state, plan = self.config, self.progress, self.plan
@@ -328,9 +335,30 @@ class Trainer:
                 f"from the last checkpoint"
             ) from error
 
+    def check_finite(self) -> None:
+        """Whether the weights that the run will save are numbers; to be called in all processes at once.
+
+        Raises:
+            TrainingError: Some are not; in all processes.
+        """
+        problem = not_finite(self.result, self._finite, self.world)
+        if problem is not None:
+            self._diverged(problem)
+
+    def _diverged(self, what: str) -> None:
+        epoch = self.progress.step // self.plan.steps_per_epoch
+        problem = TrainingError(
+            f"training diverged: {what} after epoch {epoch}. A smaller lr than {self.config.lr} or a smaller clip_grad "
+            f"may help, with resume=false to begin anew. No model was written; the checkpoints stay in "
+            f"'{self.output / CHECKPOINTS}'"
+        )
+        problem.everywhere = True  # the first process alone tells
+        raise problem
+
     def _end_epoch(self) -> None:
         state, config = self.progress, self.config
         epoch = state.step // self.plan.steps_per_epoch
+        self.check_finite()
         row = {
             "epoch": epoch,
             "lr": learning_rate(self.optimizer),
@@ -345,6 +373,8 @@ class Trainer:
         ):  # fmt: skip
             with self.log.validating():
                 result = self.evaluate()
+            if not math.isfinite(result.loss):
+                self._diverged(f"the validation loss is {result.loss}")
             row |= {"val_top1": result.top1, "val_loss": result.loss}
             self._train_mode()
         self.log.epoch(row, state.step)

@@ -172,13 +172,21 @@ def _quiet_tensorboard() -> None:
 
 
 def read_steps(output: Path, last: int | None = None) -> list[dict]:
-    """The rows of the table of steps, up to a step; a half written last row is left out."""
+    """The rows of the table of steps, up to a step; a half written last row and damaged ones are left out."""
     path = output / STEPS_FILE
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["step"] and row["images_per_second"]]
-    return [row for row in rows if last is None or int(row["step"]) <= last]
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+    return [row for row in rows if _is_whole(row) and (last is None or int(row["step"]) <= last)]
+
+
+def _is_whole(row: dict) -> bool:
+    try:
+        int(row["step"])
+        return all(float(row[name]) is not None for name in _STEP_FIELDS) and None not in row
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _csv(rows: list[dict], fields: tuple[str, ...] | None = None) -> str:

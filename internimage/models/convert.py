@@ -8,8 +8,6 @@ Weights are read, cast and written a tensor at a time.
 import errno
 import json
 import logging
-import os
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,10 +21,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from .. import hub
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, UserError, one_line
+from ..files import write_text
 from . import checkpoints
 from .card import model_card
 from .containers import Entry, open_checkpoint
+from .folder import CARD, check_destination, check_source, mark, place, staging
 from .identify import ConvertError, find_source, model_of
 from .model_config import CONFIG, has_model_config, read_model_config
 from .safetensors_file import nbytes, write_safetensors
@@ -34,7 +34,6 @@ from .safetensors_file import nbytes, write_safetensors
 _logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-CARD = "README.md"
 HEAD_22K_TO_1K = "22k-to-1k"
 
 
@@ -77,7 +76,8 @@ def convert(
         head: "22k-to-1k" keeps ImageNet-1k's rows of an ImageNet-22k classifier.
         use_ema: Take the averaged weights of a source that has both.
         verify: Read the result and compare every tensor, bit by bit, before it gets its name.
-        overwrite: Replace a folder that an earlier conversion has written.
+        overwrite: Replace the model in a folder that an earlier conversion has written. Other files there stay, and so
+            does a card that was edited.
         cache_dir: For downloads.
         progress: Called with the bytes of each tensor written.
 
@@ -88,8 +88,10 @@ def convert(
     destination = Path(destination).expanduser()
     if head not in (None, HEAD_22K_TO_1K):
         raise ConvertError(f"head must be '{HEAD_22K_TO_1K}' or None, got '{head}'")
-    _check_destination(destination, overwrite)
+    check_source(Path(source).expanduser(), destination)
+    check_destination(destination, overwrite)
     found_source = find_source(str(source), cache_dir)
+    check_source(found_source.path, destination)
     reduce_head = head == HEAD_22K_TO_1K
     built, headless = model_of(found_source, model, dict(model_kwargs or {}), use_ema, reduce_head)
     origin, found = checkpoints.match(
@@ -111,53 +113,35 @@ def convert(
         parameters=sum(torch.Size(entries[key].shape).numel() for key, _ in built.named_parameters() if key in entries),
         dtypes=sorted({str(e.dtype).removeprefix("torch.") for e in entries.values() if e.dtype.is_floating_point}),
     )
-    partial = _beside(destination, "partial")
+    card = model_card(
+        built,
+        name,
+        source=found_source.name,
+        published=published,
+        parameters=result.parameters,
+        dtypes=result.dtypes,
+        head_from_22k=reduce_head,
+        headless=headless,
+    )
     try:
-        partial.mkdir(parents=True)
-        _check_room(partial, entries)
-        _write_weights(partial, entries, shard_size, progress)
-        _write_config(partial / CONFIG, built, known=published is not None)
-        card = model_card(
-            built,
-            name,
-            source=found_source.name,
-            published=published,
-            parameters=result.parameters,
-            dtypes=result.dtypes,
-            head_from_22k=reduce_head,
-            headless=headless,
-        )
-        (partial / CARD).write_text(card, encoding="utf-8")
-        if verify:
-            _verify(partial, entries)
-            result.verified = True
-        result.files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        _replace(partial, destination)
+        with staging(destination, overwrite) as staged:
+            _check_room(staged, entries)
+            _write_weights(staged, entries, shard_size, progress)
+            _write_config(staged / CONFIG, built, card, known=published is not None)
+            write_text(staged / CARD, card)
+            if verify:
+                _verify(staged, entries)
+                result.verified = True
+            result.files = {name: (destination / name).stat().st_size for name in place(staged, destination)}
+    except UserError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConvertError(
                 f"'{destination.parent}' has no room for the result ({error.strerror}); nothing was left there"
             ) from error
         raise ConvertError(f"'{destination}' cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return result
-
-
-def _beside(folder: Path, what: str) -> Path:
-    """A name on the same disk that nobody has and no reader looks for."""
-    return folder.parent / f".{folder.name}.{what}-{secrets.token_hex(4)}"
-
-
-def _check_destination(folder: Path, overwrite: bool) -> None:
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ConvertError(f"'{folder}' is not a folder; the result is one")
-    if folder.is_dir() and any(folder.iterdir()):
-        ours = (folder / CONFIG).is_file()
-        if not (ours and overwrite):
-            raise ConvertError(
-                f"the folder '{folder}' " + ("holds a model; overwrite replaces it" if ours else "is not empty")
-            )
 
 
 def _cast(entry: Entry, dtype: torch.dtype | None) -> Entry:
@@ -197,10 +181,10 @@ def _write_weights(
         write_safetensors(folder / file, {key: (entries[key].shape, entries[key].dtype) for key in keys}, read)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / f"{WEIGHTS}{hub.INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / f"{WEIGHTS}{hub.INDEX_SUFFIX}", json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(path: Path, model: torch.nn.Module, known: bool) -> None:
+def _write_config(path: Path, model: torch.nn.Module, card: str, known: bool) -> None:
     """timm's config.json. `known`: the weights are released ones, so that their tag may stand in it."""
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
@@ -212,7 +196,8 @@ def _write_config(path: Path, model: torch.nn.Module, known: bool) -> None:
     config.get("model_args", {}).pop("num_classes", None)
     if not known:
         config["pretrained_cfg"].pop("tag", None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    mark(config, card)
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _verify(folder: Path, entries: dict[str, Entry]) -> None:
@@ -227,21 +212,6 @@ def _verify(folder: Path, entries: dict[str, Entry]) -> None:
         )
         if not same:
             raise ConvertError(f"the result differs from the source in '{key}'; the disk may be at fault")
-
-
-def _replace(partial: Path, destination: Path) -> None:
-    """Give a folder its name, and remove what had that name before."""
-    if not destination.exists():
-        os.rename(partial, destination)
-        return
-    old = _beside(destination, "old")
-    os.rename(destination, old)
-    try:
-        os.rename(partial, destination)
-    except OSError:
-        os.rename(old, destination)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- before an upload

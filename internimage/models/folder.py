@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""The folder that `convert` writes: how it is known as ours, and how a new model takes the place of an old one in it.
+
+Only files that `convert` writes are replaced, by their names, and only in a folder whose config.json says that
+`convert` made it. All else that is there stays.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..files import beside, is_partial, partial_folder, remove_partial, write_text
+from ..hub import INDEX_SUFFIX
+from ..locks import LOCK_FILE, hold
+from .identify import ConvertError
+from .model_config import CONFIG
+
+_logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+MARK = "internimage"  # key of config.json; timm and transformers pass it over
+_JOURNAL = ".internimage-replacing"  # is there while files are exchanged: instead of config.json it says whose they are
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def mark(config: dict[str, Any], card: str) -> None:
+    """Note in a config.json that `convert` wrote the folder, and the card: one that was edited later is not ours."""
+    config[MARK] = {"written_by": "internimage convert", "card": _digest(card.encode())}
+
+
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Whether a model may be written to a folder.
+
+    Raises:
+        ConvertError: It is no folder; it holds a model, and `overwrite` is false; or it holds what is not ours.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConvertError(f"'{folder}' is not a folder; the result is one")
+    if not folder.is_dir() or not _entries(folder):
+        return
+    if _cards(folder) is not None:
+        if not overwrite:
+            raise ConvertError(f"the folder '{folder}' holds a model; overwrite replaces it")
+        return
+    reason = f", and its {CONFIG} does not say that convert has written it" if (folder / CONFIG).exists() else ""
+    hint = "overwrite replaces nothing there: remove it yourself, or name another" if overwrite else "name another"
+    raise ConvertError(f"the folder '{folder}' is not empty{reason}; {hint}")
+
+
+def check_source(source: Path, folder: Path) -> None:
+    """ConvertError where weights stand in the folder that they would be written to."""
+    if not source.exists() or not folder.is_dir():
+        return
+    real = Path(os.path.realpath(folder))
+    files = list(source.iterdir()) if source.is_dir() else []
+    sources = [Path(os.path.realpath(path)) for path in (source, *files)]
+    if any(real == path or (real == path.parent and _is_ours(path.name)) for path in sources):
+        raise ConvertError(f"the source '{source}' stands in '{folder}', which the result would replace: name another")
+
+
+@contextmanager
+def staging(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder on the same disk to write a model to, for `place`; is removed at the end.
+
+    Raises:
+        ConvertError: As `check_destination`.
+        internimage.locks.LockedError: Another conversion writes to the folder.
+    """
+    real = Path(os.path.realpath(folder))  # a link stays a link
+    if not real.exists():
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with partial_folder(real.parent) as staged:
+            yield staged
+        return
+    with ExitStack() as stack:
+        if real.is_dir():
+            stack.enter_context(hold(real))
+        check_destination(folder, overwrite)
+        yield stack.enter_context(partial_folder(real))
+
+
+def place(staged: Path, folder: Path) -> list[str]:
+    """Give a staged model its name, in place of an older one if there is one.
+
+    Whenever this ends, the folder holds the old model, the new one, or none that loads: config.json goes first and
+    comes last. After a kill `overwrite` makes it whole.
+
+    Returns:
+        The names of the files that were placed.
+    """
+    real = Path(os.path.realpath(folder))
+    new = sorted(os.listdir(staged), key=_order)
+    if real not in staged.parents:
+        os.rename(staged, real)  # refuses a folder that somebody has put something into meanwhile
+        return sorted(new)
+    cards = _cards(real) or []
+    old = sorted((name for name in os.listdir(real) if _is_ours(name)), key=_order, reverse=True)
+    if CARD in old and _digest((real / CARD).read_bytes()) not in cards:
+        _logger.warning("'%s' was not written by convert or was edited since, and stays as it is", folder / CARD)
+        old.remove(CARD)
+        new.remove(CARD)
+    else:
+        cards.append(_digest((staged / CARD).read_bytes()))
+    journal = real / _JOURNAL
+    again = journal.exists()  # after a kill: nothing else says that the folder is ours
+    write_text(journal, json.dumps({"cards": cards}))
+    away = beside(real / "replaced")
+    away.mkdir()
+    moves = [(real / name, away / name) for name in old] + [(staged / name, real / name) for name in new]
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if target.exists() and not source.exists():
+                os.replace(target, source)
+        away.rmdir()
+        if not again:
+            journal.unlink()
+        raise
+    journal.unlink()
+    remove_partial(real, but=staged)  # with the old model, and what killed conversions left
+    return sorted(new)
+
+
+def _is_ours(name: str) -> bool:
+    return name in (CONFIG, CARD) or _WEIGHTS.fullmatch(name) is not None
+
+
+def _order(name: str) -> int:
+    """In which files appear; they go in the reverse order. An index without all of its shards is refused by readers."""
+    return 3 if name == CONFIG else 1 if name.endswith(INDEX_SUFFIX) else 2 if _WEIGHTS.fullmatch(name) else 0
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names in a folder, without what a killed process can leave."""
+    return [name for name in os.listdir(folder) if name != LOCK_FILE and not is_partial(name)]
+
+
+def _cards(folder: Path) -> list[str] | None:
+    """Digests of the cards that `convert` has written to a folder; None where nothing proves that it is ours."""
+    for file in (_JOURNAL, CONFIG):
+        try:
+            found = json.loads((folder / file).read_text(encoding="utf-8"))
+            found = found if file == _JOURNAL else {"cards": [found[MARK]["card"]]}
+            return [str(card) for card in found["cards"]]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

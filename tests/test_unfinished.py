@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: MIT
+"""Runs that end before their end: Ctrl-C, training that diverges, data that does not do."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ROOT, environment, settings, wait_for_checkpoint, write_noise
+
+from internimage import locks
+from internimage.cli import main
+from internimage.engine import checkpoint, trainer
+from internimage.engine.data import DataError
+from internimage.engine.finetune import finetune, open_data
+from internimage.engine.trainer import TrainingError
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX locks")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_noise(tmp_path_factory.mktemp("noise"), train=(9, 9, 9), val=(2, 2, 2))
+
+
+def arguments(config):
+    return ["finetune", *(f"{k}={v}" for k, v in vars(config).items() if v is not None)]
+
+
+# ---- Ctrl-C
+
+
+def interrupt_in(monkeypatch, owner, name, when=lambda *_: True):
+    """Ctrl-C as a function is called."""
+    before = getattr(owner, name)
+
+    def patched(*arguments, **keywords):
+        if when(*arguments):
+            raise KeyboardInterrupt
+        return before(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, patched)
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("model", "interrupted before training began; nothing was changed"),
+        ("step 2", "interrupted before the first checkpoint; the same command begins anew"),
+        ("step 5", "interrupted; the same command resumes after step 3 of 9"),
+        ("checkpoint", "interrupted; the same command resumes after step 3 of 9"),
+        ("report", "interrupted; the same command resumes after step 9 of 9"),
+        ("end", "interrupted; training is done, and the result is in"),
+    ],
+)
+def test_an_interrupt_says_what_the_same_command_does(data, tmp_path, monkeypatch, capsys, place, message):
+    module = sys.modules["internimage.engine.finetune"]
+    run = tmp_path / "run"
+    if place == "model":
+        interrupt_in(monkeypatch, module, "_create_model")
+    elif place.startswith("step"):
+        interrupt_in(monkeypatch, trainer.Trainer, "_step", lambda self, *_: self.progress.step + 1 == int(place[-1]))
+    elif place == "checkpoint":  # inside of torch's archive writer, which makes another error of it
+        save = torch.save
+        saved = []
+
+        class Interrupted:
+            def __init__(self, file):
+                self.file = file
+
+            def write(self, data):
+                if len(saved) == 2:
+                    raise KeyboardInterrupt
+                return self.file.write(data)
+
+            def flush(self):
+                self.file.flush()
+
+        def patched(state, file):
+            saved.append(state)
+            save(state, Interrupted(file))
+
+        monkeypatch.setattr(torch, "save", patched)
+    elif place == "report":
+        interrupt_in(monkeypatch, module, "save_model")
+    else:
+        interrupt_in(monkeypatch, locks, "_release")
+    assert main(arguments(settings(data, run))) == 130
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith(message), err
+    assert not [line for line in err if "error" in line or "Traceback" in line]
+    if run.exists():
+        assert not list((run / "checkpoints").glob(".partial*"))
+    if place in ("checkpoint", "report"):
+        monkeypatch.undo()
+        assert main(arguments(settings(data, run))) == 0
+
+
+@posix
+def test_ctrl_c_with_loader_workers_is_one_line(data, tmp_path):
+    """The whole way: the terminal sends the signal to the workers too."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "internimage", *arguments(settings(data, tmp_path, epochs=500, workers=2))], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
+    )  # fmt: skip
+    wait_for_checkpoint(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    last = int(checkpoint.checkpoints(tmp_path / "checkpoints")[0].stem[5:])
+    assert f"interrupted; the same command resumes after step {last} of 1500" in err and "Traceback" not in err, err
+
+
+# ---- runs that diverged
+
+
+@pytest.mark.parametrize("sets", [{"eval_every": 0}, {"eval_every": 1}, {"ema_decay": 0.9}], ids=str)
+def test_a_diverged_run_is_not_saved_as_finished(data, tmp_path, capsys, monkeypatch, sets):
+    step = trainer.Trainer._step
+
+    def patched(self, *arguments):
+        result = step(self, *arguments)
+        if self.progress.step == 6:
+            for name in ("patch_embed.conv1.weight", "head.weight"):
+                for model in {self.model, self.result}:
+                    model.get_parameter(name).data.view(-1)[:2] = float("nan")
+        return result
+
+    monkeypatch.setattr(trainer.Trainer, "_step", patched)
+    assert main(arguments(settings(data, tmp_path, **sets))) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"error: training diverged: 2 numbers in 'patch_embed.conv1.weight', and some in 1 other tensors, "
+                     r"are not finite after epoch 2\. A smaller lr than 0\.003", err)  # fmt: skip
+    assert "Traceback" not in err and not (tmp_path / "model.safetensors").exists()
+    assert len(checkpoint.checkpoints(tmp_path / "checkpoints")) == 2
+    monkeypatch.undo()
+    assert main(arguments(settings(data, tmp_path, **sets))) == 2  # it would go on from there
+    assert "training diverged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_validation_loss_that_is_no_number_is_refused(data, tmp_path, monkeypatch, loss):
+    evaluate = trainer.Trainer.evaluate
+
+    def patched(self, **keywords):
+        result = evaluate(self, **keywords)
+        result.loss = loss
+        return result
+
+    monkeypatch.setattr(trainer.Trainer, "evaluate", patched)
+    with pytest.raises(TrainingError, match=f"training diverged: the validation loss is {loss} after epoch 3"):
+        finetune(settings(data, tmp_path, eval_every=5), progress=False)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_buffer_that_is_infinite_by_intent_is_no_divergence(data, tmp_path, monkeypatch):
+    init = trainer.Trainer.__init__
+
+    def patched(self, config, world, model, *arguments):
+        model.register_buffer("mask", torch.full((2,), -torch.inf))
+        init(self, config, world, model, *arguments)
+
+    monkeypatch.setattr(trainer.Trainer, "__init__", patched)
+    finetune(settings(data, tmp_path, epochs=1), progress=False)
+
+
+# ---- messages about the data
+
+
+def test_classes_that_differ_are_counted_and_not_listed(tmp_path):
+    for split, count, extra in (("train", 1000, "cat"), ("val", 998, "dog")):
+        for name in [*map(str, range(count)), extra]:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").touch()
+    with pytest.raises(DataError) as error:
+        open_data(settings(tmp_path, "run", eval_every=1))
+    message = str(error.value)
+    assert "train' has 1001 classes and '" in message and "val' 999, which must be the same: only '" in message
+    assert "train' has 998, 999, cat; only '" in message and message.endswith("val' has dog") and len(message) < 600
+
+
+def test_a_batch_that_is_too_large_says_what_fits(data):
+    for more, fitting in (({}, 27), ({"accumulate": 4}, 24), ({"accumulate": 5, "mixup": 0.1}, 20)):
+        with pytest.raises(DataError, match=rf"batch_size=40 is more than the 27 .*: set batch_size={fitting} or less"):
+            open_data(settings(data, "run", batch_size=40, **more))
