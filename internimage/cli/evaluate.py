@@ -13,6 +13,7 @@ from .. import __version__
 from ..engine.data import open_dataset
 from ..engine.distributed import World, join, leave
 from ..engine.evaluate import Evaluation, evaluate
+from ..engine.finite import NotFiniteError
 from ..engine.imagenet import VARIANTS, open_labelled_folder, protocol
 from ..engine.model import pick_device
 from ..errors import UserError
@@ -63,10 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, world: World) -> int:
     # the data and the other arguments first: a model may have to be downloaded
     number = _number(arguments.expect)
-    for path in (arguments.json, arguments.csv):
+    for option, path in (("--json", arguments.json), ("--csv", arguments.csv)):
+        if path == "":
+            raise UserError(f"{option} needs the name of a file, got an empty one")
         if path and path != "-":
             _check_writable(Path(path))
-    if arguments.labels:
+    if arguments.real_labels is not None and arguments.variant != "real":
+        raise UserError("--real-labels is for --variant real alone")
+    if arguments.labels is not None:
+        if arguments.dataset or arguments.class_map is not None:
+            raise UserError("--labels is for a folder of images; --dataset and --class-map do not go with it")
         dataset = open_labelled_folder(arguments.data, arguments.labels)
     else:
         dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map)
@@ -79,19 +86,25 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         if published is None:
             raise UserError(f"no top-1 on ImageNet-1k was published for '{arguments.model}' as it is asked for here")
         expected = published
-    result = evaluate(
-        model,
-        dataset,
-        config,
-        arguments.batch_size,
-        arguments.workers,
-        world.device,
-        dtype,
-        classes_from_map=arguments.class_map is not None,
-        world=world,
-        flip=arguments.flip,
-        protocol=protocol(arguments.variant, model, dataset, arguments.real_labels),
-    )
+    counting = protocol(arguments.variant, model, dataset, arguments.real_labels)
+    try:
+        result = evaluate(
+            model,
+            dataset,
+            config,
+            arguments.batch_size,
+            arguments.workers,
+            world.device,
+            dtype,
+            classes_from_map=arguments.class_map is not None,
+            world=world,
+            flip=arguments.flip,
+            protocol=counting,
+        )
+    except NotFiniteError as problem:  # the input was good, the answer is not
+        if world.first:
+            print(f"internimage evaluate: error: {problem}", file=sys.stderr)
+        return 1
     wrong = expected is not None and abs(result.top1 - expected) > _TOLERANCE + 1e-9
     if world.first:
         _report(arguments, result, config, world.device, published)
@@ -154,7 +167,7 @@ def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, dev
         report = {**row, "skipped_files": [{"file": f, "reason": r} for f, r in result.skipped]}
         if arguments.per_class:
             report["per_class"] = result.per_class
-        text = json.dumps(report, indent=2) + "\n"
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         if arguments.json == "-":
             sys.stdout.write(text)
         else:
@@ -198,8 +211,5 @@ def _print(result: Evaluation, row: dict, arguments: argparse.Namespace, out) ->
         for entry in result.per_class:
             print(f"  {entry['class']:<{width}}  {entry['top1']:6.2f} %  of {entry['images']}", file=out)
     if result.skipped:
-        print(f"{len(result.skipped)} images could not be read and do not count:", file=sys.stderr)
-        for file, reason in result.skipped[:20]:
-            print(f"  {file}: {reason}", file=sys.stderr)
-        if len(result.skipped) > 20:
-            print(f"  and {len(result.skipped) - 20} more (all stand in the JSON report)", file=sys.stderr)
+        files = f"{len(result.skipped)} image{'s' if len(result.skipped) > 1 else ''}"
+        print(f"{files} could not be read and do not count (the report of --json lists them all)", file=sys.stderr)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ..files import WriteError
 from .config import ConfigError
-from .data import DataError, class_names, find_split, open_dataset
+from .data import DataError, class_difference, class_names, find_split, open_dataset
 from .distributed import World, join, leave
 from .model import create_model, data_config, pick_device
 from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, prepare_output
@@ -107,7 +107,8 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str
     if config.eval_every and validation != Path(config.data):
         val_set = open_dataset(validation, split="")
         if class_names(val_set) != names:
-            raise DataError(f"'{split}' and '{validation}' have different classes: {names} and {class_names(val_set)}")
+            difference = class_difference(names, class_names(val_set))
+            raise DataError(f"'{split}' (here) and '{validation}' (there) have different classes: {difference}")
     return train_set, val_set, names
 
 
