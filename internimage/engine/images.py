@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from ..errors import UserError, some
 
 # Formats of Pillow that are left alone: vector graphics and containers that need other programs to be decoded (EPS
-# would start Ghostscript), films, and those whose endings mean something else elsewhere (.pcd point clouds, .gbr Gerber).
+# would start Ghostscript), films, and those whose endings mean other things elsewhere (.pcd point clouds, .gbr Gerber).
 _NOT_TAKEN = frozenset(
     "BUFR CUR DCX EPS FITS FLI FTEX GBR GRIB HDF5 IM IMT IPTC MCIDAS MPEG MSP PCD PIXAR SPIDER WMF XVTHUMB".split()
 )
