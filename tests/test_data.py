@@ -177,8 +177,10 @@ def test_a_class_may_be_called_train(tmp_path):
     write(tmp_path, "train/0.png", "tank/0.png")
     for split in ("train", "validation"):
         assert class_names(open_dataset(tmp_path, split)) == ["tank", "train"]
-    write(tmp_path / "both", "train/train/0.png", "train/tank/0.png", "val/train/0.png", "val/tank/0.png")
+    write(tmp_path / "both", "train/train/0.png", "train/tank/0.png", "val/0.png", "papers/notes.txt")
     assert len(open_dataset(tmp_path / "both", "train")) == 2
+    with pytest.raises(DataError, match="val' has no class folders"):  # and is no class, so validation is not left out
+        open_dataset(tmp_path / "both")
 
 
 def test_finetune_names_what_its_splits_lack(tmp_path, capsys):
@@ -569,6 +571,67 @@ def test_a_flipped_image_of_no_probability_has_a_finite_loss(tmp_path):
     model.weight.data[[0, 1]] = model.weight.data[[1, 0]]
     result = count(open_dataset(tmp_path), model, flip=True)
     assert 20 < result.loss < 100 and result.top1 == pytest.approx(100 / 3)
+
+
+def test_a_validation_that_is_not_finite_ends_a_run_at_its_end(tmp_path, capsys, monkeypatch):
+    """Before that it is told, and its row of the log has no accuracy: later steps may mend it."""
+    three(tmp_path / "train")
+    three(tmp_path / "val", 1)
+    outcomes = []
+
+    def infinite_but_in_the_second(model, *arguments, **more):
+        outcomes.append(None if len(outcomes) == 1 else NotFiniteError("infinite"))
+        if outcomes[-1] is not None:
+            raise outcomes[-1]
+        return evaluate(model, *arguments, **more)
+
+    told = []
+    monkeypatch.setattr("internimage.engine.trainer.evaluate", infinite_but_in_the_second)
+    monkeypatch.setattr("internimage.engine.trainer.tell", told.append)
+    arguments = [
+        "img_size=32",
+        "batch_size=6",
+        "workers=0",
+        "device=cpu",
+        "pretrained=false",
+        "epochs=3",
+        "report=false",
+    ]
+    line = command(
+        capsys, "finetune", f"data={tmp_path}", f"output={tmp_path}/out", "model=internimage_atto", *arguments, status=1
+    )
+    assert line.endswith("error: infinite") and told == ["epoch 1 has no validation: infinite"]
+    with (tmp_path / "out" / "log.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert not first.get("val_top1") and float(first["train_loss"]) > 0 and float(second["val_top1"]) >= 0
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_dataset_of_the_hub_has_all_its_classes_in_the_map(tmp_path, monkeypatch):
+    class Reader:
+        _source_names = {0: "red", 1: "blue", 2: "green"}
+
+    def create(name, class_map, **_):
+        dataset = torch.utils.data.TensorDataset(torch.zeros(2))
+        dataset.reader, dataset.given = Reader(), class_map
+        return dataset
+
+    monkeypatch.setattr(data_module.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(data_module, "create_dataset", create)
+    (tmp_path / "map.txt").write_text("blue\n")
+    with pytest.raises(DataError, match="lacks 2 of the classes of 'hfds/me/colors': green, red"):
+        open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
+    (tmp_path / "map.txt").write_text("blue\ngreen\nred\n")
+    dataset = open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
+    assert dataset.given == {"blue": 0, "green": 1, "red": 2}
+
+
+def test_no_image_can_be_read(tmp_path):
+    for color in COLORS:
+        (tmp_path / color).mkdir()
+        (tmp_path / color / "0.png").write_bytes(b"words")
+    with pytest.raises(DataError, match=r"no image of 3 could be read; the first is '.*blue/0.png' \(not an image\)"):
+        count(open_dataset(tmp_path))
 
 
 def test_predict_goes_on_after_an_image_that_overflows():

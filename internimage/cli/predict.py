@@ -55,12 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
                 kept.append((name, image))
             yield name, image
 
-    try:
-        for prediction in predict(model, remembered(), config, arguments.topk, device, dtype, failed):
-            _print(prediction, arguments.json)
-    except NotFiniteError as problem:  # of the weights: the other images would fare no better
-        _say(problem)
-        return 1
+    for prediction in predict(model, remembered(), config, arguments.topk, device, dtype, failed):
+        _print(prediction, arguments.json)
     if arguments.draw_points and kept:
         layer = draw_points(model, kept, config, arguments.draw_points, arguments.draw_layer)
         print(f"sampled points of {layer}: {arguments.draw_points}", file=sys.stderr)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import some
 from .image_sets import choose_folder, find_split, open_folder, open_tar, read_class_map, split_names
-from .images import DataError, convert_image, ignored_message, read_image
+from .images import DataError, convert_image, ignored_message, read_image, why
 
 __all__ = [
     "Batch", "DataError", "GuardedDataset", "class_difference", "class_names", "find_split", "open_dataset",
@@ -217,7 +217,7 @@ class GuardedDataset(Dataset):
             image, target = self._read(index)
             return self.transform(image), target, None
         except Exception as error:  # of one image; a reader's, Pillow's or the transform's own kind
-            return None, -1, (self.name(index), str(error) or type(error).__name__)
+            return None, -1, (self.name(index), why(error))
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         mode = getattr(self.dataset, "input_img_mode", "RGB")

@@ -259,7 +259,7 @@ def evaluate(
             if odd is not None:
                 problem = DataError(f"the dataset has label {odd}; the model's classes are 0 to {count - 1}")
                 if world.size == 1:
-                    raise problem
+                    break
         if not places or problem is not None:
             if world.size > 1:
                 for _ in range(1 + flip):
@@ -269,8 +269,8 @@ def evaluate(
         logits, problem = clock.run(model, batch.images.to(device=device, dtype=dtype, non_blocking=True), flip)
         if problem is not None:
             if world.size == 1:
-                raise problem
-            continue
+                break
+            continue  # the others' model calls may need this process's
         if protocol.classes is not None:
             logits = logits[:, protocol.classes]
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
@@ -298,7 +298,8 @@ def evaluate(
     result.skipped = [(file, reason) for _, file, reason in sorted(failure for part in skipped for failure in part)]
     result.answers = sorted(answer for part in answers for answer in part)
     if result.images == 0:
-        raise DataError(f"no image of {len(guarded)} could be read; the first: {result.skipped[0]}")
+        file, reason = result.skipped[0]
+        raise DataError(f"no image of {len(guarded)} could be read; the first is '{file}' ({reason})")
     result.seconds = time.perf_counter() - start
     result.images_per_second = result.images / result.seconds
     result.model_images_per_second = sum(n / s for n, s in zip(model_images, model_seconds) if s)

@@ -14,6 +14,8 @@ class NotFiniteError(UserError, ArithmeticError):
         weights: Whether its own weights are not finite, so that no image will fare better.
     """
 
+    status = 1  # the input was good and the answer is not
+
     def __init__(self, message: str, weights: bool = False) -> None:
         super().__init__(message)
         self.weights = weights

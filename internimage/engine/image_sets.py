@@ -44,8 +44,8 @@ def _folders(root: Path) -> list[str]:
 def find_split(root: str | Path, split: str) -> Path:
     """The folder of a split below `root` (`val` also finds `validation` and the like), or `root` if it has none.
 
-    Among classes a folder may be called `train` and show trains: it is no split if it holds images itself and stands
-    beside folders that are no splits either.
+    Among classes a folder may be called `train` and show trains: it is no split if it stands beside folders of other
+    names and none that is called like a split has folders in it.
 
     Raises:
         DataError: `root` is empty, or is a folder that cannot be listed.
@@ -56,11 +56,15 @@ def find_split(root: str | Path, split: str) -> Path:
     if not root.is_dir():
         return root
     inside = _folders(root)
-    for name in split_names(split):
-        alone = split not in _ALL_SPLIT_NAMES or _ALL_SPLIT_NAMES.issuperset(inside)
-        if name in inside and (alone or _folders(root / name)):
-            return root / name
-    return root
+    found = next((name for name in split_names(split) if name in inside), None)
+    if found is None:
+        return root
+    has_splits = split not in _ALL_SPLIT_NAMES or _ALL_SPLIT_NAMES.issuperset(inside) or _splits(root, inside)
+    return root / found if has_splits else root
+
+
+def _splits(root: Path, inside: list[str]) -> list[str]:
+    return [name for name in inside if name in _ALL_SPLIT_NAMES and _folders(root / name)]
 
 
 def choose_folder(root: str | Path, split: str) -> Path:
@@ -72,7 +76,7 @@ def choose_folder(root: str | Path, split: str) -> Path:
     folder = find_split(root, split)
     if folder != Path(root):
         return folder
-    splits = [name for name in _folders(folder) if name in _ALL_SPLIT_NAMES and _folders(folder / name)]
+    splits = _splits(folder, _folders(folder))
     if splits and not split:
         raise DataError(f"'{root}' has the splits {some(splits)} and no class folders: give one of these folders")
     if splits:

@@ -47,8 +47,8 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
             come with ImageNet on Kaggle and with Caffe are of this form.
 
     Raises:
-        DataError: An image has no label or a label is none; indices stand alone and reach from 1 to 1000, as in the
-            development kit's list, whose numbers are not in the order of the synsets.
+        DataError: An image has no label, or two; a label is none; two images have one name; indices stand alone and
+            reach from 1 to 1000, as in the development kit's list, whose numbers are not in the order of the synsets.
     """
     if str(root) == "" or str(labels) == "":
         raise DataError("the name of the images' folder or of the file of labels is empty")

@@ -139,7 +139,7 @@ def read_image(source: str | Path | BinaryIO, mode: str | None = "RGB", upright:
             if not stat.S_ISREG(os.stat(source).st_mode):
                 raise ImageError("not a regular file")
         except OSError as error:
-            raise ImageError(error.strerror or str(error)) from error
+            raise ImageError(why(error)) from error
     try:
         with Image.open(source, formats=formats()) as image:
             image.load()  # first: a PNG may have its Exif data at the end, and a TIFF is turned in this
@@ -151,7 +151,12 @@ def read_image(source: str | Path | BinaryIO, mode: str | None = "RGB", upright:
     except UnidentifiedImageError as error:
         raise ImageError("an empty file" if _is_empty(source) else "not an image") from error
     except Exception as error:  # Pillow's decoders raise whatever their parsing of a damaged file meets
-        raise ImageError(str(error) or type(error).__name__) from error
+        raise ImageError(why(error)) from error
+
+
+def why(error: Exception) -> str:
+    """The reason in few words: of an OSError without the file's name, which stands beside it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def convert_image(image: Image.Image, mode: str | None) -> Image.Image:

@@ -348,7 +348,9 @@ class Trainer:
                 with self.log.validating():
                     result = self.evaluate()
                 row |= {"val_top1": result.top1, "val_loss": result.loss}
-            except NotFiniteError as problem:  # later steps may mend it; the last evaluation stops the run otherwise
+            except NotFiniteError as problem:
+                if epoch == config.epochs:  # no later step can mend it
+                    raise
                 if self.world.first:
                     tell(f"epoch {epoch} has no validation: {problem}")
             self._train_mode()
