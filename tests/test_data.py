@@ -1,96 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Datasets and models that would give wrong numbers in silence: what is refused and what is told of them."""
 
-import csv
-import io
 import json
-import logging
 import os
 import pickle
 import shutil
-import tarfile
 
 import pytest
 import timm
 import torch
+from pictures import COLORS, CONFIG, ByColor, command, count, refuse_to_list, three, write, write_model
 from PIL import Image
-from timm.data import resolve_data_config
-from torch import nn
 from torchvision.datasets import CIFAR10
 
 from internimage.cli import main
 from internimage.engine import data as data_module
 from internimage.engine.data import DataError, class_names, open_dataset
 from internimage.engine.evaluate import evaluate
-from internimage.engine.finetune import finetune, save_model
-from internimage.engine.finite import NotFiniteError
+from internimage.engine.finetune import finetune
 from internimage.engine.imagenet import open_labelled_folder, protocol
-from internimage.engine.predict import predict
 from internimage.engine.settings import FinetuneConfig
-
-COLORS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
-CONFIG = dict(input_size=(3, 8, 8), interpolation="bicubic", crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
-
-
-class ByColor(nn.Module):
-    """Right on every image of COLORS, if its classes are in their order."""
-
-    def __init__(self, names=("blue", "green", "red")):
-        super().__init__()
-        self.num_classes, self.pretrained_cfg = len(names), {"label_names": list(names)}
-        self.weight = nn.Parameter(torch.zeros(len(names), 3))
-        for i, name in enumerate(names):
-            self.weight.data[i] = torch.tensor(COLORS.get(name, (1, 1, 1))) / 10.0
-
-    def forward(self, x):
-        return x.mean((2, 3)) @ self.weight.T
-
-
-def write(folder, *names):
-    """Images of the color of their class folder; other files where the name is not an image's."""
-    for name in names:
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix in (".png", ".jpg", ".webp"):
-            Image.new("RGB", (10, 9), COLORS.get(file.parent.name, (50, 50, 50))).save(file)
-        else:
-            file.write_text("words")
-    return folder
-
-
-def three(folder, count=2):
-    return write(folder, *(f"{color}/{i}.png" for color in COLORS for i in range(count)))
-
-
-def count(dataset, model=None, **more):
-    return evaluate(model or ByColor(), dataset, CONFIG, 4, 0, progress=False, **more)
-
-
-@pytest.fixture(autouse=True)
-def no_handlers(monkeypatch):
-    """The command line's handler keeps the stderr of the test in which it was made."""
-    monkeypatch.setattr(logging.getLogger("internimage"), "handlers", [])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder with stored labels, as finetune writes it."""
-    folder = tmp_path_factory.mktemp("model")
-    made = timm.create_model("internimage_atto", num_classes=3)
-    save_model(made, folder, list(COLORS), resolve_data_config({"input_size": (3, 32, 32)}, model=made))
-    return folder
-
-
-def command(capsys, verb, *arguments, status=2):
-    """What a command says on stderr, in one line if it fails."""
-    assert main([verb, *map(str, arguments)]) == status
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    if status:
-        (line,) = [line for line in err.splitlines() if "error:" in line]
-        assert len(line) < 700
-        return line
-    return err
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 # ---- names of datasets
@@ -266,8 +200,6 @@ def test_names_that_no_report_can_be_written_of(tmp_path):
 
 
 def test_a_class_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch, capsys, model):
-    from test_images import refuse_to_list
-
     refuse_to_list(monkeypatch, three(tmp_path) / "red")
     line = command(capsys, "evaluate", "--model", model, "--data", tmp_path, "--workers", 0)
     assert "red' cannot be listed: Permission denied" in line
@@ -353,137 +285,6 @@ def test_other_classes_are_named_in_few_words(tmp_path):
         assert "class-0003" not in str(error.value) or len(str(error.value)) < 400
 
 
-# ---- tars
-
-
-def pack(path, *members):
-    """(name, content) pairs, None for a folder."""
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if content is None:
-                info.type = tarfile.DIRTYPE
-                archive.addfile(info)
-            else:
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-def picture(color):
-    file = io.BytesIO()
-    Image.new("RGB", (10, 9), COLORS[color]).save(file, "PNG")
-    return file.getvalue()
-
-
-def pictures(*prefixes, colors=COLORS, count=2):
-    return [(f"{p}{color}/{i}.png", picture(color)) for p in prefixes for color in colors for i in range(count)]
-
-
-@pytest.mark.parametrize("prefix", ["", "./", "photos/", "photos/val/"])
-def test_tars_of_class_folders(tmp_path, prefix, capsys):
-    extra = [(f"{prefix}red/notes.txt", b"words"), (f"{prefix}red/._0.png", b"macOS"), (f"{prefix}README", b"words")]
-    dataset = open_dataset(pack(tmp_path / "a.tar", *pictures(prefix), *extra))
-    assert class_names(dataset) == list(COLORS)
-    result = count(dataset)
-    assert (result.images, result.top1) == (6, 100.0)
-    assert capsys.readouterr().err == f"'{tmp_path}/a.tar': 1 file is left out, not taken for images: red/notes.txt\n"
-    assert dataset.filename(5).endswith("red/1.png")
-
-
-@pytest.mark.parametrize("inside", ["", "{color}/"])
-def test_a_tar_of_a_tar_for_each_class(tmp_path, inside):
-    """As ImageNet's training images come."""
-    tars = []
-    for color in COLORS:
-        members = [(f"{inside.format(color=color)}{i}.png", picture(color)) for i in range(2)]
-        tars.append((f"train/{color}.tar", pack(tmp_path / "x.tar", *members).read_bytes()))
-    dataset = open_dataset(pack(tmp_path / "a.tar", *tars), "train")
-    result = count(dataset)
-    assert (result.images, result.top1, class_names(dataset)) == (6, 100.0, list(COLORS))
-
-
-def test_workers_forked_from_a_process_that_has_read_the_tar(tmp_path):
-    """With one open file the workers would share its position and read each other's images."""
-    dataset = open_dataset(pack(tmp_path / "a.tar", *pictures("", count=8)))
-    assert count(dataset).top1 == 100.0
-    result = evaluate(ByColor(), dataset, CONFIG, 1, 2, progress=False)
-    assert (result.images, result.top1, result.skipped) == (24, 100.0, [])
-
-
-def test_the_later_of_two_members_of_one_name_counts(tmp_path):
-    """As when a tar that was appended to is unpacked."""
-    dataset = open_dataset(pack(tmp_path / "a.tar", ("red/0.png", picture("blue")), *pictures("")))
-    result = count(dataset)
-    assert (result.images, result.top1) == (6, 100.0)
-
-
-def test_splits_of_a_tar_are_never_merged(tmp_path):
-    path = pack(tmp_path / "a.tar", *pictures("data/train/", count=3), *pictures("data/val/"))
-    assert [len(open_dataset(path, split)) for split in ("validation", "train")] == [6, 9]
-    for split, message in (("test", "has no split 'test'; it has train, val"), ("", "has the splits .*: name one")):
-        with pytest.raises(DataError, match=message):
-            open_dataset(path, split)
-    with pytest.raises(DataError, match="has no split 'fold'"):
-        open_dataset(pack(tmp_path / "b.tar", *pictures("")), "fold")
-
-
-def damaged_header(path):
-    pack(path, *pictures(""))
-    data = bytearray(path.read_bytes())
-    with tarfile.open(path) as archive:
-        data[archive.getmembers()[3].offset] ^= 255
-    path.write_bytes(data)
-
-
-def cut(path, at):
-    pack(path, *pictures(""))
-    with tarfile.open(path) as archive:
-        member = archive.getmembers()[4]
-    path.write_bytes(path.read_bytes()[: {"header": member.offset, "data": member.offset_data + 10}[at]])
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda path: path.write_bytes(b""), "cannot be read as an uncompressed tar: empty file"),
-        (lambda path: path.write_bytes(b"garbage" * 1000), "cannot be read as an uncompressed tar: "),
-        (lambda path: pack(path), "holds no image"),
-        (lambda path: pack(path, ("a/notes.txt", b"words")), "holds no image"),
-        (lambda path: pack(path, ("a.png", picture("red"))), r"has no class folders: .*found 1 files \(a.png"),
-        (lambda path: cut(path, "data"), "cannot be read as an uncompressed tar: unexpected end of data"),
-        (lambda path: cut(path, "header"), "cannot be read as an uncompressed tar: it ends too early"),
-        (damaged_header, "cannot be read as an uncompressed tar: a header is damaged"),
-        (lambda path: pack(path, *pictures(""), ("pink/", None)), r"pink' holds no image \(it is empty\)"),
-        (lambda path: pack(path, *pictures(""), ("a.png", b"")), "has images beside its class folders"),
-        (lambda path: pack(path, *pictures("", "red/")), "classes of their own"),
-        (lambda path: pack(path, *pictures(""), ("pink.tar", b"garbage" * 100)), "cannot be read as an uncompressed"),
-        (os.mkfifo, "neither a folder of class folders nor a .tar file"),
-    ],
-    ids=lambda x: "" if callable(x) else x[:40],
-)
-def test_tars_that_cannot_be_used(tmp_path, make, message, capsys, model):
-    make(tmp_path / "a.tar")
-    with pytest.raises(DataError, match=message):
-        open_dataset(tmp_path / "a.tar")
-    command(capsys, "evaluate", "--model", model, "--data", tmp_path / "a.tar", "--workers", 0)
-
-
-def test_other_archives_are_said_to_be(tmp_path):
-    for name in ("a.tar.gz", "a.tgz", "a.zip"):
-        (tmp_path / name).write_bytes(b"")
-        with pytest.raises(DataError, match="unpack it, or pack it as a .tar that is not compressed"):
-            open_dataset(tmp_path / name)
-    (tmp_path / "a.csv").write_bytes(b"")
-    with pytest.raises(DataError, match="neither a folder of class folders nor a .tar file$"):
-        open_dataset(tmp_path / "a.csv")
-
-
-def test_a_tar_of_other_classes_is_refused(tmp_path):
-    with pytest.raises(DataError, match="not those that the model was trained on"):
-        count(open_dataset(pack(tmp_path / "a.tar", *pictures(""))), ByColor(("green", "blue", "red")))
-
-
 # ---- labels
 
 
@@ -533,146 +334,6 @@ def test_options_that_would_be_ignored(tmp_path, capsys, model):
         (["--csv", ""], "--csv needs the name of a file"),
     ):
         assert message in command(capsys, "evaluate", *start, *more)
-
-
-# ---- outputs that are not finite
-
-
-class Overflowing(ByColor):
-    """Infinite on white images."""
-
-    def forward(self, x):
-        return super().forward(x) / (x.mean((1, 2, 3)) < 0.99)[:, None]
-
-
-def test_outputs_that_are_not_finite_are_not_counted(tmp_path):
-    three(tmp_path / "data")
-    Image.new("RGB", (8, 8), (255, 255, 255)).save(tmp_path / "data" / "red" / "white.png")
-    dataset = open_dataset(tmp_path / "data")
-    for flip in (False, True):
-        with pytest.raises(NotFiniteError, match="^the model's outputs are not finite, though its weights are$"):
-            count(dataset, Overflowing(), flip=flip)
-    with pytest.raises(NotFiniteError, match="bfloat16 overflows, try float32"):
-        count(dataset, Overflowing(), dtype=torch.bfloat16)
-    broken = ByColor()
-    broken.weight.data[1, 1] = float("nan")
-    with pytest.raises(NotFiniteError, match=r"^the model's weights are not finite \(weight\)$"):
-        count(dataset, broken)
-    large = ByColor()
-    large.weight.data *= 1e5
-    with pytest.raises(NotFiniteError, match="float16 overflows, try bfloat16 or float32"):
-        count(dataset, large, dtype=torch.float16)
-
-
-def test_a_flipped_image_of_no_probability_has_a_finite_loss(tmp_path):
-    three(tmp_path)
-    model = ByColor()
-    model.weight.data *= 100
-    model.weight.data[[0, 1]] = model.weight.data[[1, 0]]
-    result = count(open_dataset(tmp_path), model, flip=True)
-    assert 20 < result.loss < 100 and result.top1 == pytest.approx(100 / 3)
-
-
-def test_a_validation_that_is_not_finite_ends_a_run_at_its_end(tmp_path, capsys, monkeypatch):
-    """Before that it is told, and its row of the log has no accuracy: later steps may mend it."""
-    three(tmp_path / "train")
-    three(tmp_path / "val", 1)
-    outcomes = []
-
-    def infinite_but_in_the_second(model, *arguments, **more):
-        outcomes.append(None if len(outcomes) == 1 else NotFiniteError("infinite"))
-        if outcomes[-1] is not None:
-            raise outcomes[-1]
-        return evaluate(model, *arguments, **more)
-
-    told = []
-    monkeypatch.setattr("internimage.engine.trainer.evaluate", infinite_but_in_the_second)
-    monkeypatch.setattr("internimage.engine.trainer.tell", told.append)
-    arguments = [
-        "img_size=32",
-        "batch_size=6",
-        "workers=0",
-        "device=cpu",
-        "pretrained=false",
-        "epochs=3",
-        "report=false",
-    ]
-    line = command(
-        capsys, "finetune", f"data={tmp_path}", f"output={tmp_path}/out", "model=internimage_atto", *arguments, status=1
-    )
-    assert line.endswith("error: infinite") and told == ["epoch 1 has no validation: infinite"]
-    with (tmp_path / "out" / "log.csv").open(newline="") as file:
-        first, second = csv.DictReader(file)
-    assert not first.get("val_top1") and float(first["train_loss"]) > 0 and float(second["val_top1"]) >= 0
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_a_dataset_of_the_hub_has_all_its_classes_in_the_map(tmp_path, monkeypatch):
-    class Reader:
-        _source_names = {0: "red", 1: "blue", 2: "green"}
-
-    def create(name, class_map, **_):
-        dataset = torch.utils.data.TensorDataset(torch.zeros(2))
-        dataset.reader, dataset.given = Reader(), class_map
-        return dataset
-
-    monkeypatch.setattr(data_module.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(data_module, "create_dataset", create)
-    (tmp_path / "map.txt").write_text("blue\n")
-    with pytest.raises(DataError, match="lacks 2 of the classes of 'hfds/me/colors': green, red"):
-        open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
-    (tmp_path / "map.txt").write_text("blue\ngreen\nred\n")
-    dataset = open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
-    assert dataset.given == {"blue": 0, "green": 1, "red": 2}
-
-
-def test_no_image_can_be_read(tmp_path):
-    for color in COLORS:
-        (tmp_path / color).mkdir()
-        (tmp_path / color / "0.png").write_bytes(b"words")
-    with pytest.raises(DataError, match=r"no image of 3 could be read; the first is '.*blue/0.png' \(not an image\)"):
-        count(open_dataset(tmp_path))
-
-
-def test_predict_goes_on_after_an_image_that_overflows():
-    images = [(name, Image.new("RGB", (8, 8), color)) for name, color in {**COLORS, "white": (255,) * 3}.items()]
-    images = [images[0], images[3], images[1]]
-    failed = []
-    answers = list(predict(Overflowing(), images, CONFIG, failed=lambda name, problem: failed.append(name)))
-    assert [answer.labels[0] for answer in answers] == ["blue", "green"] and failed == ["white"]
-    with pytest.raises(NotFiniteError):
-        list(predict(Overflowing(), images, CONFIG))
-
-
-def test_commands_refuse_weights_that_are_not_finite(tmp_path, capsys, model):
-    three(tmp_path / "data", 1)
-    state = timm.create_model(f"local-dir:{model}", pretrained=True).state_dict()
-    state["head.bias"][1] = float("nan")
-    torch.save(state, tmp_path / "nan.pth")
-    arguments = ["--model", model, "--checkpoint", tmp_path / "nan.pth"]
-    report = tmp_path / "report.json"
-    line = command(
-        capsys, "evaluate", *arguments, "--data", tmp_path / "data", "--workers", 0, "--json", report, status=1
-    )
-    assert "error: the model's weights are not finite (head.bias)" in line
-    assert not report.exists()
-    assert main(["predict", str(tmp_path / "data"), *map(str, arguments), "--json"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("error: the model's weights are not finite (head.bias)") == 1
-
-
-def test_reports_are_valid_json(tmp_path, capsys, model):
-    three(tmp_path / "data", 1)
-    report, table = tmp_path / "report.json", tmp_path / "report.csv"
-    arguments = ["--model", model, "--data", tmp_path / "data", "--workers", 0, "--flip"]
-    command(capsys, "evaluate", *arguments, "--json", report, "--csv", table, "--per-class", status=0)
-
-    def constant(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    assert json.loads(report.read_text(), parse_constant=constant)["images"] == 3
-    (row,) = csv.DictReader(table.open())
-    assert all(value not in ("nan", "inf") for value in row.values())
 
 
 # ---- odd images, whole commands

@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+from pictures import refuse_to_list
 from PIL import ExifTags, Image, features
 from torchvision.datasets import FakeData
 
@@ -258,18 +259,6 @@ def test_listing(tmp_path):
         "b/pipe.jpg (not a regular file)", "b/self.jpg (not a regular file)",
     ]  # fmt: skip
     assert listing.folders == ["b"]
-
-
-def refuse_to_list(monkeypatch, folder):
-    """As to anyone but root, whom no permission stops."""
-    scandir = os.scandir
-
-    def refusing(path="."):
-        if os.fspath(path) == str(folder):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
 
 
 def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):

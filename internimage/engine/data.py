@@ -21,7 +21,8 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..errors import some
-from .image_sets import choose_folder, find_split, open_folder, open_tar, read_class_map, split_names
+from .image_sets import choose_folder, find_split, open_folder, read_class_map, split_names
+from .image_tars import open_tar
 from .images import DataError, convert_image, ignored_message, read_image, why
 
 __all__ = [
