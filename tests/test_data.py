@@ -85,6 +85,25 @@ def test_torchvision_datasets_have_their_splits_and_no_class_map(tmp_path, monke
         open_dataset(tmp_path, "val", "torch/cifar10", tmp_path / "map.txt")
 
 
+def test_a_dataset_of_the_hub_has_all_its_classes_in_the_map(tmp_path, monkeypatch):
+    class Reader:
+        _source_names = {0: "red", 1: "blue", 2: "green"}
+
+    def create(name, class_map, **_):
+        dataset = torch.utils.data.TensorDataset(torch.zeros(2))
+        dataset.reader, dataset.given = Reader(), class_map
+        return dataset
+
+    monkeypatch.setattr(data_module.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(data_module, "create_dataset", create)
+    (tmp_path / "map.txt").write_text("blue\n")
+    with pytest.raises(DataError, match="lacks 2 of the classes of 'hfds/me/colors': green, red"):
+        open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
+    (tmp_path / "map.txt").write_text("blue\ngreen\nred\n")
+    dataset = open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
+    assert dataset.given == {"blue": 0, "green": 1, "red": 2}
+
+
 # ---- splits
 
 
@@ -203,6 +222,14 @@ def test_a_class_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch
     refuse_to_list(monkeypatch, three(tmp_path) / "red")
     line = command(capsys, "evaluate", "--model", model, "--data", tmp_path, "--workers", 0)
     assert "red' cannot be listed: Permission denied" in line
+
+
+def test_no_image_can_be_read(tmp_path):
+    for color in COLORS:
+        (tmp_path / color).mkdir()
+        (tmp_path / color / "0.png").write_bytes(b"words")
+    with pytest.raises(DataError, match=r"no image of 3 could be read; the first is '.*blue/0.png' \(not an image\)"):
+        count(open_dataset(tmp_path))
 
 
 # ---- class maps

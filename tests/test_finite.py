@@ -12,8 +12,7 @@ from pictures import COLORS, CONFIG, ByColor, command, count, three, write_model
 from PIL import Image
 
 from internimage.cli import main
-from internimage.engine import data as data_module
-from internimage.engine.data import DataError, open_dataset
+from internimage.engine.data import open_dataset
 from internimage.engine.evaluate import evaluate
 from internimage.engine.finite import NotFiniteError
 from internimage.engine.predict import predict
@@ -97,33 +96,6 @@ def test_a_validation_that_is_not_finite_ends_a_run_at_its_end(tmp_path, capsys,
         first, second = csv.DictReader(file)
     assert not first.get("val_top1") and float(first["train_loss"]) > 0 and float(second["val_top1"]) >= 0
     assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_a_dataset_of_the_hub_has_all_its_classes_in_the_map(tmp_path, monkeypatch):
-    class Reader:
-        _source_names = {0: "red", 1: "blue", 2: "green"}
-
-    def create(name, class_map, **_):
-        dataset = torch.utils.data.TensorDataset(torch.zeros(2))
-        dataset.reader, dataset.given = Reader(), class_map
-        return dataset
-
-    monkeypatch.setattr(data_module.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(data_module, "create_dataset", create)
-    (tmp_path / "map.txt").write_text("blue\n")
-    with pytest.raises(DataError, match="lacks 2 of the classes of 'hfds/me/colors': green, red"):
-        open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
-    (tmp_path / "map.txt").write_text("blue\ngreen\nred\n")
-    dataset = open_dataset(tmp_path, "val", "hfds/me/colors", tmp_path / "map.txt")
-    assert dataset.given == {"blue": 0, "green": 1, "red": 2}
-
-
-def test_no_image_can_be_read(tmp_path):
-    for color in COLORS:
-        (tmp_path / color).mkdir()
-        (tmp_path / color / "0.png").write_bytes(b"words")
-    with pytest.raises(DataError, match=r"no image of 3 could be read; the first is '.*blue/0.png' \(not an image\)"):
-        count(open_dataset(tmp_path))
 
 
 def test_predict_goes_on_after_an_image_that_overflows():

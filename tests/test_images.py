@@ -151,10 +151,16 @@ def test_exif_orientation(orientation, name):
         assert left.size == stored.size
 
 
-def test_damaged_exif_data_are_no_damaged_picture():
+def test_damaged_exif_data_are_no_damaged_picture(monkeypatch):
     image = Image.new("RGB", (8, 4), (9, 9, 9))
     for data in (b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\0" * 9, b"Exif\0\0"):
         assert read_image(saved(image, "a.jpg", exif=data)).size == (8, 4)
+
+    def fail(self):
+        raise struct.error("short")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert read_image(saved(image, "a.bmp")).size == (8, 4)
 
 
 def test_a_dataset_reads_upright_and_says_if_not(tmp_path):
