@@ -8,6 +8,8 @@ from typing import Any
 class UserError(Exception):
     """Bad input. The message names what was wrong and what would be right."""
 
+    status = 2  # of the command that it ends
+
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be read, or is not of this model. Nothing was written to the model."""

@@ -256,7 +256,9 @@ def test_corrupt_images_are_counted_named_and_skipped(run, data, tmp_path, capsy
     report = tmp_path / "report.json"
     assert evaluate(run, folder, "--json", report, "--batch-size", 2) == 0
     err = capsys.readouterr().err
-    assert "2 images could not be read" in err and "001.png" in err and "002.jpg: not an image" in err
+    assert "2 images could not be read" in err
+    assert "002.jpg' cannot be read (not an image); it does not count" in err
+    assert err.count("001.png") == 1, "each file is named once"
     result = json.loads(report.read_text())
     assert (result["images"], result["skipped"], result["top1"]) == (11, 2, 100.0)
     assert sorted(entry["file"].rsplit("/", 1)[1] for entry in result["skipped_files"]) == ["001.png", "002.jpg"]

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from internimage.cli import main
 from internimage.engine.data import DataError, open_dataset
 from internimage.engine.evaluate import evaluate
-from internimage.engine.imagenet import open_labelled_folder, protocol
+from internimage.engine.imagenet import Protocol, open_labelled_folder, protocol
 
 SYNSETS = ImageNetInfo().label_names()
 CONFIG = dict(input_size=(3, 8, 8), interpolation="bicubic", crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -208,6 +208,32 @@ def test_flips_average_the_two_sides(tmp_path):
         assert predicted == mean.argmax() and sure == pytest.approx(mean.max().item(), abs=1e-5)
         loss -= mean[target].log().item() / 6
     assert result.loss == pytest.approx(loss, abs=1e-4)
+
+
+def test_variants_are_read_as_published_and_other_images_upright(tmp_path):
+    """A head-down photo of something dark on the left, which stands on the right then; upstream did not turn images."""
+
+    class DarkSide(torch.nn.Module):
+        num_classes = 2
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return torch.stack([-x[..., :4].mean((1, 2, 3)), -x[..., 4:].mean((1, 2, 3))], 1)
+
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        image = Image.new("L", (8, 8), 255)
+        image.paste(0, (0, 0, 4, 8))
+        image.save(tmp_path / label / "0.png", exif=exif)
+    dataset = open_dataset(tmp_path)
+    for counting, wins in ((None, 1), (Protocol([0, 1], ["a", "b"]), 0)):
+        result = evaluate(DarkSide(), dataset, CONFIG, 4, 0, progress=False, protocol=counting, keep_answers=True)
+        assert [answer[2] for answer in result.answers] == [wins, wins]
 
 
 def test_expected_accuracy(tmp_path, capsys):

@@ -74,4 +74,4 @@ def _fail(verb: str, error: Exception) -> int:
     if rank == "0" or not getattr(error, "everywhere", False):
         process = "" if rank == "0" else f", process {rank}"
         print(f"internimage {verb}{process}: error: {error}", file=sys.stderr, flush=True)
-    return 2
+    return getattr(error, "status", 2)  # not every error is a UserError

@@ -64,7 +64,11 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     for path in (arguments.json, arguments.csv):
         if path is not None:
             check_writable(path)
-    if arguments.labels:
+    if arguments.real_labels is not None and arguments.variant != "real":
+        raise UserError("--real-labels is for --variant real alone")
+    if arguments.labels is not None:
+        if arguments.dataset or arguments.class_map is not None:
+            raise UserError("--labels is for a folder of images; --dataset and --class-map do not go with it")
         dataset = open_labelled_folder(arguments.data, arguments.labels)
     else:
         dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map)
@@ -143,7 +147,7 @@ def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, dev
         report = {**row, "skipped_files": [{"file": f, "reason": r} for f, r in result.skipped]}
         if arguments.per_class:
             report["per_class"] = result.per_class
-        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if arguments.csv is not None:
         text = io.StringIO()
         writer = csv.DictWriter(text, row, lineterminator="\n")
@@ -183,8 +187,5 @@ def _print(result: Evaluation, row: dict, arguments: argparse.Namespace, out) ->
         for entry in result.per_class:
             print(f"  {entry['class']:<{width}}  {entry['top1']:6.2f} %  of {entry['images']}", file=out)
     if result.skipped:
-        print(f"{len(result.skipped)} images could not be read and do not count:", file=sys.stderr)
-        for file, reason in result.skipped[:20]:
-            print(f"  {file}: {reason}", file=sys.stderr)
-        if len(result.skipped) > 20:
-            print(f"  and {len(result.skipped) - 20} more (all stand in the JSON report)", file=sys.stderr)
+        files = f"{len(result.skipped)} image{'s' if len(result.skipped) > 1 else ''}"
+        print(f"{files} could not be read and do not count (the report of --json lists them all)", file=sys.stderr)

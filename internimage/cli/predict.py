@@ -7,7 +7,8 @@ import json
 import sys
 
 from ..analysis.points import draw_points
-from ..engine.data import DataError
+from ..engine.finite import NotFiniteError
+from ..engine.images import DataError
 from ..engine.predict import Prediction, find_images, predict, read_image
 from ..files import check_writable
 from .arguments import add_model_arguments, load_model
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, config, device, dtype = load_model(arguments)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     failures: list[str] = []
+    not_finite: list[str] = []
 
     def images():
         sources = [(str(file), file) for file in files]
@@ -42,7 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
                 yield name, read_image(source, name, mode)
             except DataError as error:
                 failures.append(str(error))
-                print(f"internimage predict: error: {error}", file=sys.stderr)
+                _say(error)
+
+    def failed(name: str, problem: NotFiniteError) -> None:
+        not_finite.append(name)
+        _say(f"'{name}': {problem}")
 
     kept = []
 
@@ -52,12 +58,18 @@ def run(arguments: argparse.Namespace) -> int:
                 kept.append((name, image))
             yield name, image
 
-    for prediction in predict(model, remembered(), config, arguments.topk, device, dtype):
+    for prediction in predict(model, remembered(), config, arguments.topk, device, dtype, failed):
         _print(prediction, arguments.json)
     if arguments.draw_points is not None and kept:
         layer = draw_points(model, kept, config, arguments.draw_points, arguments.draw_layer)
         print(f"sampled points of {layer}: {arguments.draw_points}", file=sys.stderr)
-    return 2 if failures else 0
+    if failures:
+        return 2
+    return 1 if not_finite else 0
+
+
+def _say(problem: Exception | str) -> None:
+    print(f"internimage predict: error: {problem}", file=sys.stderr)
 
 
 def _print(prediction: Prediction, as_json: bool) -> None:
@@ -66,8 +78,8 @@ def _print(prediction: Prediction, as_json: bool) -> None:
             {"label": label, "index": index, "probability": round(probability, 6)}
             for label, index, probability in zip(prediction.labels, prediction.indices, prediction.probabilities)
         ]
-        print(json.dumps({"image": prediction.name, "classes": classes}), flush=True)
+        print(json.dumps({"image": prediction.name, "classes": classes}, allow_nan=False), flush=True)
         return
-    print(prediction.name)
+    print(prediction.name.encode("utf-8", "backslashreplace").decode())  # a file's name may be any bytes
     for label, probability in zip(prediction.labels, prediction.probabilities):
         print(f"  {100 * probability:6.2f} %  {label}", flush=True)

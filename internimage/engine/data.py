@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Data for evaluation: timm's datasets, opened with checks and read so that a corrupt image is named, not replaced."""
 
+import importlib.util
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -11,111 +14,112 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
 
-from ..errors import UserError, some
+from ..errors import some
+from .image_sets import choose_folder, find_split, open_folder, read_class_map, split_names
+from .image_tars import open_tar
+from .images import DataError, convert_image, ignored_message, read_image, why
 
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "eval", "evaluation"),
-    "test": ("test",),
-}
+__all__ = [
+    "Batch", "DataError", "GuardedDataset", "class_difference", "class_names", "find_split", "open_dataset",
+    "sigterm_for_us", "tell", "worker_signals",
+]  # fmt: skip
 
-
-class DataError(UserError, ValueError):
-    """A dataset that cannot be used as it is; the message says what is there and what should be."""
-
-
-def find_split(root: str | Path, split: str) -> Path:
-    """The folder of a split below `root` (`val` also finds `validation` and the like), or `root` if it has none."""
-    root = Path(root)
-    names = next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
-    for name in (split, *names):
-        if (root / name).is_dir():
-            return root / name
-    return root
+# timm's names; the first have two splits, and any word but train means the other one
+_TORCH_PAIRS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+_TORCH_OTHERS = ("imagenet", "inat", "inaturalist", "places365")
+_STREAMED = ("hfids", "tfds", "wds")
 
 
-def check_image_folder(folder: Path) -> list[str]:
-    """Look over a folder of class folders before anything is computed.
-
-    Returns:
-        The class names, in the order of their indices.
-
-    Raises:
-        DataError: There are no class folders, or one holds no image. An empty class would be left out in silence and
-            shift the indices of all that follow.
-    """
-    extensions = get_img_extensions(as_set=True)
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        files = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-        there = f"{len(files)} files ({', '.join(files[:3])}, ...)" if files else "nothing"
-        raise DataError(f"'{folder}' has no class folders: expected {folder}/CLASS/IMAGE, found {there}")
-    for name in classes:
-        others = []
-        for _, _, files in os.walk(folder / name, followlinks=True):
-            if any(Path(file).suffix.lower() in extensions for file in files):
-                break
-            others += files
-        else:
-            found = f"only {', '.join(sorted(others)[:3])}" if others else "it is empty"
-            raise DataError(
-                f"class folder '{folder / name}' holds no image ({found}); images end in "
-                f"{', '.join(get_img_extensions())}. Add some or remove the folder"
-            )
-    return classes
+def tell(message: str) -> None:
+    """A line on stderr, above any bar."""
+    tqdm.write(message, file=sys.stderr)
 
 
 def open_dataset(
     root: str | Path,
     split: str = "validation",
     name: str = "",
-    class_map: str | None = None,
+    class_map: str | Path | None = None,
 ) -> Dataset:
-    """A dataset through timm's `create_dataset`. It reads images as RGB; set its `input_img_mode` to "L" for grey ones.
+    """A map-style dataset of timm or torchvision, checked before anything is computed.
+
+    It reads images as RGB; set its `input_img_mode` to "L" for grey ones. Its `upright` says whether images are turned
+    as their Exif data say: they are not where the classes are ImageNet's synsets, because published accuracies were
+    measured without. Files that are left out are told on stderr.
 
     Args:
-        root: Folder of class folders, with or without a folder for each split; a tar file; or the root that the
+        root: Folder of class folders, with or without a folder for each split; a tar of such; or the root that the
             dataset called `name` wants.
-        split: For a folder, `train`, `validation` (`val`), `test` or any folder name; else the dataset's own word.
-        name: timm's name of a dataset kind, such as `hfds/OWNER/NAME` or `torch/cifar10`; empty for folders and tars.
+        split: For a folder or tar, `train`, `validation` (`val`), `test` or any folder name; else the dataset's own
+            word.
+        name: timm's name of a dataset, `hfds/OWNER/NAME` or `torch/NAME`; empty for folders and tars.
         class_map: File with a class name a line, in the model's order, for folders that lack some of its classes.
 
     Raises:
         DataError: It cannot be opened; the message says what is missing.
     """
-    root, classes = Path(root), None
-    if not name and root.is_dir():
-        folder = find_split(root, split)
-        if not any(folder.rglob("*.tar")):
-            classes = check_image_folder(folder)
-        root, split = folder, ""
-    elif not name and not root.exists():
+    if str(root) == "":
+        raise DataError("the name of the data's folder is empty")
+    mapping = None if class_map is None else read_class_map(class_map)
+    if name:
+        return _open_named(name, str(root), split or "validation", mapping)
+    root = Path(root)
+    if root.is_dir():
+        place = choose_folder(root, split)
+        reader, ignored = open_folder(place, mapping)
+    elif not root.exists():
         raise DataError(f"there is no dataset at '{root}'")
-    if class_map is not None and not Path(class_map).is_file():
-        raise DataError(f"there is no class map at '{class_map}'")
-    try:
-        dataset = create_dataset(
-            name,
-            root=str(root),
-            split=split or "validation",
-            search_split=False,
-            class_map=class_map or "",
-        )
-    except (RuntimeError, ValueError, AssertionError, FileNotFoundError, ImportError, OSError) as error:
-        raise DataError(f"cannot open {name or 'the images'} in '{root}': {error}") from error
-    odd = set(class_names(dataset) or ()) - set(classes or ()) if classes is not None and class_map is None else ()
-    if odd:
+    elif root.is_file() and root.suffix.lower() == ".tar":
+        place = root
+        reader, ignored = open_tar(root, split, mapping)
+    else:
+        packed = re.search(r"\.(tgz|tbz2?|txz|zip|rar|7z|(tar)?\.(gz|bz2|xz|zst))$", root.name, re.IGNORECASE)
+        hint = ": unpack it, or pack it as a .tar that is not compressed" if packed else ""
+        raise DataError(f"'{root}' is neither a folder of class folders nor a .tar file{hint}")
+    if ignored and os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
+        tell(ignored_message(place, ignored))
+    dataset = ImageDataset(str(place), reader=reader)
+    dataset.upright = not all(re.fullmatch(r"n\d{8}", label) for label in reader.class_to_idx)
+    return dataset
+
+
+def _open_named(name: str, root: str, split: str, class_map: dict[str, int] | None) -> Dataset:
+    """A dataset that timm knows by name; timm itself takes an unknown name for that of a folder."""
+    kind, _, rest = name.partition("/")
+    kind = kind.lower()
+    torch_names = f"torch/NAME of {', '.join((*_TORCH_PAIRS, *_TORCH_OTHERS))}"
+    if kind in _STREAMED and rest:
+        raise DataError(f"'{name}' is a stream, without a length or an order: take hfds/OWNER/NAME or {torch_names}")
+    if not rest or kind not in ("hfds", "torch") or (kind == "torch" and rest in ("folder", "image_folder")):
         raise DataError(
-            f"'{root}' has images in folders below its class folders, and these would become classes of their own "
-            f"({some(odd, 3)}, beside {some(classes, 3)}): give the folder that holds the class folders, and keep the "
-            f"images of a class in one folder"
+            f"there is no dataset '{name}': leave --dataset out for class folders and tars (with --variant for those "
+            f"of ImageNet), or give hfds/OWNER/NAME or {torch_names}"
         )
+    if kind == "torch":
+        rest = rest.lower()
+        if rest not in (*_TORCH_PAIRS, *_TORCH_OTHERS):
+            raise DataError(f"there is no dataset '{name}': give {torch_names}")
+        if class_map is not None:
+            raise DataError(f"a class map is for folders, tars and hfds/ datasets, which '{name}' is not")
+        known = (*split_names("train"), *split_names("validation"), *split_names("test"))
+        if rest in _TORCH_PAIRS and split not in known:
+            raise DataError(f"'{name}' has no split '{split}'; it has train and validation")
+    elif importlib.util.find_spec("datasets") is None:
+        raise DataError(f"'{name}' needs the package datasets, which is not installed: pip install datasets")
+    try:
+        dataset = create_dataset(name, root=root, split=split, search_split=False, class_map=class_map or "")
+    except Exception as error:  # of torchvision, of datasets, of their readers: whatever they meet
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot open '{name}' in '{root}': {reason}") from error
+    lacking = set(getattr(getattr(dataset, "reader", None), "_source_names", {}).values()) - set(class_map or ())
+    if class_map is not None and lacking:
+        raise DataError(f"the class map lacks {len(lacking)} of the classes of '{name}': {some(lacking, 5)}")
     return dataset
 
 
@@ -167,6 +171,15 @@ def class_names(dataset: Dataset) -> list[str] | None:
     return [names.get(i, str(i)) for i in range(max(names) + 1)]
 
 
+def class_difference(here: list[str], there: list[str]) -> str:
+    """In a few words how two lists of classes differ, for messages."""
+    only_here, only_there = set(here) - set(there), set(there) - set(here)
+    if not only_here and not only_there:
+        first = next((i for i, (a, b) in enumerate(zip(here, there)) if a != b), 0)
+        return f"the same in another order: class {first} is here '{here[first]}', there '{there[first]}'"
+    return f"only here: {some(only_here, 3)}; only there: {some(only_there, 3)}"
+
+
 @dataclass
 class Batch:
     """What `GuardedDataset` yields, collated."""
@@ -187,13 +200,15 @@ class GuardedDataset(Dataset):
     Args:
         dataset: From `open_dataset`.
         transform: Pillow image -> tensor.
+        upright: Turn images as their Exif data say; None does as `dataset.upright` says, and does so if it does not.
     """
 
-    def __init__(self, dataset: Dataset, transform) -> None:
+    def __init__(self, dataset: Dataset, transform, upright: bool | None = None) -> None:
         if isinstance(dataset, IterableDataset):
             raise DataError("a streamed dataset has no length and no order; take one that can be indexed")
         self.dataset = dataset
         self.transform = transform
+        self.upright = getattr(dataset, "upright", True) if upright is None else upright
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -202,23 +217,27 @@ class GuardedDataset(Dataset):
         try:
             image, target = self._read(index)
             return self.transform(image), target, None
-        except Exception as error:  # Pillow's decoders raise whatever their parsing of a damaged file meets
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-            return None, -1, (self.name(index), reason)
+        except Exception as error:  # of one image; a reader's, Pillow's or the transform's own kind
+            return None, -1, (self.name(index), why(error))
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
+        mode = getattr(self.dataset, "input_img_mode", "RGB")
         reader = getattr(self.dataset, "reader", None)
-        if reader is None:
-            return self.dataset[index]
+        if reader is None:  # torchvision's open their images themselves
+            image, target = self.dataset[index]
+            return convert_image(image, mode), int(target)
         source, target = reader[index][:2]
-        with closing(source) if hasattr(source, "close") else nullcontext(), Image.open(source) as image:
-            mode = self.dataset.input_img_mode
-            return (image.convert(mode) if mode else image.copy()), int(target)
+        with closing(source) if hasattr(source, "close") else nullcontext():
+            return read_image(source, mode, self.upright), int(target)
 
     def name(self, index: int) -> str:
-        """File name of a sample, or its index."""
+        """File name of a sample, or its index; what is not UTF-8 is escaped, so that it can be printed."""
         filename = getattr(self.dataset, "filename", None)
-        return str(filename(index, absolute=True)) if filename else f"sample {index}"
+        try:
+            name = filename(index, absolute=True) if filename else None
+        except Exception:  # a reader that has to read the sample for it
+            name = None
+        return f"sample {index}" if name is None else str(name).encode("utf-8", "backslashreplace").decode()
 
     @staticmethod
     def collate(samples: list) -> Batch:

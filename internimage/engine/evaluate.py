@@ -13,14 +13,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from .data import Batch, DataError, GuardedDataset, class_names, sigterm_for_us, worker_signals
+from ..errors import some
+from .data import (
+    Batch,
+    DataError,
+    GuardedDataset,
+    class_difference,
+    class_names,
+    sigterm_for_us,
+    tell,
+    worker_signals,
+)
 from .distributed import World
+from .finite import NotFiniteError, not_finite
 from .imagenet import Protocol
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+_MOST_TOLD = 20  # unreadable images that a process names; the rest would only push them off the screen
 
 
 @dataclass
@@ -50,14 +63,16 @@ def _check_classes(model: nn.Module, dataset: Dataset) -> list[str]:
     names = class_names(dataset)
     if names is None:
         return [str(i) for i in range(model.num_classes)]
-    trained = getattr(model, "pretrained_cfg", {}).get("label_names")
+    trained = _trained_classes(model)
     if len(names) > model.num_classes:
-        raise DataError(f"the dataset has {len(names)} classes and the model {model.num_classes}")
-    if trained and len(trained) == model.num_classes and list(trained) != names:
-        odd = next((a, b) for a, b in zip(list(trained) + [None], names + [None]) if a != b)
         raise DataError(
-            f"the dataset's classes are not those that the model was trained on (there '{odd[0]}', here '{odd[1]}'): "
-            f"pass a class map"
+            f"the dataset has {len(names)} classes and the model {model.num_classes}{_unknown(names, trained)}"
+        )
+    if trained and trained != names:
+        odd = next((a, b) for a, b in zip([*trained, None], [*names, None]) if a != b)
+        raise DataError(
+            f"the dataset's classes are not those that the model was trained on (there '{odd[0]}', here '{odd[1]}'; "
+            f"{class_difference(names, trained)}): pass a class map"
         )
     if len(names) < model.num_classes:
         raise DataError(
@@ -66,6 +81,43 @@ def _check_classes(model: nn.Module, dataset: Dataset) -> list[str]:
             f"if it is one of ImageNet's"
         )
     return names
+
+
+def _trained_classes(model: nn.Module) -> list[str] | None:
+    """The classes that were stored with the weights, in the order of the outputs."""
+    trained = getattr(model, "pretrained_cfg", {}).get("label_names")
+    return list(trained) if trained and len(trained) == model.num_classes else None
+
+
+def _unknown(names: list[str], trained: list[str] | None) -> str:
+    unknown = set(names) - set(trained or names)
+    return f"; it does not know {some(unknown, 5)}" if unknown else ""
+
+
+def _check_class_map(model: nn.Module, dataset: Dataset) -> list[str]:
+    """A map has the last word on the classes' order, but not against the model's own record of it."""
+    names, trained = class_names(dataset), _trained_classes(model)
+    if names is None:
+        return [str(i) for i in range(model.num_classes)]
+    if len(names) > model.num_classes:
+        raise DataError(
+            f"the class map has {len(names)} classes and the model {model.num_classes}{_unknown(names, trained)}"
+        )
+    if trained:
+        if _unknown(names, trained):
+            raise DataError(f"the class map does not fit the model{_unknown(names, trained)}; {_first(trained)}")
+        odd = next(((i, name) for i, name in enumerate(names) if trained[i] != name), None)
+        if odd is not None:
+            raise DataError(
+                f"the class map is not in the model's order: '{odd[1]}' is class {odd[0]} of the map and class "
+                f"{trained.index(odd[1])} of the model; {_first(trained)}"
+            )
+    return names + [str(i) for i in range(len(names), model.num_classes)]
+
+
+def _first(trained: list[str]) -> str:
+    more = f", ... ({len(trained)} in all)" if len(trained) > 5 else ""
+    return f"the model's classes are, in order, {', '.join(trained[:5])}{more}"
 
 
 class _Clock:
@@ -81,16 +133,19 @@ class _Clock:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def run(self, model: nn.Module, images: Tensor, flip: bool) -> Tensor:
+    def run(self, model: nn.Module, images: Tensor, flip: bool) -> tuple[Tensor, NotFiniteError | None]:
         self._wait()
         start = time.perf_counter()
-        logits = model(images).float()
+        given = logits = model(images).float()
         if flip:
-            logits = (logits.softmax(-1) + model(images.flip(-1)).float().softmax(-1)).div(2).log()
+            mirrored = model(images.flip(-1)).float()
+            given = torch.cat([logits, mirrored])
+            mean = (logits.softmax(-1) + mirrored.softmax(-1)).div(2)
+            logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # a probability of 0 has no finite loss
         self._wait()
         self.seconds += time.perf_counter() - start
         self.images += len(images)
-        return logits.cpu()
+        return logits.cpu(), not_finite(given, model, images.dtype)
 
     def peak(self) -> int:
         if self.tracks:
@@ -135,8 +190,9 @@ def evaluate(
     flip: bool = False,
     protocol: Protocol | None = None,
     keep_answers: bool = False,
+    told: set[str] | None = None,
 ) -> Evaluation:
-    """Top-1, top-5 and loss over a whole dataset. Every image counts once; unreadable ones are listed.
+    """Top-1, top-5 and loss over a whole dataset. Every image counts once; unreadable ones are told and listed.
 
     Several processes share the images, one after the other; each image goes to one of them, whatever the remainder,
     and all return the same counts.
@@ -148,15 +204,18 @@ def evaluate(
         batch_size: Images a step of a process.
         workers: Loader processes; 0 loads in this one.
         device, dtype: Where and in what the model runs; metrics are computed in float32.
-        classes_from_map: The dataset's indices come from a class map, so its number of classes need not be the model's.
+        classes_from_map: The dataset's indices come from a class map, so its number of classes may be less than the
+            model's.
         progress: Show a bar on stderr.
         world: The processes, from `internimage.engine.distributed.join`; None is this one alone.
         flip: Average the probabilities of each image and its mirror image.
         protocol: How a variant of ImageNet is counted, from `internimage.engine.imagenet.protocol`.
         keep_answers: Return what was predicted for every image.
+        told: Files that are known to be unreadable and are not named again on stderr; is added to.
 
     Raises:
         DataError: The dataset's classes are not the model's, or a label lies outside them.
+        internimage.engine.finite.NotFiniteError: The model gave NaN or infinity.
     """
     world, device = world or World(), torch.device(device)
     protocol = protocol or Protocol()
@@ -164,18 +223,21 @@ def evaluate(
         count, names = len(protocol.classes), protocol.names
     else:
         count = model.num_classes
-        names = [str(i) for i in range(count)] if classes_from_map else _check_classes(model, dataset)
+        names = _check_class_map(model, dataset) if classes_from_map else _check_classes(model, dataset)
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device != device or parameter.dtype != dtype:
         model = model.to(device=device, dtype=dtype)
     model = model.eval()
-    guarded = GuardedDataset(dataset, create_transform(**config, is_training=False))
+    # published accuracies on ImageNet were measured without a look at Exif data
+    upright = False if protocol.classes is not None else None
+    guarded = GuardedDataset(dataset, create_transform(**config, is_training=False), upright)
+    told, named = set() if told is None else told, 0
     blank = torch.zeros(1, *config["input_size"], device=device, dtype=dtype)
     result = Evaluation(processes=world.size)
     seen, right = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
     right5, real = 0, torch.zeros(3, dtype=torch.long)  # images, top-1, top-5
     loss, position, skipped = 0.0, world.rank, []
-    problem: DataError | None = None
+    problem: DataError | NotFiniteError | None = None
     clock = _Clock(device)
     start = time.perf_counter()
     bar = tqdm(total=len(guarded), unit="img", desc="evaluate", disable=not (progress and world.first))
@@ -185,6 +247,11 @@ def evaluate(
             every = len(batch.places) + len(batch.failures)
             failed = (i for i in range(every) if i not in batch.places)
             skipped += [(position + world.size * i, *failure) for i, failure in zip(failed, batch.failures)]
+            for file, reason in batch.failures:
+                if file not in told:
+                    told.add(file)
+                    named += 1
+                    _tell_unreadable(file, reason, named)
             places = [position + world.size * i for i in batch.places]
             position += world.size * every
             bar.update(min(world.size * every, bar.total - bar.n))
@@ -192,14 +259,18 @@ def evaluate(
             if odd is not None:
                 problem = DataError(f"the dataset has label {odd}; the model's classes are 0 to {count - 1}")
                 if world.size == 1:
-                    raise problem
+                    break
         if not places or problem is not None:
             if world.size > 1:
                 for _ in range(1 + flip):
                     model(blank)  # sharded weights are gathered by all processes together
             continue
         targets = batch.targets
-        logits = clock.run(model, batch.images.to(device=device, dtype=dtype, non_blocking=True), flip)
+        logits, problem = clock.run(model, batch.images.to(device=device, dtype=dtype, non_blocking=True), flip)
+        if problem is not None:
+            if world.size == 1:
+                break
+            continue  # the others' model calls may need this process's
         if protocol.classes is not None:
             logits = logits[:, protocol.classes]
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
@@ -227,7 +298,8 @@ def evaluate(
     result.skipped = [(file, reason) for _, file, reason in sorted(failure for part in skipped for failure in part)]
     result.answers = sorted(answer for part in answers for answer in part)
     if result.images == 0:
-        raise DataError(f"no image of {len(guarded)} could be read; the first: {result.skipped[0]}")
+        file, reason = result.skipped[0]
+        raise DataError(f"no image of {len(guarded)} could be read; the first is '{file}' ({reason})")
     result.seconds = time.perf_counter() - start
     result.images_per_second = result.images / result.seconds
     result.model_images_per_second = sum(n / s for n, s in zip(model_images, model_seconds) if s)
@@ -246,6 +318,13 @@ def evaluate(
         if seen[i] > 0
     ]
     return result
+
+
+def _tell_unreadable(file: str, reason: str, count: int) -> None:
+    if count <= _MOST_TOLD:
+        tell(f"'{file}' cannot be read ({reason}); it does not count")
+    elif count == _MOST_TOLD + 1:
+        tell("more images cannot be read; they are counted, and not named here")
 
 
 def _real_hits(labels: dict[str, list[int]], files: list[str], order: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..errors import some
 from ..files import WriteError, partial_folder
 from ..locks import check_free
 from ..models.safetensors_file import write_safetensors
 from .checkpoint import checkpoints, step_of
-from .data import DataError, class_names, find_split, open_dataset
+from .data import DataError, class_difference, class_names, find_split, open_dataset
 from .distributed import World, join, leave
 from .model import create_model, data_config, pick_device
 from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, own_output
@@ -106,22 +105,12 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str
     val_set = None
     if config.eval_every and validation != Path(config.data):
         val_set = open_dataset(validation, split="")
-        _check_classes(split, names, validation, class_names(val_set) or [])
+        if class_names(val_set) != names:
+            difference = class_difference(names, class_names(val_set) or [])
+            raise DataError(
+                f"'{split}' (here) and '{validation}' (there) have different classes, which must be the same: {difference}"
+            )
     return train_set, val_set, names
-
-
-def _check_classes(split: Path, names: list[str], validation: Path, val_names: list[str]) -> None:
-    if val_names == names:
-        return
-    ours, theirs = sorted(set(names) - set(val_names)), sorted(set(val_names) - set(names))
-    if not ours and not theirs:
-        raise DataError(f"'{split}' and '{validation}' have the same {len(names)} classes in another order")
-    only = "; ".join(
-        f"only '{folder}' has {some(odd, 3)}" for folder, odd in ((split, ours), (validation, theirs)) if odd
-    )
-    raise DataError(
-        f"'{split}' has {len(names)} classes and '{validation}' {len(val_names)}, which must be the same: {only}"
-    )
 
 
 @contextmanager

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: MIT
 """ImageNet's usual layouts and variants, by timm's lists of classes and labels."""
 
+import os
 import pkgutil
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from timm.data import ImageDataset, ImageNetInfo, RealLabelsImagenet
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader import Reader
 from torch import nn
 from torch.utils.data import Dataset
 
-from .data import DataError, class_names
+from ..errors import some
+from .data import class_names, tell
+from .image_sets import ListedImages, read_lines
+from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
 
 VARIANTS = {
     "imagenet": "ImageNet-1k's validation images",
@@ -33,25 +36,6 @@ class Protocol:
     real: dict[str, list[int]] | None = None  # file name -> the labels that are right
 
 
-class _ListedImages(Reader):
-    """timm's reader interface over (file, index) pairs."""
-
-    def __init__(self, samples: list[tuple[Path, int]], class_to_idx: dict[str, int] | None) -> None:
-        super().__init__()
-        self.samples, self.class_to_idx = samples, class_to_idx
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int):
-        path, target = self.samples[index]
-        return path.open("rb"), target
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        return path.name if basename else str(path)
-
-
 def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
     """A folder of images without class folders, and a file of their labels.
 
@@ -63,21 +47,26 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
             come with ImageNet on Kaggle and with Caffe are of this form.
 
     Raises:
-        DataError: An image has no label or a label is none; indices stand alone and reach from 1 to 1000, as in the
-            development kit's list, whose numbers are not in the order of the synsets.
+        DataError: An image has no label, or two; a label is none; two images have one name; indices stand alone and
+            reach from 1 to 1000, as in the development kit's list, whose numbers are not in the order of the synsets.
     """
+    if str(root) == "" or str(labels) == "":
+        raise DataError("the name of the images' folder or of the file of labels is empty")
     root, labels = Path(root), Path(labels)
-    if not labels.is_file():
-        raise DataError(f"there is no file of labels at '{labels}'")
+    lines = [re.split(r"[\s,]+", line) for line in read_lines(labels, "file of labels") if line]
     if not root.is_dir():
         raise DataError(f"there is no folder of images at '{root}'")
-    extensions = get_img_extensions(as_set=True)
-    files = sorted((f for f in root.rglob("*") if f.suffix.lower() in extensions), key=lambda f: f.name)
+    listing = list_images(root)
+    files = sorted((root / name for name in listing.images), key=lambda file: (file.name, str(file)))
     if not files:
-        raise DataError(f"'{root}' holds no image; images end in {', '.join(get_img_extensions())}")
-    lines = [
-        re.split(r"[\s,]+", line.strip()) for line in labels.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+        raise DataError(f"'{root}' holds no image; images end in {USUAL_ENDINGS}")
+    ignored = [name for name in listing.ignored if root / name != labels]
+    if ignored and os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
+        tell(ignored_message(root, ignored))
+    stems = Counter(file.stem for file in files)
+    if len(stems) < len(files):
+        twice = [stem for stem, count in stems.items() if count > 1]
+        raise DataError(f"'{root}' has several images of one name, which labels cannot tell apart: {some(twice, 3)}")
     if lines and lines[0][0].lower() in ("imageid", "image", "file", "filename"):
         lines = lines[1:]
     synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
@@ -85,7 +74,7 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
     def index(label: str, where: str) -> int:
         if label in synsets:
             return synsets[label]
-        if not label.isdigit():
+        if not label.isdecimal():
             raise DataError(f"'{labels}' has the label '{label}' for {where}, which is neither an index nor a synset")
         return int(label)
 
@@ -100,13 +89,18 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
             )
         samples = list(zip(files, targets))
     else:
-        known = {Path(line[0]).stem: line[1] for line in lines if len(line) > 1}
+        known: dict[str, str] = {}
+        for line in lines:
+            if len(line) > 1 and known.setdefault(Path(line[0]).stem, line[1]) != line[1]:
+                raise DataError(f"'{labels}' has two labels for {line[0]}: {known[Path(line[0]).stem]} and {line[1]}")
         missing = [file.name for file in files if file.stem not in known]
         if missing:
             raise DataError(f"'{labels}' has no label for {missing[0]} (and {len(missing) - 1} more images)")
         samples = [(file, index(known[file.stem], file.name)) for file in files]
     named = any(line[-1] in synsets or (len(line) > 1 and line[1] in synsets) for line in lines)
-    return ImageDataset(str(root), reader=_ListedImages(samples, synsets if named else None))
+    dataset = ImageDataset(str(root), reader=ListedImages(samples, synsets if named else None))
+    dataset.upright = False  # as where ImageNet's published accuracies were measured
+    return dataset
 
 
 def protocol(
@@ -146,9 +140,11 @@ def protocol(
         # timm's class counts in the order of a whole run; its table alone serves any share of the images
         try:
             table = RealLabelsImagenet([""] * 50000, None if real_labels is None else str(real_labels))
-        except (AssertionError, ValueError) as error:
+            real = table.real_labels
+            if not all(isinstance(some_labels, list) for some_labels in real.values()):
+                raise ValueError("an image's labels are a list")
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"'{real_labels}' is not ReaL's list of 50000 labels: {error}") from error
-        real = table.real_labels
     return Protocol(list(range(1000)), synsets, real)
 
 

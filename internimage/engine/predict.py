@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Class probabilities of single images."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -9,10 +9,12 @@ from typing import BinaryIO
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
 
-from .data import DataError
+from . import images as image_files
+from .data import tell
+from .finite import NotFiniteError, not_finite
+from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
 from .model import label_names
 
 
@@ -27,38 +29,44 @@ class Prediction:
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
-    """The image files that paths name; a folder stands for all images below it, sorted.
+    """The image files that paths name; a folder stands for all images below it, sorted. Its other files are told.
 
     Raises:
-        DataError: A path does not exist, or a folder holds no image.
+        DataError: A path is empty, does not exist or is no file; a folder holds no image or cannot be listed.
     """
-    extensions = get_img_extensions(as_set=True)
     found = []
-    for path in map(Path, paths):
+    for name in paths:
+        path = Path(name)
+        if str(name) == "":
+            raise DataError("the name of an image is empty; the folder that you are in is .")
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions)
-            if not inside:
-                raise DataError(f"'{path}' holds no image; images end in {', '.join(get_img_extensions())}")
-            found += inside
+            listing = list_images(path)
+            if not listing.images:
+                there = f" (only {ignored_message(path, listing.ignored)})" if listing.ignored else ""
+                raise DataError(f"'{path}' holds no image{there}; images end in {USUAL_ENDINGS}")
+            if listing.ignored:
+                tell(ignored_message(path, listing.ignored))
+            found += sorted(path / inside for inside in listing.images)
         elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise DataError(f"'{path}' is not a regular file; an image on standard input is named -")
         else:
             raise DataError(f"there is no image at '{path}'")
     return found
 
 
 def read_image(source: str | Path | BinaryIO, name: str, mode: str = "RGB") -> Image.Image:
-    """Open and decode an image.
+    """Open and decode an image; it is turned as its Exif data say.
 
     Raises:
         DataError: It is not an image, or damaged.
     """
     try:
-        with Image.open(source) as image:
-            return image.convert(mode)
-    except UnidentifiedImageError as error:
-        raise DataError(f"'{name}' is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        return image_files.read_image(source, mode)
+    except image_files.ImageError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise DataError(f"'{name}' is not an image that Pillow can read ({error})") from error
         raise DataError(f"'{name}' cannot be read: {error}") from error
 
 
@@ -70,6 +78,7 @@ def predict(
     topk: int = 5,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    failed: Callable[[str, NotFiniteError], None] | None = None,
 ) -> Iterator[Prediction]:
     """Classify images one by one.
 
@@ -79,11 +88,23 @@ def predict(
         config: timm's preprocessing, from `internimage.engine.model.data_config`.
         topk: How many classes to name.
         device, dtype: Where and in what the model runs.
+        failed: Is called with the name of an image whose outputs are not finite, and the others go on; without it, or
+            if the model's own weights are not finite, the error is raised.
+
+    Raises:
+        NotFiniteError: The model gave NaN or infinity.
     """
     model = model.to(device=device, dtype=dtype).eval()
     transform = create_transform(**config, is_training=False)
     names = label_names(model)
     for name, image in images:
         x = transform(image).unsqueeze(0).to(device=device, dtype=dtype)
-        probabilities, indices = model(x).float().softmax(-1)[0].topk(min(topk, len(names)))
+        logits = model(x).float()
+        problem = not_finite(logits, model, dtype)
+        if problem is not None:
+            if problem.weights or failed is None:
+                raise problem
+            failed(name, problem)
+            continue
+        probabilities, indices = logits.softmax(-1)[0].topk(min(topk, len(names)))
         yield Prediction(name, [names[i] for i in indices.tolist()], indices.tolist(), probabilities.tolist())

@@ -17,11 +17,12 @@ from ..errors import UserError
 from ..files import WriteError, save_tensors
 from . import parallel
 from .config import ConfigError
-from .data import DataError, sigterm_for_us
+from .data import DataError, sigterm_for_us, tell
 from .distributed import World, synchronise_batch_norm
 from .divergence import finite_names, not_finite
 from .evaluate import evaluate
 from .fingerprint import fingerprint
+from .finite import NotFiniteError
 from .model import DTYPES
 from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
 from .output import BAD_BATCHES, CHECKPOINTS
@@ -276,7 +277,7 @@ class Trainer:
     def _tell_failures(self, batch: TrainingBatch) -> None:
         for file, reason in batch.failures:
             if file not in self._unreadable:
-                tqdm.write(f"'{file}' cannot be read ({reason}); the next image takes its place")
+                tell(f"'{file}' cannot be read ({reason}); the next image takes its place")
                 self._unreadable.add(file)
         if batch.error is not None:
             self._note(DataError(batch.error))
@@ -371,11 +372,15 @@ class Trainer:
         if self.val_set is not None and config.eval_every and (
             epoch % config.eval_every == 0 or epoch == config.epochs
         ):  # fmt: skip
-            with self.log.validating():
-                result = self.evaluate()
-            if not math.isfinite(result.loss):
-                self._diverged(f"the validation loss is {result.loss}")
-            row |= {"val_top1": result.top1, "val_loss": result.loss}
+            try:
+                with self.log.validating():
+                    result = self.evaluate()
+                row |= {"val_top1": result.top1, "val_loss": result.loss}
+            except NotFiniteError as problem:
+                if epoch == config.epochs:  # no later step can mend it
+                    self._diverged(str(problem))
+                if self.world.first:
+                    tell(f"epoch {epoch} has no validation: {problem}")
             self._train_mode()
         self.log.epoch(row, state.step)
 
@@ -383,7 +388,7 @@ class Trainer:
         """The weights that the run will save, on the validation split."""
         return evaluate(
             self.result, self.val_set, self.preprocessing, max(self.config.batch_size // self.plan.parts, 1),
-            self.config.workers, self.world.device, progress=False, world=self.world, **kwargs,
+            self.config.workers, self.world.device, progress=False, world=self.world, told=self._unreadable, **kwargs,
         )  # fmt: skip
 
     @property

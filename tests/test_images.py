@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""Which files are images and how one is read: formats, pixels of more than 8 bits, Exif, damage, odd files."""
+
+import io
+import os
+import struct
+
+import numpy as np
+import pytest
+from pictures import refuse_to_list
+from PIL import ExifTags, Image, features
+from torchvision.datasets import FakeData
+
+from internimage.engine.data import GuardedDataset
+from internimage.engine.images import DataError, ImageError, endings, list_images, read_image
+from internimage.engine.predict import find_images
+from internimage.engine.predict import read_image as read_for_predict
+
+FORMATS = ["png", "jpg", "bmp", "gif", "ppm", "tiff", "tga", "webp", "avif", "jp2"]
+
+
+def saved(image, name="image.png", **options):
+    file = io.BytesIO()
+    image.save(file, Image.registered_extensions()["." + name.rsplit(".")[-1]], **options)
+    return io.BytesIO(file.getvalue())
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_formats_are_images_and_read(tmp_path, ending):
+    kind = {"jp2": "jpg_2000"}.get(ending, ending)
+    file = tmp_path / f"picture.{ending.upper()}"
+    if kind in ("webp", "avif", "jpg_2000") and not features.check(kind):
+        assert kind != "webp", "wheels of every Pillow have WebP"
+        return
+    Image.new("RGB", (8, 6), (250, 120, 10)).save(file)
+    assert f".{ending}" in endings()
+    assert list_images(tmp_path).images == [file.name]
+    for mode, pixel in (("RGB", (250, 120, 10)), ("L", (146,))):
+        image = read_image(file, mode)
+        assert image.mode == mode and image.size == (8, 6)
+        assert np.abs(np.asarray(image).reshape(48, -1)[20].astype(int) - pixel).max() <= 6
+
+
+@pytest.mark.parametrize("ending", ["pdf", "eps", "ps", "mpg", "wmf", "h5", "pcd", "txt", "json"])
+def test_what_other_programs_would_have_to_decode_is_no_image(ending):
+    assert f".{ending}" not in endings()
+
+
+def test_an_eps_by_another_name_is_not_given_to_ghostscript(tmp_path):
+    file = tmp_path / "image.jpg"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="^not an image$"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm"])
+def test_16_bit_grey_keeps_its_range(name):
+    """Pillow cuts at 255: everything from 0.4 % of the range on would be white."""
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    for mode in ("RGB", "L"):
+        image = read_image(saved(Image.fromarray(values), name), mode)
+        assert np.asarray(image).reshape(5, -1)[:, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def test_big_endian_16_bit_tiff():
+    image = Image.frombytes("I;16B", (3, 1), struct.pack(">3H", 0, 32768, 65535))
+    assert np.asarray(read_image(saved(image, "a.tiff"), "L")).tolist() == [[0, 128, 255]]
+
+
+@pytest.mark.parametrize("name", ["a.tiff", "a.pfm"])
+def test_float_pixels(name):
+    def read(*values):
+        return read_image(saved(Image.fromarray(np.array([values], dtype=np.float32)), name), "RGB")
+
+    assert np.asarray(read(0.0, 0.25, 0.5, 1.0))[0, :, 0].tolist() == [0, 64, 128, 255]
+    for odd in (1.5, -0.1, 255.0, float("nan"), float("inf")):
+        with pytest.raises(ImageError, match="32-bit float pixels outside 0 to 1"):
+            read(0.0, odd)
+
+
+def test_32_bit_integers_are_refused():
+    with pytest.raises(ImageError, match="32-bit integer pixels, whose range is not known"):
+        read_image(saved(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "a.tiff"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "image, options",
+    [
+        (Image.new("LA", (4, 4), (80, 10)), {}),
+        (Image.new("RGBA", (4, 4), (80, 80, 80, 10)), {}),
+        (Image.new("P", (4, 4), 0), {"transparency": b"\x10\xff"}),
+        (Image.new("P", (4, 4), 0), {"transparency": 0}),
+        (Image.new("1", (4, 4), 0), {}),
+    ],
+    ids=["LA", "RGBA", "palette with alpha", "palette with one clear color", "bits"],
+)
+def test_transparency_is_dropped_without_a_warning(image, options, mode, recwarn):
+    if image.mode == "P":
+        image = image.copy()
+        image.putpalette([80, 80, 80, 200, 200, 200])
+    value = 0 if image.mode == "1" else 80
+    read = read_image(saved(image, **options), mode)
+    assert read.mode == mode and set(np.asarray(read).flatten().tolist()) == {value}
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_cmyk_jpeg_has_its_colors():
+    """Adobe's programs write these inverted, and Pillow as they do."""
+    red = Image.new("RGB", (16, 16), (255, 0, 0))
+    pixel = np.asarray(read_image(saved(red.convert("CMYK"), "a.jpg")))[8, 8]
+    assert pixel[0] > 240 and pixel[1] < 15 and pixel[2] < 15
+
+
+# ---- Exif
+
+
+def corner(turn):
+    """A white image with a black left upper corner, stored as a camera does that was held another way."""
+    image = Image.new("L", (32, 16), 255)
+    image.paste(0, (0, 0, 8, 8))
+    if turn is not None:
+        image = image.transpose(turn)
+    return image
+
+
+UNDONE_BY = {  # orientation -> how the upright image is turned to be stored
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tiff", "a.webp"])
+@pytest.mark.parametrize("orientation", UNDONE_BY)
+def test_exif_orientation(orientation, name):
+    stored, exif = corner(UNDONE_BY[orientation]), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = stored.convert("RGB")
+    for mode in ("RGB", "L"):
+        pixels = np.asarray(read_image(saved(stored, name, exif=exif), mode).convert("L")).astype(int)
+        assert pixels.shape == (16, 32)
+        assert np.abs(pixels - np.asarray(corner(None)).astype(int)).max() < 100, "another corner is black"
+    if name != "a.tiff":  # which Pillow itself turns
+        left = read_image(saved(stored, name, exif=exif), upright=False)
+        assert left.size == stored.size
+
+
+def test_damaged_exif_data_are_no_damaged_picture(monkeypatch):
+    image = Image.new("RGB", (8, 4), (9, 9, 9))
+    for data in (b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\0" * 9, b"Exif\0\0"):
+        assert read_image(saved(image, "a.jpg", exif=data)).size == (8, 4)
+
+    def fail(self):
+        raise struct.error("short")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert read_image(saved(image, "a.bmp")).size == (8, 4)
+
+
+def test_a_dataset_reads_upright_and_says_if_not(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for folder in ("photos", "n01440764"):
+        (tmp_path / folder / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 4)).save(tmp_path / folder / folder / "a.jpg", exif=exif)
+    from internimage.engine.data import open_dataset
+
+    for folder, size in (("photos", (4, 8)), ("n01440764", (8, 4))):
+        dataset = open_dataset(tmp_path / folder)
+        assert GuardedDataset(dataset, lambda image: image)[0][0].size == size
+        assert GuardedDataset(dataset, lambda image: image, upright=True)[0][0].size == (4, 8)
+    assert read_for_predict(tmp_path / "n01440764" / "n01440764" / "a.jpg", "a.jpg").size == (4, 8)
+
+
+# ---- damage and odd files
+
+
+def broken():
+    picture = saved(Image.new("RGB", (64, 64), (200, 10, 10)), "a.png").getvalue()
+    return {
+        "empty": (b"", "an empty file"),
+        "text": (b"hello", "not an image"),
+        "truncated": (picture[: len(picture) // 2], ".+"),
+        "no size": (b"P6\n0 0\n255\n", ".+"),
+        "flipped": (picture[:50] + bytes([picture[50] ^ 255]) + picture[51:], ".+"),
+    }
+
+
+@pytest.mark.parametrize("kind", broken())
+def test_damaged_images_are_said_to_be(tmp_path, kind):
+    data, reason = broken()[kind]
+    file = tmp_path / "x.png"
+    file.write_bytes(data)
+    for source in (file, io.BytesIO(data)):
+        with pytest.raises(ImageError, match=f"^{reason}$"):
+            read_image(source)
+    with pytest.raises(DataError, match="'x.png' (is not an image|cannot be read)"):
+        read_for_predict(file, "x.png")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("avif"), struct.error("short"), MemoryError(), KeyError("tag")])
+def test_whatever_a_decoder_raises_is_of_that_image(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    good = saved(Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(DataError, match="'good' cannot be read: ."):
+        read_for_predict(good, "good")
+
+
+def test_ctrl_c_in_a_decoder_passes(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    good = saved(Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read_image(good)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+def test_the_first_frame_of_an_animation(name):
+    frames = [Image.new("RGB", (8, 8), color) for color in ((0, 0, 250), (250, 0, 0), (0, 250, 0))]
+    pixel = np.asarray(read_image(saved(frames[0], name, save_all=True, append_images=frames[1:])))[4, 4]
+    assert pixel[2] > 230 and pixel[0] < 20 and pixel[1] < 20
+
+
+def test_images_that_torchvision_opens_take_the_mode_too():
+    for mode, shape in (("L", (4, 5)), ("RGB", (4, 5, 3))):
+        dataset = FakeData(3, (3, 4, 5), num_classes=2)
+        dataset.input_img_mode = mode
+        image, target, failure = GuardedDataset(dataset, np.asarray)[1]
+        assert failure is None and image.shape == shape and target in (0, 1)
+
+
+def test_listing(tmp_path):
+    for name in (
+        "a.jpg",
+        "b/c.PNG",
+        "b/._c.PNG",
+        "b/.DS_Store",
+        "b/Thumbs.db",
+        "b/notes.txt",
+        "b/.old/d.jpg",
+        ".git/e.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "b" / "pipe.jpg")
+    (tmp_path / "b" / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (tmp_path / "b" / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "b" / "linked.jpg").symlink_to(tmp_path / "a.jpg")
+    (tmp_path / "b" / "above").symlink_to(tmp_path)
+    listing = list_images(tmp_path)
+    assert listing.images == ["a.jpg", "b/c.PNG", "b/linked.jpg"]
+    assert listing.ignored == [
+        "b/.old/", "b/above/ (a link to a folder above it)", "b/gone.jpg (not a regular file)", "b/notes.txt",
+        "b/pipe.jpg (not a regular file)", "b/self.jpg (not a regular file)",
+    ]  # fmt: skip
+    assert listing.folders == ["b"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    refuse_to_list(monkeypatch, tmp_path / "a")
+    for look in (list_images, lambda folder: find_images([str(folder)])):
+        with pytest.raises(DataError, match=f"the folder '{tmp_path}/a' cannot be listed: Permission denied"):
+            look(tmp_path)
+
+
+def test_find_images(tmp_path, capsys):
+    for name in ("b/2.webp", "b/10.jpg", "a.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_images([str(tmp_path / "b"), str(tmp_path / "a.png")])
+    assert [file.name for file in found] == ["10.jpg", "2.webp", "a.png"]
+    assert capsys.readouterr().err == f"'{tmp_path / 'b'}': 1 file is left out, not taken for images: notes.txt\n"
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match="pipe.jpg' is not a regular file"):
+        find_images([str(tmp_path / "pipe.jpg")])
+    with pytest.raises(ImageError, match="not a regular file"):
+        read_image(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match="the name of an image is empty"):
+        find_images([""])
