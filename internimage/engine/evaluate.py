@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
+from ..progress import progress_bar
 from .data import Batch, DataError, GuardedDataset, class_names, sigterm_for_us, worker_signals
 from .distributed import World
 from .imagenet import Protocol
@@ -178,7 +178,7 @@ def evaluate(
     problem: DataError | None = None
     clock = _Clock(device)
     start = time.perf_counter()
-    bar = tqdm(total=len(guarded), unit="img", desc="evaluate", disable=not (progress and world.first))
+    bar = progress_bar(len(guarded), "evaluate", "img", shown=progress and world.first)
     for batch in _shares(guarded, batch_size, workers, world, device.type == "cuda"):
         places = []
         if batch is not None:

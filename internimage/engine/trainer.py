@@ -11,15 +11,15 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import WriteError, save_tensors
+from ..progress import message
 from . import parallel
 from .config import ConfigError
 from .data import DataError, sigterm_for_us
 from .distributed import World, synchronise_batch_norm
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .model import DTYPES
 from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
 from .output import BAD_BATCHES, CHECKPOINTS
@@ -80,7 +80,8 @@ class Trainer:
         self.parts = [world.rank * config.accumulate + i for i in range(config.accumulate)]
         self.total = config.epochs * self.plan.steps_per_epoch
         self._noted: Exception | None = None
-        self._unreadable: set[str] = set()  # files that were named already
+        self._unreadable: dict[str, str] = {}  # files that were named already, and why
+        self.final: Evaluation | None = None  # of the validation split, once the run is at its end
         training_transform(config, preprocessing)  # says what is wrong with the settings before anything is written
 
         self.frozen = frozen_parts(model, config.freeze)
@@ -177,7 +178,7 @@ class Trainer:
         with self.world.together():
             self.log = TrainingLog(
                 self.output, state.epochs, state.step, self.total, config.batch_size, config.tensorboard, progress,
-                self.world.first, self._note,
+                self.world.first, self._note, config.epochs,
             )  # fmt: skip
         sampler = PlanSampler(plan, self.parts, state.step, self.total)
         pin = self.world.device.type == "cuda"
@@ -269,10 +270,14 @@ class Trainer:
     def _tell_failures(self, batch: TrainingBatch) -> None:
         for file, reason in batch.failures:
             if file not in self._unreadable:
-                tqdm.write(f"'{file}' cannot be read ({reason}); the next image takes its place")
-                self._unreadable.add(file)
+                self._unreadable[file] = reason
+                if self.world.first:  # the others' are told at the end of the epoch
+                    self._tell_unreadable(file, reason)
         if batch.error is not None:
             self._note(DataError(batch.error))
+
+    def _tell_unreadable(self, file: str, reason: str) -> None:
+        message(f"'{file}' cannot be read ({reason}); the next image takes its place")
 
     def _place(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
         device = self.world.device
@@ -300,7 +305,7 @@ class Trainer:
         with self.world.together():
             self._keep_batch(folder / f"step-{step + 1:09d}-process-{self.world.rank}.pt", seen, loss, norm)
         if self.world.first:
-            tqdm.write(f"{what} in {where}: the step is left out ({state.skipped} of nan_limit={config.nan_limit})")
+            message(f"{what} in {where}: the step is left out ({state.skipped} of nan_limit={config.nan_limit})")
         if state.skipped >= config.nan_limit:
             raise TrainingError(
                 f"{what} in {where}, and {state.skipped} steps were left out for that: a smaller lr than {config.lr} "
@@ -340,14 +345,31 @@ class Trainer:
         if state.skipped:
             row["skipped_steps"] = state.skipped
         state.loss_sum, state.loss_steps, state.seconds = 0.0, 0, 0.0
-        if self.val_set is not None and config.eval_every and (
-            epoch % config.eval_every == 0 or epoch == config.epochs
-        ):  # fmt: skip
+        if self.world.size > 1:
+            files = {file: reason for part in self.world.gather(self._unreadable) for file, reason in part.items()}
+            for file in sorted(files.keys() - self._unreadable.keys()) if self.world.first else ():
+                self._tell_unreadable(file, files[file])
+            self._unreadable = files
+        result = None
+        if self.val_set is not None and epoch == config.epochs:
+            result = self.final = self._evaluate_at_the_end()
+        elif self.val_set is not None and config.eval_every and epoch % config.eval_every == 0:
             with self.log.validating():
                 result = self.evaluate()
-            row |= {"val_top1": result.top1, "val_loss": result.loss}
             self._train_mode()
+        if result is not None:
+            row |= {"val_top1": result.top1, "val_loss": result.loss}
         self.log.epoch(row, state.step)
+
+    def _evaluate_at_the_end(self) -> Evaluation | None:
+        """For the last row, the report and the last line. The training is done: nothing about the images undoes it."""
+        try:
+            with self.log.validating():
+                return self.evaluate(keep_answers=True)
+        except UserError as error:
+            if self.world.first:
+                message(f"the validation images were not evaluated: {error}")
+            return None
 
     def evaluate(self, **kwargs):
         """The weights that the run will save, on the validation split."""
