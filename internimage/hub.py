@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 from timm.models._hub import download_cached_file
 
 from .errors import UserError
+from .progress import on_terminal
 
 _logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def download_url(url: str, cache_dir: str | None = None) -> Path:
         DownloadError: It could not be had.
     """
     try:
-        return Path(download_cached_file(url, cache_dir=cache_dir))
+        return Path(download_cached_file(url, progress=on_terminal(), cache_dir=cache_dir))
     except (OSError, RuntimeError, ValueError) as error:
         raise DownloadError(f"{url} could not be downloaded: {error}") from error
 

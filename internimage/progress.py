@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How far a long job is: a bar on a terminal, a plain line now and then in a log file. All of it goes to stderr."""
 
+import logging
+import os
 import sys
 import time
 from typing import TextIO
@@ -22,6 +24,14 @@ def message(text: str) -> None:
     """Print a line on stderr; a bar that is being drawn there moves down."""
     if sys.stderr is not None:
         tqdm.write(text, file=sys.stderr)  # its own default is stdout, which is for results
+
+
+class MessageHandler(logging.Handler):
+    """Log records as messages on today's stderr. Of a torchrun launch one process tells what all would warn of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") == "0" or record.levelno >= logging.ERROR:
+            message(self.format(record))
 
 
 class _Lines:

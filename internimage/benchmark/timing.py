@@ -11,6 +11,7 @@ import datetime
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from ..errors import UserError
 from ..extension import cpu_capability
 
 QUIET = 0.1  # cores that other processes may use during a round of wall times
+HOW = "From the fastest round; in parentheses, from the median round."  # above the printed tables
 PICKS = {"min": min, "median": statistics.median}
 
 
@@ -196,28 +198,49 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     columns = list(rows[0])
     check_csv(path, columns)
     new = not path.exists() or path.stat().st_size == 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise BenchmarkError(f"'{path}' cannot be written ({error.strerror or error})") from error
 
 
 def check_csv(path: Path, columns: Sequence[str]) -> None:
     """Whether rows of these columns may be appended to a file: to ask before an hour of measuring.
 
     Raises:
-        BenchmarkError: The file has other columns, or is a folder.
+        BenchmarkError: The file has other columns, is a folder, or cannot be written.
     """
     if path.is_dir():
         raise BenchmarkError(f"'{path}' is a folder; name a csv file")
-    if path.exists() and path.stat().st_size > 0:
-        with path.open(newline="", encoding="utf-8") as file:
-            there = next(csv.reader(file), [])
+    try:
+        there = _header(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BenchmarkError(f"'{path}' is not a csv file ({error}); take a new file") from error
+    except OSError as error:
+        raise BenchmarkError(f"'{path}' cannot be written ({error.strerror or error})") from error
+    if there is not None:
         if there != list(columns):
             odd = sorted(set(there) ^ set(columns)) or ["their order"]
             raise BenchmarkError(f"'{path}' has other columns (they differ in {', '.join(odd)}); take a new file")
+
+
+def _header(path: Path) -> list[str] | None:
+    """The columns of a file, None if it is new or empty. Nothing is written, but an OSError tells if that fails."""
+    try:
+        path.open("r+b").close()
+    except FileNotFoundError:
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        tempfile.TemporaryFile(dir=folder).close()
+        return None
+    if path.stat().st_size == 0:
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], names: int) -> str:
@@ -231,16 +254,14 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], names: int
 
 def describe(about: Mapping[str, object]) -> str:
     """One line for people about how a table was measured."""
-    how = (
-        f"CPU time of {about['threads']} thread"
-        if about["clock"] == "cpu"
-        else f"wall time, {about['threads']} threads"
-    )
+    threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
+    how = f"CPU time of {threads}" if about["clock"] == "cpu" else f"wall time with {threads}"
+    rounds = f"{about['rounds']} round{'' if about['rounds'] == 1 else 's'}"
     others = float(str(about["others"] or "nan"))
-    loud = f", others used {others:.2f} cores" if about["clock"] == "wall" else ""
+    loud = f", other processes used {others:.2f} cores" if about["clock"] == "wall" else ""
     if about["clock"] == "wall" and others > QUIET:
         loud += " (NOT quiet)"
     return (
-        f"{how}, {about['rounds']} rounds{loud}; {about['machine']}, kernels: {about['capability']}, "
+        f"{how}, {rounds}{loud}; {about['machine']}, kernels: {about['capability']}, "
         f"torch {about['torch']}, malloc {about['malloc']}"
     )

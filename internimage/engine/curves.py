@@ -7,7 +7,7 @@ import math
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 460, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 10, 42  # room for the tick labels and the names of the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 10, 42  # room for the tick labels and the names of the axes
 _MOST_POINTS = 1000  # of a line; more cannot be seen
 
 
@@ -46,7 +46,7 @@ def curve(title: str, x_name: str, y_name: str, series: list[tuple[str, str, Poi
     x_ticks = [tick for tick in _ticks(x0, x1, 6, whole=True) if x0 <= tick <= x1]
     for tick, label in zip(x_ticks, _labels(x_ticks)):
         parts.append(f'<path class="grid" d="M{across(tick):.1f} {bottom}v4"/>')
-        parts.append(f'<text x="{across(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
+        parts.append(f'<text x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
     middle = (_TOP + bottom) / 2
     parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{html.escape(x_name)}</text>')
     turned = f'text-anchor="middle" transform="rotate(-90 14 {middle})"'

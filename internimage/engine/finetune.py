@@ -233,6 +233,7 @@ def _write_report(
     try:
         write_report(path, config, trainer.final, val_set, names, trainer.progress.epochs, model, preprocessing)
     except Exception as error:  # drawing, images that are gone, a full disk: whatever it is
-        message(f"the report '{path}' could not be written ({error or type(error).__name__}); the model is not affected")
+        reason = str(error) or type(error).__name__
+        message(f"the report '{path}' could not be written ({reason}): the model is saved without it")
         return None
     return path

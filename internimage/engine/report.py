@@ -38,7 +38,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;paddin
 background:var(--page);overflow-wrap:anywhere;-webkit-text-size-adjust:100%}
 h1{font-size:1.5rem;line-height:1.25;margin:0 0 1rem}
 h2{font-size:1.2rem;margin:2.5rem 0 1rem;padding-bottom:.25rem;border-bottom:1px solid var(--rule)}
-p{margin:.5rem 0 1rem}.big{font-size:2.4rem;font-weight:600;line-height:1.2}.pale{color:var(--pale)}
+p{margin:.5rem 0 1rem}.big{display:block;font-size:2.4rem;font-weight:600;line-height:1.2}.pale{color:var(--pale)}
 figure{margin:0}figcaption{font-size:.9rem}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1.5rem}
 .curves svg{display:block;width:100%;height:auto}
@@ -53,13 +53,15 @@ svg text{font:13px system-ui,sans-serif;fill:var(--pale)}.frame,.grid{stroke:var
 .scroll{overflow-x:auto;overflow-wrap:normal}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .5rem;text-align:right;white-space:nowrap}th{font-weight:600}
-th.name,td.name{text-align:left}.matrix td{min-width:2.2rem;text-align:center;border:1px solid var(--rule)}
+th.name,td.name{text-align:left}td.name{white-space:normal;min-width:6rem}
+.matrix td{min-width:2.2rem;text-align:center;border:1px solid var(--rule)}
 .matrix th{font-weight:400;color:var(--pale);text-align:center}.matrix th.up{vertical-align:bottom;padding:.4rem .2rem}
 .matrix th.up span{writing-mode:vertical-rl;transform:rotate(180deg)}
-.matrix th.name{text-align:left;position:sticky;left:0;background:var(--page)}
+.matrix th.name{text-align:left;position:sticky;left:0;background:var(--page);
+max-width:min(40vw,24rem);overflow:hidden;text-overflow:ellipsis}
 .matrix .hit{background:rgba(var(--right),var(--share))}.matrix .miss{background:rgba(var(--wrong),var(--share))}
 .matrix .full{color:#fff}
-td.bar{width:min(280px,32vw);padding:0}.bar div{background:var(--main);height:.8rem;border-radius:2px}
+td.bar{width:min(280px,32vw);min-width:6rem;padding:0}.bar div{background:var(--main);height:.8rem;border-radius:2px}
 td.bar{background:linear-gradient(var(--box),var(--box)) center/100% .8rem no-repeat}
 .mistakes{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,452px),1fr));gap:1.5rem}
 .single .mistakes{grid-template-columns:repeat(auto-fill,minmax(min(100%,224px),1fr))}

@@ -212,7 +212,8 @@ def read_steps(output: Path, last: int | None = None) -> list[dict[str, str]]:
     if half.strip() and (row := _step(header, half)) is not None:
         good.append(row)
     if odd:
-        _logger.warning(f"'{path}': {odd} lines that no run has written there are left out")
+        lines = "1 line" if odd == 1 else f"{odd} lines"
+        _logger.warning(f"'{path}': left out {lines} that no run has written")
     return [row for row in good if last is None or int(row["step"]) <= last]
 
 
