@@ -22,8 +22,16 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """81 images to train on, ten steps an epoch; 17 to validate."""
-    return write_noise(tmp_path_factory.mktemp("noise"), train=(27, 27, 27), val=(5, 5, 7))
+    """81 images to train on, of which some cannot be read, ten steps an epoch; 17 to validate."""
+    folder = write_noise(tmp_path_factory.mktemp("noise"), train=(27, 27, 27), val=(5, 5, 7))
+    for file in damaged(folder):
+        file.write_bytes(b"nothing")
+    return folder
+
+
+def damaged(folder):
+    """So many that each of two processes meets some."""
+    return [folder / "train" / str(label) / f"{i}.png" for label in range(3) for i in (3, 11, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,8 @@ def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     arguments = [f"data={data}", *SETTINGS]
     assert main(["finetune", *arguments, f"output={folder / 'one'}"]) == 0
-    torchrun(2, "-m", "internimage", "finetune", *arguments, f"output={folder / 'ddp'}")
+    result = torchrun(2, "-m", "internimage", "finetune", *arguments, f"output={folder / 'ddp'}")
+    (folder / "ddp.stdout").write_text(result.stdout), (folder / "ddp.stderr").write_text(result.stderr)
     torchrun(
         2, "-m", "internimage", "finetune", *arguments, f"output={folder / 'fsdp'}", "parallel=fsdp",
         "grad_checkpointing=true",
@@ -63,6 +72,18 @@ def test_two_processes_validate_like_one(runs):
         for b in others:
             assert a["val_top1"] == b["val_top1"]
             assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), abs=1e-5)
+
+
+def test_one_of_two_processes_speaks_for_both(data, runs):
+    """Of images that cannot be read, too: each is read by one process alone."""
+    lines = (runs / "ddp.stderr").read_text().splitlines()
+    for file in damaged(data):
+        assert sum(line.startswith(f"'{file}' cannot be read (not an image)") for line in lines) == 1, lines
+    told = [line.split(": ")[0] for line in lines if line.startswith("epoch ")]
+    assert told == ["epoch 1/2", "epoch 2/2"]
+    out = (runs / "ddp.stdout").read_text()
+    assert [line.split(" ")[0] for line in out.splitlines()] == ["top-1", "model:"]
+    assert " on 17 validation images" in out
 
 
 def test_batch_norm_of_two_processes_is_that_of_the_whole_batch(tmp_path):

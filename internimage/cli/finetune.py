@@ -59,7 +59,7 @@ def _tell(outcome: Outcome) -> None:
         result = outcome.result
         print(f"top-1 {result.top1:.2f} % on {result.images} validation images, loss {result.loss:.4f}")
         if result.skipped:
-            print(f"{len(result.skipped)} validation images could not be read and do not count", file=sys.stderr)
+            print(f"validation images that could not be read and do not count: {len(result.skipped)}", file=sys.stderr)
     elif outcome.complete:
         print("there are no validation images, so the accuracy is not known (they go to DATA/val/CLASS/IMAGE)")
     print(f"model: {outcome.output}")

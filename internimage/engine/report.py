@@ -32,7 +32,7 @@ _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1a1d21;--pale:#5b636d;--rule:#dde1e6;--box:#f4f6f8;
 --main:#1f5d9b;--faint:#9dbbd8;--other:#c2571a;--right:44,110,170;--wrong:196,60,40}
 @media (prefers-color-scheme:dark){:root{--page:#15181c;--ink:#e4e7eb;--pale:#a3acb7;--rule:#363c44;--box:#1f242a;
---main:#6cabe8;--faint:#41618a;--other:#f0a068;--right:58,124,188;--wrong:206,76,56}}
+--main:#6cabe8;--faint:#41618a;--other:#f0a068;--right:50,112,172;--wrong:196,68,50}}
 *{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem;color:var(--ink);
 background:var(--page);overflow-wrap:anywhere;-webkit-text-size-adjust:100%}
@@ -181,8 +181,10 @@ def _matrix(matrix: torch.Tensor, names: list[str]) -> str:
         cells = []
         for j, count in enumerate(matrix[i].tolist()):
             share = count / whole
-            kind = ("hit" if i == j else "miss") + (" full" if share > 0.5 else "")
-            cells.append(f'<td class="{kind}" style="--share:{0.15 + 0.85 * share:.2f}">{count}</td>' if count else
+            full = share > 0.7  # on a shade between these neither black nor white letters would stand out
+            kind = ("hit" if i == j else "miss") + (" full" if full else "")
+            shade = 0.93 + 0.07 * share if full else 0.15 + 0.85 * share
+            cells.append(f'<td class="{kind}" style="--share:{shade:.2f}">{count}</td>' if count else
                          "<td></td>")  # fmt: skip
         rows.append(f'<tr><th class="name">{html.escape(name)}</th>{"".join(cells)}</tr>')
     return (
