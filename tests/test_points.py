@@ -2,6 +2,7 @@
 """Pictures of sampled points: what is drawn where, and what cannot be drawn or written."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -94,6 +95,16 @@ def test_other_formats(model, tmp_path, name):
     draw_points(model, grey(1), CONFIG, tmp_path / name, LAYER)
     with Image.open(tmp_path / name) as image:
         assert image.format.lower() in name.lower().replace("jpg", "jpeg")
+
+
+def test_a_pipe_gets_a_png(model, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        draw_points(model, grey(1), CONFIG, pipe, LAYER)
+        assert read.result(timeout=60).startswith(b"\x89PNG")
+    assert pipe.is_fifo()
 
 
 def test_a_picture_that_cannot_be_written(model, tmp_path, monkeypatch):

@@ -176,6 +176,12 @@ def test_a_run_ends_with_its_accuracy_and_a_report_however_often_it_evaluates(da
         assert [row["loss"] for row in steps(tmp_path / "0")] == [row["loss"] for row in steps(tmp_path / str(every))]
 
 
+def test_the_help_says_what_eval_every_0_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    assert "0: only after the last epoch" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_without_validation_images_says_so(data, tmp_path, capsys):
     assert command(data / "train", tmp_path / "run", epochs=1, report=True) == 0
     out = capsys.readouterr().out

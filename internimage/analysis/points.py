@@ -141,7 +141,7 @@ def draw_points(
         model: A model with DCNv3 layers; is left in eval mode.
         images: (name, image) pairs, at least one; the end of the name stands below the image.
         config: timm's preprocessing.
-        path: File to write; its ending tells the format, such as `.png`.
+        path: File to write; its ending tells the format, such as `.png`. A pipe gets PNG.
         layer: As in `sampled_points`.
 
     Returns:
@@ -153,6 +153,8 @@ def draw_points(
     """
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE and path.exists() and not path.is_file() and not path.is_dir():
+        kind = "PNG"  # a pipe or a device, whose name says nothing
     if kind not in Image.SAVE:
         raise UserError(f"'{path}' cannot be written as a picture: its name must end in .png, .jpg or .webp")
     layer, tiles = point_tiles(model, [image for _, image in images], config, layer)
@@ -169,6 +171,9 @@ def draw_points(
 def _write(path: Path, data: bytes) -> None:
     partial = None
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device stays what it is
+            path.write_bytes(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             partial = Path(file.name)

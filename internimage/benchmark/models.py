@@ -284,6 +284,10 @@ def benchmark_models(
             models[contender] = contender.build()
     check(models)
     wide = {c: m for c, m in models.items() if c.dtype == "fp32"}
+    if training_batch > 0:
+        for contender, model in wide.items():
+            with _blamed(contender):  # now, and not after the inferences were timed
+                training_step(model.train(), contender.images(training_batch))()
     phases: list[tuple[str, int, dict[Contender, nn.Module], Callable]] = [
         ("inference", batch, models, inference) for batch in batches
     ]
@@ -294,9 +298,6 @@ def benchmark_models(
             for model in own.values():
                 model.train(work is training_step)
             functions = {c: work(m, c.images(batch)) for c, m in own.items()}
-            for contender, function in functions.items():
-                with _blamed(contender):  # inside the rounds nobody knows whose error it is
-                    function()
             times = interleave(functions, rounds, clock, settle=False, name=what)
             entries = rows(times, what, batch, facts(clock, times))
             head = describe(entries[0])

@@ -39,7 +39,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 def add_ops_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common_arguments(parser, rounds=9)
     parser.add_argument("--batch", type=_at_least(1), default=8, metavar="N", help="images")
-    parser.add_argument("--peers", nargs="*", choices=OPS_PEERS, help="those to time; if not given, all")
+    parser.add_argument("--peers", nargs="*", choices=OPS_PEERS, default=list(OPS_PEERS), help="those to time")
     parser.set_defaults(benchmark=_ops)
 
 
@@ -49,10 +49,7 @@ def add_models_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training-batch", type=_at_least(0), default=4, metavar="N", help="0 leaves training out")
     parser.add_argument("--img-size", type=_at_least(32), default=224, metavar="PIXELS", help="image side")
     parser.add_argument(
-        "--peers",
-        nargs="*",
-        metavar="NAME",
-        help=f"official, and names of timm models; if not given, {', '.join(MODEL_PEERS)}",
+        "--peers", nargs="*", default=list(MODEL_PEERS), metavar="NAME", help="official, and names of timm models"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.set_defaults(benchmark=_models)
@@ -69,11 +66,9 @@ def _at_least(minimum: int):
 
 
 def _peers(arguments: argparse.Namespace, every: Sequence[str]) -> list[str]:
-    """Those that were asked for, or all that can be had; a message tells if the official code is left out."""
-    if arguments.peers is not None:
-        return arguments.peers
-    if arguments.official is not None:
-        return list(every)
+    """Those to time. Where none were chosen, the official code is left out without a checkout, and a message tells."""
+    if arguments.official is not None or list(arguments.peers) != list(every):
+        return list(arguments.peers)
     print("without the official code: --official PATH names your checkout of it", file=sys.stderr)
     return [peer for peer in every if peer != "official"]
 

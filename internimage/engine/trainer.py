@@ -80,7 +80,8 @@ class Trainer:
         self.parts = [world.rank * config.accumulate + i for i in range(config.accumulate)]
         self.total = config.epochs * self.plan.steps_per_epoch
         self._noted: Exception | None = None
-        self._unreadable: dict[str, str] = {}  # files that were named already, and why
+        self._unreadable: set[str] = set()  # files that were named already
+        self._to_tell: list[tuple[str, str]] = []  # others, by the first process at the end of the epoch, and why
         self.final: Evaluation | None = None  # of the validation split, once the run is at its end
         training_transform(config, preprocessing)  # says what is wrong with the settings before anything is written
 
@@ -270,9 +271,11 @@ class Trainer:
     def _tell_failures(self, batch: TrainingBatch) -> None:
         for file, reason in batch.failures:
             if file not in self._unreadable:
-                self._unreadable[file] = reason
-                if self.world.first:  # the others' are told at the end of the epoch
+                self._unreadable.add(file)
+                if self.world.first:
                     self._tell_unreadable(file, reason)
+                else:
+                    self._to_tell.append((file, reason))
         if batch.error is not None:
             self._note(DataError(batch.error))
 
@@ -345,11 +348,11 @@ class Trainer:
         if state.skipped:
             row["skipped_steps"] = state.skipped
         state.loss_sum, state.loss_steps, state.seconds = 0.0, 0, 0.0
-        if self.world.size > 1:
-            files = {file: reason for part in self.world.gather(self._unreadable) for file, reason in part.items()}
-            for file in sorted(files.keys() - self._unreadable.keys()) if self.world.first else ():
-                self._tell_unreadable(file, files[file])
-            self._unreadable = files
+        for file, reason in sorted({pair for part in self.world.gather(self._to_tell) for pair in part}):
+            if self.world.first and file not in self._unreadable:
+                self._tell_unreadable(file, reason)
+            self._unreadable.add(file)
+        self._to_tell = []
         result = None
         if self.val_set is not None and epoch == config.epochs:
             result = self.final = self._evaluate_at_the_end()
@@ -366,7 +369,7 @@ class Trainer:
         try:
             with self.log.validating():
                 return self.evaluate(keep_answers=True)
-        except UserError as error:
+        except DataError as error:
             if self.world.first:
                 message(f"the validation images were not evaluated: {error}")
             return None
