@@ -35,6 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import download_cached_file
 
 from .errors import UserError, one_line
+from .progress import on_terminal
 
 _logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ def download_url(url: str, cache_dir: str | None = None) -> Path:
         DownloadError: It could not be had.
     """
     try:
-        return Path(download_cached_file(url, cache_dir=cache_dir))
+        return Path(download_cached_file(url, progress=on_terminal(), cache_dir=cache_dir))
     except (OSError, RuntimeError, ValueError) as error:
         raise DownloadError(f"{url} could not be downloaded: {one_line(error)}") from error
 

@@ -2,6 +2,7 @@
 """The bookkeeping of benchmarks, their refusal to time what computes something else, and that they run; no times."""
 
 import csv
+import importlib
 import shutil
 import sys
 import textwrap
@@ -146,6 +147,45 @@ def test_a_checkout_that_cannot_be_imported(checkout, capsys):
     assert "ops_dcnv3" in fails(capsys, "models", "--quick", "--official", folder)
 
 
+@pytest.mark.parametrize("what", ["ops", "models"])
+def test_the_official_code_without_a_checkout(what, capsys, monkeypatch):
+    """Asked for it is an error; left to us it is left out, and told."""
+    assert "the peer 'official' needs your checkout" in fails(capsys, what, "--quick", "--peers", "official")
+    seen = []
+    module = importlib.import_module("internimage.cli.benchmark")
+    monkeypatch.setattr(module, f"benchmark_{what}", lambda checkout, peers, *_: seen.append((checkout, list(peers))))
+    assert main(["benchmark", what, "--quick"]) == 0
+    expected = [peer for peer in {"ops": ops, "models": models}[what].PEERS if peer != "official"]
+    assert seen == [(None, expected)] and len(expected) == 2
+    assert "without the official code: --official PATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "code", ["1 / 0", "def dcnv3_core_pytorch(", "raise ValueError('first line\\nsecond line')", ""]
+)
+def test_a_checkout_whose_code_fails_is_told_in_one_line(code, tmp_path, capsys):
+    (tmp_path / FUNCTION).parent.mkdir(parents=True)
+    (tmp_path / FUNCTION).write_text(code)
+    error = fails(capsys, "ops", "--quick", "--official", tmp_path)
+    assert "dcnv3_core_pytorch could not be had from" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "peer, reason", [("resnet18.foo", "Invalid pretrained tag"), ("levit_128", "does not run at 64 pixels")]
+)
+def test_a_peer_that_does_not_run_is_told_in_one_line(peer, reason, tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    error = fails(capsys, "models", "--quick", "--no-memory", "--peers", peer, "--csv", path)
+    assert f"the peer '{peer}'" in error and reason in error and "Traceback" not in error
+    assert len(error.splitlines()) == 1 and not path.exists()
+
+
+def test_peers_of_one_size_and_without_drop_path_can_be_built():
+    images = models.Contender("vit_tiny_patch16_224", img_size=64)
+    assert images.build()(images.images(1)).shape == (1, 1000)
+    assert models.Contender("vgg11", img_size=64).build().training is False
+
+
 def test_the_stand_ins_are_gone_afterwards(checkout):
     before = sys.modules.get("pkg_resources"), list(sys.path)
     ops.official_core(checkout())
@@ -160,6 +200,42 @@ def test_a_file_with_other_columns_is_left_alone(tmp_path, capsys):
     assert "other columns" in fails(capsys, "models", "--quick", "--csv", path)
     assert path.read_text() == "what,of,weighted\nforward,min,3\n"
     assert "is a folder" in fails(capsys, "ops", "--quick", "--csv", tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path, capsys, monkeypatch):
+    def timed(*_, **__):
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr(ops, "interleave", timed)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "picture.csv").write_bytes(b"\x89PNG\xff\x00")
+    for name, what in (("file/x.csv", "cannot be written"), ("picture.csv", "is not a csv file")):
+        error = fails(capsys, "ops", "--quick", "--peers", "--csv", tmp_path / name)
+        assert what in error and len(error.splitlines()) == 1
+    new = tmp_path / "new" / "x.csv"
+    with pytest.raises(AssertionError, match="something was timed"):
+        main(["benchmark", "ops", "--quick", "--peers", "--csv", str(new)])
+    assert not new.parent.exists()
+
+
+def test_a_disk_that_is_full_in_the_end(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.csv"
+    timing.append_csv(path, [{"a": 1}])
+    monkeypatch.setattr(timing.csv.DictWriter, "writerows", full)
+    with pytest.raises(timing.BenchmarkError, match=r"x.csv' cannot be written \(No space left on device\)"):
+        timing.append_csv(path, [{"a": 2}])
+    assert path.read_text() == "a\n1\n"
+
+
+def test_what_stands_above_a_table():
+    times = timing.Times(timing.Clock("wall", 2), rounds=1, others=0.5)
+    line = timing.describe(timing.facts(times.clock, times))
+    assert line.startswith("wall time with 2 threads, 1 round, other processes used 0.50 cores (NOT quiet); ")
+    times = timing.Times(timing.Clock("cpu", 1), rounds=7)
+    assert timing.describe(timing.facts(times.clock, times)).startswith("CPU time of 1 thread, 7 rounds; ")
 
 
 @pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--batch", "-1"], ["--peers", "mmcv"]])

@@ -353,7 +353,7 @@ def test_predict_draws_points(run, data, tmp_path, capsys):
     code = main(["predict", str(data / "val"), "--model", str(run), "--draw-points", str(picture)])
     assert code == 0
     assert "sampled points of levels.2.blocks.2.dcn" in capsys.readouterr().err
-    assert Image.open(picture).size == (4 * 232 + 8, 4 * 232 + 8)
+    assert Image.open(picture).size == (4 * 240 + 16, 117 + 4 * 259)
     assert "levels.0.blocks.0.dcn" in fails(
         capsys, "predict", data / "val", "--model", run, "--draw-points", picture, "--draw-layer", "levels.9"
     )

@@ -27,8 +27,16 @@ SHARDED = ["parallel=fsdp", "grad_checkpointing=true"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """81 images to train on, ten steps an epoch; 17 to validate."""
-    return write_noise(tmp_path_factory.mktemp("noise"), train=(27, 27, 27), val=(5, 5, 7))
+    """81 images to train on, of which some cannot be read, ten steps an epoch; 17 to validate."""
+    folder = write_noise(tmp_path_factory.mktemp("noise"), train=(27, 27, 27), val=(5, 5, 7))
+    for file in damaged(folder):
+        file.write_bytes(b"nothing")
+    return folder
+
+
+def damaged(folder):
+    """So many that each of two processes meets some."""
+    return [folder / "train" / str(label) / f"{i}.png" for label in range(3) for i in (3, 11, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,8 @@ def runs(data, tmp_path_factory):
     arguments = ["finetune", f"data={data}", *SETTINGS]
     with in_double():
         assert main([*arguments, f"output={folder / 'one'}"]) == 0
-    torchrun(2, double.__file__, *arguments, f"output={folder / 'ddp'}")
+    result = torchrun(2, double.__file__, *arguments, f"output={folder / 'ddp'}")
+    (folder / "ddp.stdout").write_text(result.stdout), (folder / "ddp.stderr").write_text(result.stderr)
     torchrun(2, double.__file__, *arguments, f"output={folder / 'fsdp'}", *SHARDED)
     return folder
 
@@ -70,6 +79,18 @@ def test_two_processes_validate_like_one(runs):
             assert a["val_top1"] == b["val_top1"]
             # six digits are printed, which may be rounded either way
             assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-5, abs=0)
+
+
+def test_one_of_two_processes_speaks_for_both(data, runs):
+    """Of images that cannot be read, too: each is read by one process alone."""
+    lines = (runs / "ddp.stderr").read_text().splitlines()
+    for file in damaged(data):
+        assert sum(line.startswith(f"'{file}' cannot be read (not an image)") for line in lines) == 1, lines
+    told = [line.split(": ")[0] for line in lines if line.startswith("epoch ")]
+    assert told == ["epoch 1/2", "epoch 2/2"]
+    out = (runs / "ddp.stdout").read_text()
+    assert [line.split(" ")[0] for line in out.splitlines()] == ["top-1", "model:"]
+    assert " on 17 validation images" in out
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

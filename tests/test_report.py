@@ -3,6 +3,7 @@
 
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,13 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
+from internimage.engine import report as report_module
+from internimage.engine.curves import _labels, _ticks, curve
+from internimage.engine.evaluate import Evaluation
 from internimage.engine.finetune import finetune
 from internimage.engine.settings import FinetuneConfig
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-CLASSES = ("cat & <dog>", "fox", "owl")
+CLASSES = ("cat & <dog>", "fox", "owl with a name that is a good deal longer than others")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,10 @@ def test_the_report_is_self_contained(report):
     html.parser.HTMLParser().feed(text)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH")
+
+
+@needs_browser
 def test_the_report_in_a_browser(report, tmp_path):
     """Everything is drawn: a script that the test adds measures what the browser made of it."""
     measure = """<script>addEventListener('load', () => {
@@ -100,3 +107,141 @@ def test_the_report_in_a_browser(report, tmp_path):
     with Image.open(picture) as image:
         assert image.size == (1280, 1600)
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # not a blank page
+
+
+# what a reader's window makes of the page: how wide it is, what sticks out, and how text stands out from what is behind
+LOOK = """<body><script>addEventListener('message', () => 0);
+function look() {
+  const page = document.querySelector('iframe').contentDocument, view = page.defaultView;
+  const parse = text => { const n = text.match(/[0-9.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1] };
+  const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255).map(
+    v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b };
+  const behind = e => { let layers = [];
+    for (; e; e = e.parentElement) layers.push(parse(view.getComputedStyle(e).backgroundColor));
+    return layers.reverse().reduce((a, b) => [0, 1, 2].map(i => b[3] * b[i] + (1 - b[3]) * a[i]), [255, 255, 255]) };
+  const contrast = (e, ink) => { const pair = [light(ink), light(behind(e))].sort((a, b) => b - a);
+    return (pair[0] + 0.05) / (pair[1] + 0.05) };
+  const all = s => [...page.querySelectorAll(s)], result = {};
+  result.wide = page.documentElement.scrollWidth;
+  result.out = all('body *').filter(e => !e.closest('.scroll,pre,svg') && e.getBoundingClientRect().right > WIDTH + 1)
+    .map(e => e.tagName + '.' + e.className);
+  result.svg = all('svg').map(e => e.getBoundingClientRect().width);
+  result.letters = Math.min(...all('svg text').map(e => e.getBoundingClientRect().height));
+  result.scrolls = all('.scroll').map(e => [e.scrollWidth, e.clientWidth]);
+  result.text = {};
+  for (const s of ['h1', 'h2', 'p', '.pale', 'figcaption', 'td.name', '.matrix th', '.matrix td.hit', '.matrix td.miss',
+                   'pre', 'footer'])
+    for (const e of all(s))
+      result.text[s] = Math.min(result.text[s] ?? 99, contrast(e, parse(view.getComputedStyle(e).color)));
+  for (const e of all('svg text'))
+    result.text.svg = Math.min(result.text.svg ?? 99, contrast(e, parse(view.getComputedStyle(e).fill)));
+  result.lines = Math.min(...all('polyline.s-main,polyline.s-other').map(
+    e => contrast(e, parse(view.getComputedStyle(e).stroke))));
+  result.page = behind(page.body);
+  document.body.innerHTML = '<pre id="measured">' + JSON.stringify(result) + '</pre>';
+}</script><iframe style="width:WIDTHpx;height:2000px;border:0" onload="look()" srcdoc="PAGE"></iframe></body>"""
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_report_on_a_phone_by_day_and_by_night(report, tmp_path, dark):
+    """Nothing makes the page wider than 390 px, and everything can be read (WCAG's 4.5 for text, 3 for lines)."""
+    page = tmp_path / "phone.html"
+    matrix = torch.zeros(30, 30, dtype=torch.long)
+    for i in range(30):  # every shade of right and wrong
+        matrix[i, i], matrix[i, i - 1] = i, 29 - i
+    more = report_module._matrix(matrix, [f"a class like no. {i}" for i in range(30)])
+    more += report_module._skipped(Evaluation(skipped=[("/folder" * 30 + ".png", "not an image")]))
+    text = report.read_text(encoding="utf-8").replace("</body>", more + "</body>")
+    page.write_text(
+        '<!doctype html><meta charset="utf-8">' + LOOK.replace("WIDTH", "390").replace("PAGE", html.escape(text)),
+        encoding="utf-8",
+    )
+    dom = browse(page, "--dump-dom", *["--force-dark-mode"] * dark)
+    found = json.loads(html.unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)[1]))
+    assert found["wide"] == 390 and found["out"] == []
+    assert len(found["svg"]) == 4 and all(340 < width <= 390 for width in found["svg"])
+    assert found["letters"] >= 9
+    assert found["scrolls"][-1][0] > 900 and found["scrolls"][-1][1] < 390  # the large matrix, in a box of its own
+    assert (sum(found["page"]) < 150) == dark
+    assert len(found["text"]) == 12 and min(found["text"].values()) >= 4.5, found["text"]
+    assert found["lines"] >= 3
+
+
+def test_top5_is_told_where_it_says_something():
+    result = Evaluation(images=8, top1=50.0, top5=100.0, loss=0.5)
+    assert "top-5" not in report_module._summary(result, list("abcde"))
+    assert "top-5 100.00 %, loss 0.5000" in report_module._summary(result, list("abcdef"))
+
+
+def sentences(wrong, right=2):
+    """The text above the pictures for so many wrong and right predictions."""
+    answers = [(i, 0, 1, 0.9) for i in range(wrong)] + [(wrong + i, 1, 1, 0.5 + 0.1 * i) for i in range(right)]
+    images = [(Image.new("RGB", (9, 7)), target) for _, target, *_ in answers]
+    found = report_module._mistakes(Evaluation(answers=answers), images, ["a", "b"], None, {})
+    assert found.count("<figure>") == min(wrong or right, 16)
+    return re.search("<p>(.*?)</p>", found)[1]
+
+
+def test_the_sentences_about_mistakes():
+    assert sentences(0) == "No image was wrong. These are the 2 predictions with the lowest confidence."
+    assert sentences(1) == "The one wrong prediction."
+    assert sentences(16) == "All 16 wrong predictions, the highest confidence first."
+    assert sentences(20) == "These are the 16 of 20 wrong predictions with the highest confidence."
+
+
+def test_many_classes_get_a_list_of_pairs_in_place_of_a_matrix():
+    matrix = torch.eye(50, dtype=torch.long) * 9
+    names = [f"class {i}" for i in range(50)]
+    assert report_module._confused(matrix, names) == "<p>No image was wrong.</p>"
+    matrix[3, 7] = 2
+    found = report_module._confused(matrix, names)
+    assert '<td class="name">class 3</td><td class="name">class 7</td><td>2</td>' in found and found.count("<tr>") == 2
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.51, 2.31, ["0.5", "1.0", "1.5", "2.0", "2.5"]),
+        (0.0, 3e-3, ["0.000", "0.001", "0.002", "0.003"]),
+        (0.0, 4e-5, ["0", "1e-05", "2e-05", "3e-05", "4e-05"]),
+        (11.1, 19.4, ["10", "12", "14", "16", "18", "20"]),
+        (-3.0, 5.0, ["-4", "-2", "0", "2", "4", "6"]),
+        (0.0, 5e7, ["0", "1e+07", "2e+07", "3e+07", "4e+07", "5e+07"]),
+    ],
+)
+def test_ticks(low, high, expected):
+    assert _labels(_ticks(low, high, 5, outward=True)) == expected
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1.0, 2.0)],
+        [(1.0, 0.0)],
+        [(1.0, 7.0), (2.0, 7.0)],
+        [(1.0, 1e-30), (2.0, 1e30)],
+        [(1.0, float("inf")), (2.0, 3.0), (3.0, float("nan"))],
+        [(float(i), math.sin(i)) for i in range(5000)],
+    ],
+    ids=["one", "zero", "flat", "wide", "odd", "many"],
+)
+def test_a_curve_stays_in_its_frame(points):
+    figure = curve("a & b", "step", "nats", [("loss", "main", points)], most=1e31)
+    assert "a &amp; b" in figure and "nan" not in figure and "inf" not in figure
+    places = re.search(r'<polyline [^>]*points="([^"]*)"', figure)[1].split()
+    assert 1 <= len(places) <= 1000
+    width, height = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', figure).groups())
+    assert all(0 < float(x) < width and 0 < float(y) < height for x, y in (place.split(",") for place in places))
+    assert ("<circle" in figure) == (len(places) == 1)
+    assert ">step</text>" in figure and ">nats</text>" in figure
+
+
+def test_a_curve_of_nothing_is_nothing():
+    assert curve("loss", "step", "nats", [("loss", "main", []), ("b", "faint", [(1.0, float("nan"))])]) == ""
+
+
+def test_accuracy_does_not_go_beyond_100_percent():
+    figure = curve("accuracy", "epoch", "%", [("", "main", [(1.0, 81.0), (2.0, 100.0)])], most=100.0)
+    labels = re.findall(r'text-anchor="end">([^<]*)<', figure)
+    assert labels[-1] == "100" and "105" not in labels

@@ -140,8 +140,107 @@ def test_unreadable_training_image_is_replaced_by_the_next_and_named(data, tmp_p
             (folder / "train" / label / file.name).write_bytes(file.read_bytes())
     (folder / "train" / "1" / "3.png").write_bytes(b"nothing")
     finetune(settings(folder, tmp_path / "run", epochs=1, batch_size=27, mixup=0.0, cutmix=0.0), progress=False)
-    out = "".join(capsys.readouterr())
-    assert "3.png' cannot be read (not an image); the next image takes its place" in out
+    out, err = capsys.readouterr()
+    assert err.count("3.png' cannot be read (not an image); the next image takes its place") == 1 and out == ""
+
+
+# ---- what a run says, and what it leaves
+
+
+def command(data, output, **more):
+    return main(["finetune", *(f"{k}={v}" for k, v in vars(settings(data, output, **more)).items() if v is not None)])
+
+
+def test_a_run_ends_with_its_accuracy_and_a_report_however_often_it_evaluates(data, tmp_path, capsys):
+    """And the evaluations leave no trace in the weights."""
+    said, last = {}, {}
+    for every in (0, 1, 2):
+        output = tmp_path / str(every)
+        assert command(data, output, eval_every=every, report=True, ema_decay=0.9) == 0
+        said[every], err = capsys.readouterr()
+        rows = list(csv.DictReader((output / "log.csv").open(newline="")))
+        last[every] = rows[-1]
+        evaluated = [epoch for epoch, row in enumerate(rows, 1) if row["val_top1"]]
+        assert evaluated == {0: [3], 1: [1, 2, 3], 2: [2, 3]}[every]
+        lines = [line for line in err.splitlines() if line.startswith("epoch ")]
+        assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+        assert ["val top-1" in line for line in lines] == [epoch in evaluated for epoch in (1, 2, 3)]
+    top1, loss = float(last[0]["val_top1"]), float(last[0]["val_loss"])
+    for every, out in said.items():
+        assert out.splitlines() == [
+            f"top-1 {top1:.2f} % on 12 validation images, loss {loss:.4f}",
+            f"model: {tmp_path / str(every)}",
+            f"report: {tmp_path / str(every) / 'report.html'}",
+        ]
+        assert f"{top1:.2f} %" in (tmp_path / str(every) / "report.html").read_text(encoding="utf-8")
+        assert same_weights(tmp_path / "0", tmp_path / str(every))
+        assert [row["loss"] for row in steps(tmp_path / "0")] == [row["loss"] for row in steps(tmp_path / str(every))]
+
+
+def test_the_help_says_what_eval_every_0_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    assert "0: only after the last epoch" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_without_validation_images_says_so(data, tmp_path, capsys):
+    assert command(data / "train", tmp_path / "run", epochs=1, report=True) == 0
+    out = capsys.readouterr().out
+    assert "there are no validation images, so the accuracy is not known" in out and f"model: {tmp_path / 'run'}" in out
+    assert "report" not in out and not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("odd"), KeyError()])
+def test_a_report_that_fails_costs_a_message_and_not_the_model(data, tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sys.modules["internimage.engine.finetune"], "write_report", fail)
+    assert command(data, tmp_path / "run", epochs=1, report=True) == 1  # done, with something left out
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if "could not be written" in line]
+    assert "report.html' could not be written" in line and "the model is saved without it" in line
+    assert "Traceback" not in err and "top-1 " in out and "report:" not in out
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_validation_images_that_cannot_be_read_cost_the_accuracy_and_not_the_model(data, tmp_path, capsys):
+    folder = write_noise(tmp_path / "data", train=(9, 9, 9), val=(2, 2, 2))
+    for file in (folder / "val").rglob("*.png"):
+        file.write_bytes(b"nothing")
+    assert command(folder, tmp_path / "run", epochs=1, report=True) == 1
+    out, err = capsys.readouterr()
+    assert "the validation images were not evaluated: no image of 6 could be read" in err and "Traceback" not in err
+    assert out == f"model: {tmp_path / 'run'}\n"
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_some_validation_images_that_cannot_be_read_are_told(data, tmp_path, capsys):
+    folder = write_noise(tmp_path / "data", train=(9, 9, 9), val=(2, 2, 2))
+    (folder / "val" / "1" / "0.png").write_bytes(b"nothing")
+    assert command(folder, tmp_path / "run", epochs=1) == 0
+    out, err = capsys.readouterr()
+    assert " on 5 validation images" in out and "validation images that could not be read and do not count: 1" in err
+
+
+def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
+    """A folder from a machine with another encoding: classes and images whose names are not UTF-8."""
+    folder = write_noise(tmp_path / "data", train=(9, 9), val=(3, 3))
+    try:
+        for split in ("train", "val"):
+            os.rename(folder / split / "1", os.fsencode(folder / split) + b"/caf\xe9")
+        os.rename(folder / "val" / "0" / "1.png", os.fsencode(folder / "val" / "0") + b"/\xff.png")
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    run = tmp_path / "run"
+    assert command(folder, run, epochs=1, report=True) == 0
+    assert "caf\\udce9" in (run / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(run), "--data", str(folder), "--workers", "0", "--per-class"]) == 0
+    assert "caf\\udce9" in capsys.readouterr().out
+    picture = tmp_path / "points.png"
+    assert main(["predict", str(folder / "val"), "--model", str(run), "--draw-points", str(picture)]) == 0
+    assert "\\udcff.png" in capsys.readouterr().out and picture.is_file()
 
 
 # ---- resume
@@ -276,9 +375,8 @@ def poison(monkeypatch, bad, value=float("nan")):
 def test_a_step_with_a_loss_of_nan_is_left_out_and_its_batch_kept(data, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {2})
     finetune(settings(data, tmp_path, checkpoint_every=1, ema_decay=0.5), progress=False)
-    assert "the loss is nan in epoch 1, step 3: the step is left out (1 of nan_limit=10)" in "".join(
-        capsys.readouterr()
-    )
+    out, err = capsys.readouterr()
+    assert "the loss is nan in epoch 1, step 3: the step is left out (1 of nan_limit=10)" in err and out == ""
     rows = steps(tmp_path)
     assert [row["loss"] for row in rows].count("nan") == 1 and rows[2]["loss"] == "nan"
     with (tmp_path / "log.csv").open(newline="") as file:

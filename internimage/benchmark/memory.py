@@ -26,8 +26,7 @@ def peak(contender: "Contender", batch: int, training: bool) -> float:
     Raises:
         BenchmarkError: The system does not tell, or the process failed.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        raise BenchmarkError("peak memory is measured on Linux only; leave it out with --no-memory")
+    check_system()
     task = {
         "name": contender.name,
         "checkout": str(contender.checkout) if contender.checkout is not None else None,
@@ -41,8 +40,15 @@ def peak(contender: "Contender", batch: int, training: bool) -> float:
     command = [sys.executable, "-m", "internimage.benchmark.memory", json.dumps(task)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
-        raise BenchmarkError(f"measuring the memory of {contender.name} failed: {result.stderr[-1000:]}")
+        reason = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
+        raise BenchmarkError(f"measuring the memory of {contender.name} failed: {reason}")
     return float(result.stdout.split()[-1])
+
+
+def check_system() -> None:
+    """BenchmarkError where the system does not tell: to ask before an hour of measuring."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise BenchmarkError("peak memory is measured on Linux only; leave it out with --no-memory")
 
 
 def _status(key: str) -> int:

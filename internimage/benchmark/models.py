@@ -6,8 +6,9 @@ memory. The official model has our weights, and its logits are compared with our
 timm run in both memory formats, and the faster one counts; the rows name it.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import memory
-from .official import official_model
-from .timing import BenchmarkError, Clock, Times, append_csv, check_csv, clocks, describe, facts, interleave, markdown
+from .official import NO_CHECKOUT, official_model
+from .timing import (
+    HOW,
+    BenchmarkError,
+    Clock,
+    Times,
+    append_csv,
+    check_csv,
+    clocks,
+    describe,
+    facts,
+    interleave,
+    markdown,
+)
 from .timing import significant as short
 
 OURS = "internimage_tiny"
@@ -49,8 +62,15 @@ class Contender:
             # the official names of the parameters are ours
             model.load_state_dict(replace(self, name=OURS, checkout=None).build().state_dict())
         else:
-            extra = {"img_size": self.img_size} if self.name.startswith("swin") else {}
-            model = timm.create_model(self.name, drop_path_rate=0.0, **extra)
+            cfg = timm.get_pretrained_cfg(self.name, allow_unregistered=True)
+            fixed = self.name.startswith("swin") or (cfg is not None and cfg.fixed_input_size)
+            extra = {"img_size": self.img_size} if fixed else {}
+            try:
+                model = timm.create_model(self.name, drop_path_rate=0.0, **extra)
+            except TypeError as error:  # the model has no drop path
+                if "drop_path_rate" not in str(error):
+                    raise
+                model = timm.create_model(self.name, **extra)
             if self.name == OURS:
                 spread_points(model)
         model = model.eval().to(DTYPES[self.dtype])
@@ -71,16 +91,33 @@ def spread_points(model: nn.Module) -> None:
                 parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]), generator=generator)
 
 
+@contextlib.contextmanager
+def _blamed(contender: Contender) -> Iterator[None]:
+    """Context in which whatever a peer's code raises becomes a message: its name or size may be no good for it."""
+    try:
+        yield
+    except BenchmarkError:
+        raise
+    except Exception as error:
+        if contender.name == OURS:
+            raise
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        size = f"{contender.img_size} pixels"
+        raise BenchmarkError(f"the peer '{contender.name}' does not run at {size}: {reason}") from error
+
+
 def contenders(peers: Sequence[str], checkout: Path | None, dtypes: Sequence[str], img_size: int) -> list[Contender]:
     """Ours in each dtype, and the peers: the official one in float32, timm's in each dtype and memory format.
 
     Raises:
-        BenchmarkError: timm has no model of a peer's name.
+        BenchmarkError: timm has no model of a peer's name, or there is no checkout of the official one.
     """
     if unknown := [name for name in peers if name != "official" and not timm.is_model(name)]:
         raise BenchmarkError(f"timm has no model {', '.join(map(repr, unknown))}; a peer is 'official' or a timm model")
+    if "official" in peers and checkout is None:
+        raise BenchmarkError(NO_CHECKOUT)
     result = [Contender(OURS, dtype, img_size=img_size) for dtype in dtypes]
-    if "official" in peers and checkout is not None:
+    if "official" in peers:
         result.append(Contender(OFFICIAL, checkout=checkout, img_size=img_size))
     for name in peers:
         if name != "official":
@@ -94,8 +131,10 @@ def check(models: dict[Contender, nn.Module]) -> None:
     Raises:
         BenchmarkError: The official model's logits are not ours, or ours in bfloat16 are far from those in float32.
     """
-    with torch.inference_mode():
-        logits = {c: m(c.images(2)).float() for c, m in models.items()}
+    logits = {}
+    for contender, model in models.items():
+        with torch.inference_mode(), _blamed(contender):
+            logits[contender] = model(contender.images(2)).float()
     right = next(value for c, value in logits.items() if c.name == OURS and c.dtype == "fp32")
     for contender, value in logits.items():
         if contender.name in (OURS, OFFICIAL):
@@ -200,7 +239,7 @@ def _key(row: dict) -> tuple:
 
 def benchmark_models(
     checkout: Path | None = None,
-    peers: Sequence[str] = PEERS,
+    peers: Sequence[str] = PEERS[1:],
     batches: Sequence[int] = (8, 1),
     training_batch: int = 4,
     rounds: int = 7,
@@ -213,7 +252,7 @@ def benchmark_models(
     """Time InternImage-T against its peers and measure its memory; returns, reports and appends rows.
 
     Args:
-        checkout: The user's checkout of OpenGVLab/InternImage; without it there is no official model.
+        checkout: The user's checkout of OpenGVLab/InternImage, for the peer "official".
         peers: "official" and names of timm models.
         batches: Images of an inference.
         training_batch: Images of a training step; 0 leaves training out.
@@ -237,9 +276,18 @@ def benchmark_models(
         report(f"\n{head}\n\n{table(entries)}")
         result.extend(entries)
 
-    models = {c: c.build() for c in contenders(peers, checkout, list(DTYPES), img_size)}
+    if with_memory:
+        memory.check_system()
+    models = {}
+    for contender in contenders(peers, checkout, list(DTYPES), img_size):
+        with _blamed(contender):
+            models[contender] = contender.build()
     check(models)
     wide = {c: m for c, m in models.items() if c.dtype == "fp32"}
+    if training_batch > 0:
+        for contender, model in wide.items():
+            with _blamed(contender):  # now, and not after the inferences were timed
+                training_step(model.train(), contender.images(training_batch))()
     phases: list[tuple[str, int, dict[Contender, nn.Module], Callable]] = [
         ("inference", batch, models, inference) for batch in batches
     ]
@@ -253,7 +301,7 @@ def benchmark_models(
             times = interleave(functions, rounds, clock, settle=False, name=what)
             entries = rows(times, what, batch, facts(clock, times))
             head = describe(entries[0])
-            finish(entries, f"{what}, batch {batch}, {img_size} px: {head}\nof the minimum (of the median)")
+            finish(entries, f"{what}, batch {batch}, {img_size} px: {head}\n{HOW}")
     del models, wide, own, functions
     if with_memory:
         for what, batch in (("inference", max(batches)), ("training step", training_batch)):
@@ -263,6 +311,6 @@ def benchmark_models(
                 about = facts(Clock("", memory.THREADS))
                 entries = memory_rows(peaks, f"peak memory, {what}", batch, about)
                 finish(
-                    entries, f"peak memory, {what}: growth of resident memory, weights not counted, one process each"
+                    entries, f"peak memory, {what}: growth of resident memory, weights not counted, a process for each"
                 )
     return result

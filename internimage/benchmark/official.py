@@ -20,6 +20,7 @@ from torch import nn
 
 from .timing import BenchmarkError
 
+NO_CHECKOUT = "the peer 'official' needs your checkout of OpenGVLab/InternImage: --official PATH"
 FUNCTION = Path("classification", "ops_dcnv3", "functions", "dcnv3_func.py")
 MODEL = Path("classification", "models", "intern_image.py")
 
@@ -58,8 +59,9 @@ def _load(checkout: Path, file: Path, name: str):
         try:
             spec.loader.exec_module(module)
             return getattr(module, name)
-        except (ImportError, AttributeError) as error:
-            raise BenchmarkError(f"{name} could not be had from '{path}': {error}") from error
+        except Exception as error:  # foreign code, of any version
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise BenchmarkError(f"{name} could not be had from '{path}': {reason}") from error
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops import reference
-from .official import official_function
-from .timing import BenchmarkError, Times, append_csv, check_csv, clocks, describe, facts, interleave, markdown
+from .official import NO_CHECKOUT, official_function
+from .timing import HOW, BenchmarkError, Times, append_csv, check_csv, clocks, describe, facts, interleave, markdown
 from .timing import significant as short
 
 STAGES = [(56, 4, 4), (28, 8, 4), (14, 16, 18), (7, 32, 4)]  # side, groups, blocks of InternImage-T
@@ -158,9 +158,11 @@ def contenders(batch: int, peers: Sequence[str], checkout: Path | None) -> dict[
     """(side, who, work) -> function, all of them checked.
 
     Raises:
-        BenchmarkError: A peer computes something else than we do, or the checkout is none.
+        BenchmarkError: A peer computes something else than we do, or the checkout of the official one is none.
     """
-    official = official_core(checkout) if "official" in peers and checkout is not None else None
+    if "official" in peers and checkout is None:
+        raise BenchmarkError(NO_CHECKOUT)
+    official = official_core(checkout) if "official" in peers else None
     functions: dict[tuple, Callable] = {}
     for side, groups, _ in STAGES:
         tensors = Tensors.draw(batch, side, groups)
@@ -256,7 +258,7 @@ def table(entries: Sequence[dict]) -> str:
 
 def benchmark_ops(
     checkout: Path | None = None,
-    peers: Sequence[str] = PEERS,
+    peers: Sequence[str] = PEERS[:-1],
     batch: int = 8,
     rounds: int = 9,
     wall_threads: int = 2,
@@ -266,7 +268,7 @@ def benchmark_ops(
     """Time the operator against its peers; returns the rows, reports them as tables and appends them to a file.
 
     Args:
-        checkout: The user's checkout of OpenGVLab/InternImage; without it there is no official function.
+        checkout: The user's checkout of OpenGVLab/InternImage, for the peer "official".
         peers: Of "reference", "torchvision" and "official" those to time.
         batch: Images.
         rounds: Timed calls of each function and clock.
@@ -286,7 +288,7 @@ def benchmark_ops(
         entries = rows(times, {"batch": batch, **facts(clock, times)})
         if csv is not None:
             append_csv(csv, entries)
-        report(f"\nDCNv3, batch {batch}: {describe(entries[0])}\nminimum (median)\n")
+        report(f"\nDCNv3, batch {batch}: {describe(entries[0])}\n{HOW}\n")
         report(table(entries))
         result += entries
     return result

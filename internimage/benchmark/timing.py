@@ -27,6 +27,7 @@ from ..extension import cpu_capability
 from ..files import appending, check_writable
 
 QUIET = 0.1  # cores that other processes may use during a round of wall times
+HOW = "From the fastest round; in parentheses, from the median round."  # above the printed tables
 PICKS = {"min": min, "median": statistics.median}
 
 
@@ -210,13 +211,16 @@ def check_csv(path: Path, columns: Sequence[str]) -> None:
     """Whether rows of these columns may be appended to a file: to ask before an hour of measuring.
 
     Raises:
-        BenchmarkError: The file has other columns.
+        BenchmarkError: The file has other columns, or is no text.
         UserError: It cannot be written to.
     """
     check_writable(path)
     if path.is_file() and path.stat().st_size > 0:
-        with path.open(newline="", encoding="utf-8") as file:
-            there = next(csv.reader(file), [])
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                there = next(csv.reader(file), [])
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise BenchmarkError(f"'{path}' is not a csv file ({error}); take a new file") from error
         if there != list(columns):
             odd = sorted(set(there) ^ set(columns)) or ["their order"]
             raise BenchmarkError(f"'{path}' has other columns (they differ in {', '.join(odd)}); take a new file")
@@ -233,16 +237,14 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], names: int
 
 def describe(about: Mapping[str, object]) -> str:
     """One line for people about how a table was measured."""
-    how = (
-        f"CPU time of {about['threads']} thread"
-        if about["clock"] == "cpu"
-        else f"wall time, {about['threads']} threads"
-    )
+    threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
+    how = f"CPU time of {threads}" if about["clock"] == "cpu" else f"wall time with {threads}"
+    rounds = f"{about['rounds']} round{'' if about['rounds'] == 1 else 's'}"
     others = float(str(about["others"] or "nan"))
-    loud = f", others used {others:.2f} cores" if about["clock"] == "wall" else ""
+    loud = f", other processes used {others:.2f} cores" if about["clock"] == "wall" else ""
     if about["clock"] == "wall" and others > QUIET:
         loud += " (NOT quiet)"
     return (
-        f"{how}, {about['rounds']} rounds{loud}; {about['machine']}, kernels: {about['capability']}, "
+        f"{how}, {rounds}{loud}; {about['machine']}, kernels: {about['capability']}, "
         f"torch {about['torch']}, malloc {about['malloc']}"
     )

@@ -13,6 +13,7 @@ import sys
 
 from .. import __version__
 from ..errors import UserError
+from ..progress import MessageHandler
 from . import benchmark, convert, evaluate, finetune, info, predict, push
 
 _MISSING = (FileNotFoundError, PermissionError, NotADirectoryError)
@@ -45,9 +46,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
+    if getattr(sys.stdout, "errors", None) == "strict":  # names of files and classes may hold any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("internimage")  # ours alone: other packages have handlers of their own
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(MessageHandler())
     try:
         return arguments.run(arguments)
     except UserError as error:

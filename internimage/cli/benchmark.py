@@ -2,6 +2,8 @@
 """`internimage benchmark`."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..benchmark.models import PEERS as MODEL_PEERS
@@ -63,11 +65,19 @@ def _at_least(minimum: int):
     return integer
 
 
+def _peers(arguments: argparse.Namespace, every: Sequence[str]) -> list[str]:
+    """Those to time. Where none were chosen, the official code is left out without a checkout, and a message tells."""
+    if arguments.official is not None or list(arguments.peers) != list(every):
+        return list(arguments.peers)
+    print("without the official code: --official PATH names your checkout of it", file=sys.stderr)
+    return [peer for peer in every if peer != "official"]
+
+
 def _ops(arguments: argparse.Namespace) -> None:
     quick = arguments.quick
     benchmark_ops(
         arguments.official,
-        arguments.peers,
+        _peers(arguments, OPS_PEERS),
         1 if quick else arguments.batch,
         1 if quick else arguments.rounds,
         arguments.wall_threads,
@@ -79,7 +89,7 @@ def _models(arguments: argparse.Namespace) -> None:
     quick = arguments.quick
     benchmark_models(
         arguments.official,
-        arguments.peers,
+        _peers(arguments, MODEL_PEERS),
         [1] if quick else arguments.batches,
         min(arguments.training_batch, 1) if quick else arguments.training_batch,
         1 if quick else arguments.rounds,

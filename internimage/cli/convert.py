@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..models.convert import HEAD_22K_TO_1K, convert
+from ..progress import progress_bar
 
 HELP = "Weights in any format to a folder that timm, transformers and the Hub take."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     kwargs = _parse_kwargs(arguments.model_kwargs)
-    with tqdm(unit="B", unit_scale=True, desc="convert", disable=None, leave=False) as bar:
+    with progress_bar(None, "convert", "B", leave=False, unit_scale=True) as bar:
         result = convert(
             arguments.source,
             arguments.destination,

@@ -2,15 +2,14 @@
 """`internimage finetune`."""
 
 import argparse
-import csv
 import dataclasses
 import inspect
 import os
 import re
+import sys
 
 from ..engine.config import load_config
-from ..engine.finetune import Preempted, finetune
-from ..engine.output import LOG_FILE, REPORT_FILE
+from ..engine.finetune import Outcome, Preempted, train
 from ..engine.settings import FinetuneConfig
 
 HELP = "Train a classifier on a folder of images."
@@ -44,17 +43,25 @@ def run(arguments: argparse.Namespace) -> int:
         path, overrides = None, arguments.settings
     first = os.environ.get("RANK", "0") == "0"  # of a torchrun launch, one process speaks
     try:
-        output = finetune(load_config(FinetuneConfig, path, overrides))
+        outcome = train(load_config(FinetuneConfig, path, overrides))
     except Preempted as stopped:
         if first:
             print(stopped)
         return 0
-    if not first:
-        return 0
-    with (output / LOG_FILE).open(newline="") as file:
-        *_, last = csv.DictReader(file)
-    print(", ".join(f"{key} {value}" for key, value in last.items() if value))
-    print(f"model and settings: {output}")
-    if (output / REPORT_FILE).is_file():
-        print(f"report: {output / REPORT_FILE}")
-    return 0
+    if first:
+        _tell(outcome)
+    return 0 if outcome.complete else 1
+
+
+def _tell(outcome: Outcome) -> None:
+    """How good the model is, and where everything lies."""
+    if outcome.result is not None:
+        result = outcome.result
+        print(f"top-1 {result.top1:.2f} % on {result.images} validation images, loss {result.loss:.4f}")
+        if result.skipped:
+            print(f"validation images that could not be read and do not count: {len(result.skipped)}", file=sys.stderr)
+    elif outcome.complete:
+        print("there are no validation images, so the accuracy is not known (they go to DATA/val/CLASS/IMAGE)")
+    print(f"model: {outcome.output}")
+    if outcome.report is not None:
+        print(f"report: {outcome.report}")

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -18,9 +17,9 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from tqdm import tqdm
 
 from ..errors import some
+from ..progress import message
 from .image_sets import choose_folder, find_split, open_folder, read_class_map, split_names
 from .image_tars import open_tar
 from .images import DataError, convert_image, ignored_message, read_image, why
@@ -34,11 +33,6 @@ __all__ = [
 _TORCH_PAIRS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_OTHERS = ("imagenet", "inat", "inaturalist", "places365")
 _STREAMED = ("hfids", "tfds", "wds")
-
-
-def tell(message: str) -> None:
-    """A line on stderr, above any bar."""
-    tqdm.write(message, file=sys.stderr)
 
 
 def open_dataset(
@@ -83,7 +77,7 @@ def open_dataset(
         hint = ": unpack it, or pack it as a .tar that is not compressed" if packed else ""
         raise DataError(f"'{root}' is neither a folder of class folders nor a .tar file{hint}")
     if ignored and os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
-        tell(ignored_message(place, ignored))
+        message(ignored_message(place, ignored))
     dataset = ImageDataset(str(place), reader=reader)
     dataset.upright = not all(re.fullmatch(r"n\d{8}", label) for label in reader.class_to_idx)
     return dataset

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from ..errors import some
+from ..progress import message, progress_bar
 from .data import (
     Batch,
     DataError,
@@ -21,7 +21,6 @@ from .data import (
     class_difference,
     class_names,
     sigterm_for_us,
-    tell,
     worker_signals,
 )
 from .distributed import World
@@ -240,7 +239,7 @@ def evaluate(
     problem: DataError | NotFiniteError | None = None
     clock = _Clock(device)
     start = time.perf_counter()
-    bar = tqdm(total=len(guarded), unit="img", desc="evaluate", disable=not (progress and world.first))
+    bar = progress_bar(len(guarded), "evaluate", "img", shown=progress and world.first)
     for batch in _shares(guarded, batch_size, workers, world, device.type == "cuda"):
         places = []
         if batch is not None:
@@ -322,9 +321,9 @@ def evaluate(
 
 def _tell_unreadable(file: str, reason: str, count: int) -> None:
     if count <= _MOST_TOLD:
-        tell(f"'{file}' cannot be read ({reason}); it does not count")
+        message(f"'{file}' cannot be read ({reason}); it does not count")
     elif count == _MOST_TOLD + 1:
-        tell("more images cannot be read; they are counted, and not named here")
+        message("more images cannot be read; they are counted, and not named here")
 
 
 def _real_hits(labels: dict[str, list[int]], files: list[str], order: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ from torch.utils.data import Dataset
 from ..files import WriteError, partial_folder
 from ..locks import check_free
 from ..models.safetensors_file import write_safetensors
+from ..progress import message
 from .checkpoint import checkpoints, step_of
 from .data import DataError, class_difference, class_names, find_split, open_dataset
 from .distributed import World, join, leave
+from .evaluate import Evaluation
 from .model import create_model, data_config, pick_device
 from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, own_output
 from .parallel import full_weights
@@ -30,11 +32,21 @@ from .settings import FinetuneConfig
 from .trainer import Trainer, TrainingError
 from .training_log import check_tensorboard
 
-__all__ = ["LOG_FILE", "FinetuneConfig", "Preempted", "TrainingError", "finetune", "save_model"]
+__all__ = ["LOG_FILE", "FinetuneConfig", "Outcome", "Preempted", "TrainingError", "finetune", "save_model", "train"]
 
 
 class Preempted(Exception):
     """The run was asked to stop (SIGTERM), saved its state and left. The same command goes on with it."""
+
+
+@dataclass
+class Outcome:
+    """What a finished run has come to."""
+
+    output: Path  # the folder of the model
+    result: Evaluation | None  # of the saved weights on the validation split; None without one
+    report: Path | None  # None if none was asked for, or none could be written
+    complete: bool  # False where the evaluation or the report was due and failed, which was told
 
 
 def save_model(
@@ -103,13 +115,11 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str
         )
     validation = find_split(config.data, "validation")
     val_set = None
-    if config.eval_every and validation != Path(config.data):
+    if validation != Path(config.data):  # with eval_every=0 too: it is evaluated at the end
         val_set = open_dataset(validation, split="")
         if class_names(val_set) != names:
             difference = class_difference(names, class_names(val_set) or [])
-            raise DataError(
-                f"'{split}' (here) and '{validation}' (there) have different classes, which must be the same: {difference}"
-            )
+            raise DataError(f"'{split}' (here) and '{validation}' (there) have different classes: {difference}")
     return train_set, val_set, names
 
 
@@ -128,6 +138,11 @@ def _sigterm():
 
 
 def finetune(config: FinetuneConfig, progress: bool = True) -> Path:
+    """As `train`; returns the folder of the result."""
+    return train(config, progress).output
+
+
+def train(config: FinetuneConfig, progress: bool = True) -> Outcome:
     """Train a classifier on the classes of a folder, in one process or in each process of a torchrun launch.
 
     The result, in `config.output`: `model.safetensors` and `config.json` (a folder for `timm.create_model`,
@@ -140,10 +155,11 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> Path:
 
     Args:
         config: The settings.
-        progress: Show a bar on stderr.
+        progress: Show a bar and a line an epoch on stderr.
 
     Returns:
-        The folder.
+        Where the result is, and how it does on the validation split. The split is always evaluated at the end, and
+        with `eval_every=0` only then.
 
     Raises:
         UserError: The data, the weights or the settings cannot be used; nothing has been written then.
@@ -186,7 +202,7 @@ class _Stage:
         return f"interrupted; the same command with resume=true resumes after {steps}"
 
 
-def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage: _Stage, held: ExitStack) -> Path:
+def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage: _Stage, held: ExitStack) -> Outcome:
     output = Path(config.output)
     with world.together():  # what is quick to see comes before a model is made, and perhaps downloaded
         config.check_parts(world.size)
@@ -221,20 +237,35 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage:
         )
     trainer.check_finite()
     weights = full_weights(trainer.result)
-    answers = trainer.evaluate(keep_answers=True) if config.report and val_set is not None else None
+    report = None
     with world.together():
         if world.first:
+            if config.report and trainer.final is not None:
+                report = _write_report(config, trainer, val_set, names, preprocessing)
             try:
-                if answers is not None:
-                    write_report(
-                        output / REPORT_FILE, config, answers, val_set, names, trainer.progress.epochs,
-                        None if trainer.sharded else trainer.result, preprocessing,
-                    )  # fmt: skip
-                save_model(trainer.result, output, names, preprocessing, weights)  # last: it marks the run as finished
+                # last: it marks the run as finished. A run that is killed in its report writes it when it resumes
+                save_model(trainer.result, output, names, preprocessing, weights)
             except OSError as error:
                 raise WriteError(
                     f"training is done, and the result could not be written to '{output}' ({error}). Make room and run "
                     f"the same command again: it goes on from the last checkpoint"
                 ) from error
     stage.done = True
-    return output
+    due = val_set is not None
+    complete = not due or (trainer.final is not None and (report is not None or not config.report or not world.first))
+    return Outcome(output, trainer.final, report, complete)
+
+
+def _write_report(
+    config: FinetuneConfig, trainer: Trainer, val_set: Dataset, names: list[str], preprocessing: dict
+) -> Path | None:
+    """Write the report; None, and a message, if that fails: the model, which is to be saved next, is worth more."""
+    path = Path(config.output) / REPORT_FILE
+    model = None if trainer.sharded else trainer.result
+    try:
+        write_report(path, config, trainer.final, val_set, names, trainer.progress.epochs, model, preprocessing)
+    except Exception as error:  # drawing, images that are gone, a full disk: whatever it is
+        reason = str(error) or type(error).__name__
+        message(f"the report '{path}' could not be written ({reason}): the model is saved without it")
+        return None
+    return path

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..errors import some
-from .data import class_names, tell
+from ..progress import message
+from .data import class_names
 from .image_sets import ListedImages, read_lines
 from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
 
@@ -62,7 +63,7 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
         raise DataError(f"'{root}' holds no image; images end in {USUAL_ENDINGS}")
     ignored = [name for name in listing.ignored if root / name != labels]
     if ignored and os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
-        tell(ignored_message(root, ignored))
+        message(ignored_message(root, ignored))
     stems = Counter(file.stem for file in files)
     if len(stems) < len(files):
         twice = [stem for stem, count in stems.items() if count > 1]

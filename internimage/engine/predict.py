@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import nn
 
+from ..progress import message
 from . import images as image_files
-from .data import tell
 from .finite import NotFiniteError, not_finite
 from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
 from .model import label_names
@@ -45,7 +45,7 @@ def find_images(paths: Iterable[str]) -> list[Path]:
                 there = f" (only {ignored_message(path, listing.ignored)})" if listing.ignored else ""
                 raise DataError(f"'{path}' holds no image{there}; images end in {USUAL_ENDINGS}")
             if listing.ignored:
-                tell(ignored_message(path, listing.ignored))
+                message(ignored_message(path, listing.ignored))
             found += sorted(path / inside for inside in listing.images)
         elif path.is_file():
             found.append(path)

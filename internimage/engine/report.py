@@ -5,7 +5,6 @@ import base64
 import html
 import io
 import math
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,9 +13,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .. import __version__
-from ..analysis.points import dcnv3_layers, draw_points
+from ..analysis.points import dcnv3_layers, point_tiles
 from ..files import write_text
 from .config import dump
+from .curves import curve
 from .data import GuardedDataset
 from .evaluate import Evaluation
 from .settings import FinetuneConfig
@@ -24,18 +24,51 @@ from .training_log import read_steps
 
 _MOST_IN_MATRIX = 40  # classes; with more, the pairs that are confused most are listed
 _MISTAKES = 16
-_WIDTH, _HEIGHT, _MARGIN = 520, 220, 48
+_SIDE = 224  # pixels of a picture's longer side
 
+# Colors are variables, so that a reader's dark mode needs one block. What is wide scrolls in a box of its own: the page
+# itself is never wider than the screen.
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
-.curves,.mistakes{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0}figcaption{font-size:.85rem;max-width:470px}
-table{border-collapse:collapse;font-size:.8rem}td,th{padding:.15rem .45rem;text-align:right}
-th.name,td.name{text-align:left}.matrix td{min-width:1.8rem;border:1px solid #eee}
-.matrix th{font-weight:normal;color:#555}.bar{background:#dbe7f5;width:240px;padding:0}
-.bar div{background:#3b76af;height:.8rem}pre{background:#f6f6f6;padding:.8rem;overflow:auto;font-size:.8rem}
-.big{font-size:2rem;font-weight:600}.pair{display:flex;gap:4px}.pair img{width:224px;height:224px;object-fit:contain;
-image-rendering:pixelated;background:#f6f6f6}text{font:11px system-ui,sans-serif;fill:#555}
+:root{color-scheme:light dark;--page:#fff;--ink:#1a1d21;--pale:#5b636d;--rule:#dde1e6;--box:#f4f6f8;
+--main:#1f5d9b;--faint:#9dbbd8;--other:#c2571a;--right:44,110,170;--wrong:196,60,40}
+@media (prefers-color-scheme:dark){:root{--page:#15181c;--ink:#e4e7eb;--pale:#a3acb7;--rule:#363c44;--box:#1f242a;
+--main:#6cabe8;--faint:#41618a;--other:#f0a068;--right:50,112,172;--wrong:196,68,50}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem;color:var(--ink);
+background:var(--page);overflow-wrap:anywhere;-webkit-text-size-adjust:100%}
+h1{font-size:1.5rem;line-height:1.25;margin:0 0 1rem}
+h2{font-size:1.2rem;margin:2.5rem 0 1rem;padding-bottom:.25rem;border-bottom:1px solid var(--rule)}
+p{margin:.5rem 0 1rem}.big{display:block;font-size:2.4rem;font-weight:600;line-height:1.2}.pale{color:var(--pale)}
+figure{margin:0}figcaption{font-size:.9rem}
+.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1.5rem}
+.curves svg{display:block;width:100%;height:auto}
+.curves figcaption{display:flex;flex-wrap:wrap;gap:0 1rem;font-weight:600}.curves .key{font-weight:400}
+.key::before{content:"";display:inline-block;width:1.2em;height:3px;margin-right:.4em;vertical-align:middle;
+background:currentColor}
+svg text{font:13px system-ui,sans-serif;fill:var(--pale)}.frame,.grid{stroke:var(--rule);fill:none}
+.line{fill:none;stroke-width:1.6;stroke-linejoin:round}.dot{stroke:none}
+.s-main{stroke:var(--main)}.s-faint{stroke:var(--faint)}.s-other{stroke:var(--other)}
+.f-main{fill:var(--main)}.f-faint{fill:var(--faint)}.f-other{fill:var(--other)}
+.k-main::before{background:var(--main)}.k-faint::before{background:var(--faint)}.k-other::before{background:var(--other)}
+.scroll{overflow-x:auto;overflow-wrap:normal}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem .5rem;text-align:right;white-space:nowrap}th{font-weight:600}
+th.name,td.name{text-align:left}td.name{white-space:normal;min-width:6rem}
+.matrix td{min-width:2.2rem;text-align:center;border:1px solid var(--rule)}
+.matrix th{font-weight:400;color:var(--pale);text-align:center}.matrix th.up{vertical-align:bottom;padding:.4rem .2rem}
+.matrix th.up span{writing-mode:vertical-rl;transform:rotate(180deg)}
+.matrix th.name{text-align:left;position:sticky;left:0;background:var(--page);
+max-width:min(40vw,24rem);overflow:hidden;text-overflow:ellipsis}
+.matrix .hit{background:rgba(var(--right),var(--share))}.matrix .miss{background:rgba(var(--wrong),var(--share))}
+.matrix .full{color:#fff}
+td.bar{width:min(280px,32vw);min-width:6rem;padding:0}.bar div{background:var(--main);height:.8rem;border-radius:2px}
+td.bar{background:linear-gradient(var(--box),var(--box)) center/100% .8rem no-repeat}
+.mistakes{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,452px),1fr));gap:1.5rem}
+.single .mistakes{grid-template-columns:repeat(auto-fill,minmax(min(100%,224px),1fr))}
+.pair{display:flex;gap:4px}.pair img{display:block;flex:0 1 224px;min-width:0;max-width:224px;aspect-ratio:1;
+object-fit:contain;background:var(--box)}
+pre{background:var(--box);padding:.8rem 1rem;overflow-x:auto;overflow-wrap:normal;font-size:.85rem;border-radius:6px}
+footer{margin:2.5rem 0 1rem;color:var(--pale);font-size:.9rem}
 """
 
 
@@ -64,22 +97,12 @@ def write_report(
     matrix = torch.zeros(len(names), len(names), dtype=torch.long)
     for _, target, predicted, _ in result.answers:
         matrix[target, predicted] += 1
-    steps = read_steps(path.parent)
-    losses = [(float(row["step"]), float(row["loss"])) for row in steps]
     parts = [
-        f"<h1>{html.escape(config.model)} on {len(names)} classes</h1>",
-        f'<p><span class="big">{result.top1:.2f} %</span> top-1 on {result.images} validation images, '
-        f"top-5 {result.top5:.2f} %, loss {result.loss:.4f}</p>",
+        f"<h1>{html.escape(config.model)}, fine-tuned on {len(names)} classes</h1>",
+        _summary(result, names),
         _skipped(result),
         '<h2 id="curves">Curves</h2><div class="curves">',
-        _curve("training loss", "step", {"loss": losses, "mean of 5 %": _smooth(losses)}),
-        _curve("learning rate", "step", {"lr": [(float(row["step"]), float(row["lr"])) for row in steps]}),
-        _curve("validation top-1, %", "epoch", {"top-1": _column(epochs, "val_top1")}),
-        _curve(
-            "loss by epoch",
-            "epoch",
-            {"training": _column(epochs, "train_loss"), "validation": _column(epochs, "val_loss")},
-        ),
+        *_curves(read_steps(path.parent), epochs),
         "</div>",
         '<h2 id="confusion">Confusion</h2>',
         _matrix(matrix, names) if len(names) <= _MOST_IN_MATRIX else _confused(matrix, names),
@@ -88,13 +111,24 @@ def write_report(
         '<h2 id="mistakes">The worst mistakes</h2>',
         _mistakes(result, dataset, names, model, preprocessing),
         f'<h2 id="settings">Settings</h2><pre>{html.escape(dump(config))}</pre>',
-        f"<p>internimage {__version__}, torch {torch.__version__}</p>",
+        f"<footer>internimage {__version__}, torch {torch.__version__}</footer>",
     ]
     title = html.escape(f"{config.model}: {result.top1:.2f} %")
-    write_text(
-        path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n",
+    text = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+    # names of files and folders may hold bytes that are not UTF-8, which Python keeps as lone surrogates
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _summary(result: Evaluation, names: list[str]) -> str:
+    more = [f"top-5 {result.top5:.2f} %"] if len(names) > 5 else []  # of five classes all are among the first five
+    more.append(f"loss {result.loss:.4f}")
+    return (
+        f'<p><span class="big">{result.top1:.2f} %</span> top-1 on {result.images} validation images'
+        f'<br><span class="pale">{", ".join(more)}</span></p>'
     )
 
 
@@ -102,7 +136,24 @@ def _skipped(result: Evaluation) -> str:
     if not result.skipped:
         return ""
     files = ", ".join(html.escape(f"{file} ({reason})") for file, reason in result.skipped[:10])
-    return f"<p>{len(result.skipped)} images could not be read and do not count: {files}</p>"
+    rest = f" and {len(result.skipped) - 10} more" if len(result.skipped) > 10 else ""
+    return f"<p>{len(result.skipped)} images could not be read and do not count: {files}{rest}.</p>"
+
+
+def _curves(steps: list[dict[str, str]], epochs: list[dict]) -> list[str]:
+    losses = [(float(row["step"]), float(row["loss"])) for row in steps]
+    rates = [(float(row["step"]), float(row["lr"])) for row in steps]
+    accuracy = _column(epochs, "val_top1")
+    training, validation = _column(epochs, "train_loss"), _column(epochs, "val_loss")
+    return [
+        curve("Training loss", "step", "cross entropy, nats",
+              [("each step", "faint", losses), ("mean of the last 5 % of the steps", "main", _smooth(losses))]),
+        curve("Learning rate", "step", "learning rate", [("", "main", rates)]),
+        curve("Validation accuracy", "epoch", "top-1, %", [("", "main", accuracy)], most=100.0)
+        if len(accuracy) > 1 else "",  # a curve of one point tells no more than the number at the top
+        curve("Loss of each epoch", "epoch", "cross entropy, nats",
+              [("training", "main", training), ("validation", "other", validation)]),
+    ]  # fmt: skip
 
 
 def _column(rows: list[dict], name: str) -> list[tuple[float, float]]:
@@ -118,57 +169,28 @@ def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     ]
 
 
-def _curve(title: str, unit: str, series: dict[str, list[tuple[float, float]]]) -> str:
-    """A line plot as SVG; what is not finite is left out."""
-    series = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
-    series = {name: points[:: max(1, len(points) // 1000)] for name, points in series.items() if points}
-    if not series:
-        return ""
-    every = [point for points in series.values() for point in points]
-    x0, x1 = min(x for x, _ in every), max(x for x, _ in every)
-    y0, y1 = min(y for _, y in every), max(y for _, y in every)
-    x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + (abs(y0) or 1)
-
-    def place(x: float, y: float) -> str:
-        right = _MARGIN + (x - x0) / (x1 - x0) * (_WIDTH - _MARGIN - 12)
-        return f"{right:.1f},{_HEIGHT - 28 - (y - y0) / (y1 - y0) * (_HEIGHT - 46):.1f}"
-
-    colors = ("#9dbbd8", "#1f5d9b") if len(series) > 1 else ("#1f5d9b",)
-    lines = []
-    for i, (name, points) in enumerate(series.items()):
-        path = " ".join(place(x, y) for x, y in points)
-        if len(points) == 1:
-            x, y = path.split(",")
-            lines.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colors[i]}"/>')
-        lines.append(f'<polyline fill="none" stroke="{colors[i]}" stroke-width="1.5" points="{path}"/>')
-        lines.append(f'<text x="{_WIDTH - 120}" y="{14 + 14 * i}" style="fill:{colors[i]}">{html.escape(name)}</text>')
-    return (
-        f'<figure><svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f'<rect x="{_MARGIN}" y="18" width="{_WIDTH - _MARGIN - 12}" height="{_HEIGHT - 46}" '
-        'fill="none" stroke="#ddd"/>'
-        f'<text x="2" y="24">{y1:.4g}</text><text x="2" y="{_HEIGHT - 28}">{y0:.4g}</text>'
-        f'<text x="{_MARGIN}" y="{_HEIGHT - 10}">{unit} {x0:g}</text>'
-        f'<text x="{_WIDTH - 12}" y="{_HEIGHT - 10}" text-anchor="end">{x1:g}</text>'
-        f"{''.join(lines)}</svg><figcaption>{html.escape(title)}</figcaption></figure>"
-    )
-
-
 def _matrix(matrix: torch.Tensor, names: list[str]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    upright = max(map(len, names)) > 4
+    head = "".join(
+        f'<th class="up"><span>{html.escape(name)}</span></th>' if upright else f"<th>{html.escape(name)}</th>"
+        for name in names
+    )
     rows = []
     for i, name in enumerate(names):
         whole = max(int(matrix[i].sum()), 1)
         cells = []
         for j, count in enumerate(matrix[i].tolist()):
-            color = "44,110,170" if i == j else "200,60,40"
             share = count / whole
-            ink = ";color:#fff" if share > 0.5 else ""
-            shade = f' style="background:rgba({color},{0.15 + 0.85 * share:.2f}){ink}"' if count else ""
-            cells.append(f"<td{shade}>{count or ''}</td>")
+            full = share > 0.7  # on a shade between these neither black nor white letters would stand out
+            kind = ("hit" if i == j else "miss") + (" full" if full else "")
+            shade = 0.93 + 0.07 * share if full else 0.15 + 0.85 * share
+            cells.append(f'<td class="{kind}" style="--share:{shade:.2f}">{count}</td>' if count else
+                         "<td></td>")  # fmt: skip
         rows.append(f'<tr><th class="name">{html.escape(name)}</th>{"".join(cells)}</tr>')
     return (
-        "<p>Rows: what the image is. Columns: what was predicted.</p>"
-        f'<table class="matrix"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+        "<p>A row for each true class, a column for each predicted class, in numbers of images. Blue is right, red is "
+        "wrong; the color is the stronger, the larger the share of the row.</p>"
+        f'<div class="scroll"><table class="matrix"><tr><th class="name"></th>{head}</tr>{"".join(rows)}</table></div>'
     )
 
 
@@ -182,9 +204,12 @@ def _confused(matrix: torch.Tensor, names: list[str]) -> str:
         for count, place in zip(counts.tolist(), places.tolist())
         if count
     ]
+    if not rows:
+        return "<p>No image was wrong.</p>"
     return (
-        f"<p>The pairs that were confused most, of {len(names)} classes.</p>"
-        f'<table><tr><th class="name">is</th><th class="name">predicted</th><th>images</th></tr>{"".join(rows)}</table>'
+        f"<p>The pairs that were confused most often, of {len(names)} classes.</p>"
+        '<div class="scroll"><table><tr><th class="name">true class</th><th class="name">predicted class</th>'
+        f"<th>images</th></tr>{''.join(rows)}</table></div>"
     )
 
 
@@ -195,47 +220,55 @@ def _classes(result: Evaluation) -> str:
         for entry in sorted(result.per_class, key=lambda entry: entry["top1"])
     ]
     head = '<tr><th class="name">class</th><th>top-1</th><th></th><th>images</th></tr>'
-    return f"<table>{head}{''.join(rows)}</table>"
+    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _mistakes(
     result: Evaluation, dataset: Dataset, names: list[str], model: nn.Module | None, preprocessing: dict
 ) -> str:
-    wrong = sorted((a for a in result.answers if a[1] != a[2]), key=lambda a: -a[3])[:_MISTAKES]
-    shown, text = wrong, f"Wrong and most sure, {len(wrong)} of {sum(a[1] != a[2] for a in result.answers)}."
+    wrong = sorted((a for a in result.answers if a[1] != a[2]), key=lambda a: -a[3])
+    shown = wrong[:_MISTAKES]
     if not wrong:
-        shown, text = sorted(result.answers, key=lambda a: a[3])[:4], "No image was wrong. The least sure ones:"
+        shown = sorted(result.answers, key=lambda a: a[3])[:4]
+        text = f"No image was wrong. These are the {len(shown)} predictions with the lowest confidence."
+    elif len(wrong) > len(shown):
+        text = f"These are the {len(shown)} of {len(wrong)} wrong predictions with the highest confidence."
+    else:
+        text = f"All {len(wrong)} wrong predictions, the highest confidence first."
+        text = "The one wrong prediction." if len(wrong) == 1 else text
+    guarded = GuardedDataset(dataset, lambda image: image)
+    images = [(answer, guarded[answer[0]][0]) for answer in shown]
+    images = [(answer, image) for answer, image in images if image is not None]
     layers = dcnv3_layers(model) if model is not None else {}
     layer = next((name for name in layers if name.startswith("levels.1.")), None)
-    if layer:
+    tiles = []
+    if layer is not None and images:
+        _, tiles = point_tiles(model, [image for _, image in images], preprocessing, layer)
         text += (
-            f" On the right, where the middle output pixel (cross) of {layer} samples: "
-            "a colour a group, a size the weight."
+            f" The second picture of each pair shows where the layer {layer} samples the image: the cross is the "
+            f"output pixel in the middle, the dots are the points it is computed from. The color of a dot tells its "
+            f"group, its size the weight."
         )
-    guarded, figures = GuardedDataset(dataset, lambda image: image), []
-    for index, target, predicted, sure in shown:
-        image = guarded[index][0]
-        if image is None:
-            continue
-        pictures = [_embed(image)]
-        if layer:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "points.png"
-                draw_points(model, [("", image)], preprocessing, file, layer)
-                pictures.append(f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}")
+    figures = []
+    for i, ((index, target, predicted, sure), image) in enumerate(images):
+        pictures = [(_embed(image), f"an image of class {names[target]}")]
+        pictures += [(_embed(tiles[i]), "the same with sampled points")] if tiles else []
+        shots = "".join(f'<img alt="{html.escape(words)}" src="{picture}">' for picture, words in pictures)
         caption = f"{names[target]}, predicted {names[predicted]} ({100 * sure:.1f} %)"
         file = Path(guarded.name(index)).name
-        images = "".join(f'<img alt="" src="{picture}">' for picture in pictures)
         figures.append(
-            f'<figure><div class="pair">{images}</div>'
-            f"<figcaption>{html.escape(caption)}<br>{html.escape(file)}</figcaption></figure>"
+            f'<figure><div class="pair">{shots}</div><figcaption>{html.escape(caption)}<br>'
+            f'<span class="pale">{html.escape(file)}</span></figcaption></figure>'
         )
-    return f'<p>{html.escape(text)}</p><div class="mistakes">{"".join(figures)}</div>'
+    kind = "" if tiles else ' class="single"'
+    return f'<p>{html.escape(text)}</p><div{kind}><div class="mistakes">{"".join(figures)}</div></div>'
 
 
 def _embed(image: Image.Image) -> str:
     image = image.convert("RGB")
-    image.thumbnail((224, 224))
+    if (factor := _SIDE // max(image.size)) > 1:  # small ones in sharp squares; browsers would blur them
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((_SIDE, _SIDE))
     data = io.BytesIO()
     image.save(data, "PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

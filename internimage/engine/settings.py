@@ -70,7 +70,7 @@ class FinetuneConfig:
     random_erasing: float = 0.0  # probability
     ema_decay: float | None = None  # keep an average of the weights, and save that
     nan_limit: int = 10  # steps whose loss or gradient is not finite are left out; training stops after this many
-    eval_every: int = 1  # epochs between evaluations on the validation split; 0 is never
+    eval_every: int = 1  # epochs between evaluations on the validation split; 0: only after the last epoch
     checkpoint_every: int = 0  # steps between checkpoints, beside the one after each epoch
     tensorboard: bool = False  # write TensorBoard's files too
     report: bool = True  # write report.html at the end

@@ -11,16 +11,16 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import WriteError, save_tensors
+from ..progress import message
 from . import parallel
 from .config import ConfigError
-from .data import DataError, sigterm_for_us, tell
+from .data import DataError, sigterm_for_us
 from .distributed import World, synchronise_batch_norm
 from .divergence import finite_names, not_finite
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .fingerprint import fingerprint
 from .finite import NotFiniteError
 from .model import DTYPES
@@ -84,6 +84,8 @@ class Trainer:
         self.total = config.epochs * self.plan.steps_per_epoch
         self._noted: Exception | None = None
         self._unreadable: set[str] = set()  # files that were named already
+        self._to_tell: list[tuple[str, str]] = []  # others, by the first process at the end of the epoch, and why
+        self.final: Evaluation | None = None  # of the validation split, once the run is at its end
         training_transform(config, preprocessing)  # says what is wrong with the settings before anything is written
 
         self.frozen = frozen_parts(model, config.freeze)
@@ -185,7 +187,7 @@ class Trainer:
         with self.world.together():
             self.log = TrainingLog(
                 self.output, state.epochs, state.step, self.total, config.batch_size, config.tensorboard, progress,
-                self.world.first, self._note,
+                self.world.first, self._note, config.epochs,
             )  # fmt: skip
         sampler = PlanSampler(plan, self.parts, state.step, self.total)
         pin = self.world.device.type == "cuda"
@@ -277,10 +279,16 @@ class Trainer:
     def _tell_failures(self, batch: TrainingBatch) -> None:
         for file, reason in batch.failures:
             if file not in self._unreadable:
-                tell(f"'{file}' cannot be read ({reason}); the next image takes its place")
                 self._unreadable.add(file)
+                if self.world.first:
+                    self._tell_unreadable(file, reason)
+                else:
+                    self._to_tell.append((file, reason))
         if batch.error is not None:
             self._note(DataError(batch.error))
+
+    def _tell_unreadable(self, file: str, reason: str) -> None:
+        message(f"'{file}' cannot be read ({reason}); the next image takes its place")
 
     def _place(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
         device = self.world.device
@@ -308,7 +316,7 @@ class Trainer:
         with self.world.together():
             self._keep_batch(folder / f"step-{step + 1:09d}-process-{self.world.rank}.pt", seen, loss, norm)
         if self.world.first:
-            tqdm.write(f"{what} in {where}: the step is left out ({state.skipped} of nan_limit={config.nan_limit})")
+            message(f"{what} in {where}: the step is left out ({state.skipped} of nan_limit={config.nan_limit})")
         if state.skipped >= config.nan_limit:
             raise TrainingError(
                 f"{what} in {where}, and {state.skipped} steps were left out for that: a smaller lr than {config.lr} "
@@ -369,20 +377,37 @@ class Trainer:
         if state.skipped:
             row["skipped_steps"] = state.skipped
         state.loss_sum, state.loss_steps, state.seconds = 0.0, 0, 0.0
-        if self.val_set is not None and config.eval_every and (
-            epoch % config.eval_every == 0 or epoch == config.epochs
-        ):  # fmt: skip
+        for file, reason in sorted({pair for part in self.world.gather(self._to_tell) for pair in part}):
+            if self.world.first and file not in self._unreadable:
+                self._tell_unreadable(file, reason)
+            self._unreadable.add(file)
+        self._to_tell = []
+        result = None
+        if self.val_set is not None and epoch == config.epochs:
+            result = self.final = self._evaluate_at_the_end()
+        elif self.val_set is not None and config.eval_every and epoch % config.eval_every == 0:
             try:
                 with self.log.validating():
                     result = self.evaluate()
-                row |= {"val_top1": result.top1, "val_loss": result.loss}
-            except NotFiniteError as problem:
-                if epoch == config.epochs:  # no later step can mend it
-                    self._diverged(str(problem))
+            except NotFiniteError as problem:  # later steps may mend it
                 if self.world.first:
-                    tell(f"epoch {epoch} has no validation: {problem}")
+                    message(f"epoch {epoch} has no validation: {problem}")
             self._train_mode()
+        if result is not None:
+            row |= {"val_top1": result.top1, "val_loss": result.loss}
         self.log.epoch(row, state.step)
+
+    def _evaluate_at_the_end(self) -> Evaluation | None:
+        """For the last row, the report and the last line. The training is done: nothing about the images undoes it."""
+        try:
+            with self.log.validating():
+                return self.evaluate(keep_answers=True)
+        except NotFiniteError as problem:  # no later step can mend it
+            self._diverged(str(problem))
+        except DataError as error:
+            if self.world.first:
+                message(f"the validation images were not evaluated: {error}")
+            return None
 
     def evaluate(self, **kwargs):
         """The weights that the run will save, on the validation split."""

@@ -3,18 +3,21 @@
 
 import csv
 import io
+import logging
+import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import WriteError, write_text
+from ..progress import progress_bar
 from .config import ConfigError
 from .output import LOG_FILE, STEPS_FILE
 
+_logger = logging.getLogger(__name__)
 _STEP_FIELDS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second")
 
 
@@ -36,10 +39,11 @@ class TrainingLog:
         total: Steps of the whole run.
         batch_size: Images a step.
         tensorboard: Write its files, to `output/tensorboard`.
-        progress: Show a bar on stderr.
+        progress: Show a bar and a line an epoch on stderr.
         writes: Whether this process is the one that writes.
         note: Is given a WriteError where a row cannot be written, so that the run can stop with all its processes;
             None: it is raised.
+        last_epoch: Epochs of the whole run.
 
     Raises:
         WriteError: The disk is full, or the like.
@@ -56,21 +60,20 @@ class TrainingLog:
         progress: bool = True,
         writes: bool = True,
         note: Callable[[Exception], None] | None = None,
+        last_epoch: int | None = None,
     ) -> None:
         self.output, self.epochs, self.batch_size, self.writes = output, epochs, batch_size, writes
-        self.note = note
-        self.bar = tqdm(
-            total=total * batch_size,
-            initial=step * batch_size,
-            unit="img",
-            desc="finetune",
-            disable=not (progress and writes),
-            dynamic_ncols=True,
+        self.note, self.last_epoch = note, last_epoch
+        self.tells = progress and writes
+        self.bar = progress_bar(
+            total * batch_size, "finetune", "img", shown=self.tells, initial=step * batch_size, leave=False
         )
         self.board = self._steps = None
         if not writes:
             return
-        path = output / STEPS_FILE
+        for path in (output / LOG_FILE, output / STEPS_FILE):
+            if path.is_dir():  # before an epoch's work
+                raise WriteError(f"'{path}' is a folder, and the run writes a file of that name: move the folder away")
         with self._writing(path, raises=True):
             kept = read_steps(output, step) if step else []
             write_text(path, _csv(kept, _STEP_FIELDS))
@@ -85,7 +88,7 @@ class TrainingLog:
     def step(self, step: int, epoch: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """Note one step."""
         self.bar.update(self.batch_size)
-        self.bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        self.bar.set_postfix(epoch=self._of(epoch), loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         if self._steps is None:
             return
         rate = self.batch_size / seconds
@@ -98,8 +101,10 @@ class TrainingLog:
                     self.board.add_scalar(f"train/{name}", value, step)
 
     def epoch(self, row: dict, step: int) -> None:
-        """Note one epoch; the table is rewritten as a whole."""
+        """Note one epoch and tell it in a line; the table is rewritten as a whole."""
         self.epochs.append(row)
+        if self.tells:
+            self.bar.write(self._line(row), file=sys.stderr)
         if not self.writes:
             return
         with self._writing(self.output / LOG_FILE):
@@ -109,6 +114,17 @@ class TrainingLog:
                 for name, value in row.items():
                     if name.startswith("val_"):
                         self.board.add_scalar(f"val/{name[4:]}", value, step)
+
+    def _of(self, epoch: int) -> str:
+        return str(epoch) if self.last_epoch is None else f"{epoch}/{self.last_epoch}"
+
+    def _line(self, row: dict) -> str:
+        """Such as `epoch 3/30: train loss 0.4312, val loss 0.3901, val top-1 91.25 %, 812 images/s`."""
+        parts = [f"train loss {row['train_loss']:.4f}"]
+        if "val_loss" in row:
+            parts += [f"val loss {row['val_loss']:.4f}", f"val top-1 {row['val_top1']:.2f} %"]
+        parts.append(f"{row['images_per_second']:.0f} images/s")
+        return f"epoch {self._of(row['epoch'])}: {', '.join(parts)}"
 
     @contextmanager
     def validating(self) -> Iterator[None]:
@@ -171,22 +187,49 @@ def _quiet_tensorboard() -> None:
     threading.excepthook = hook
 
 
-def read_steps(output: Path, last: int | None = None) -> list[dict]:
-    """The rows of the table of steps, up to a step; a half written last row and damaged ones are left out."""
+def read_steps(output: Path, last: int | None = None) -> list[dict[str, str]]:
+    """The rows of the table of steps, up to a step.
+
+    The half written last line of a run that was killed is left out. So is whatever else is not a row of ours, with one
+    warning: the table is for people and their programs, and must not keep a run from going on.
+
+    Args:
+        output: The run's folder.
+        last: Leave out later steps; None reads all.
+
+    Returns:
+        A dictionary of strings a row, as they stand in the file; the step is a whole number and the others are numbers.
+    """
     path = output / STEPS_FILE
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(line.replace("\0", "") for line in file))
-    return [row for row in rows if _is_whole(row) and (last is None or int(row["step"]) <= last)]
+    lines = path.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
+    half = lines.pop()  # what follows the last line's end
+    header = tuple(name.strip() for name in lines[0].split(",")) if lines else ()
+    rows = [_step(header, line) for line in lines[1:] if line.strip()]
+    good = [row for row in rows if row is not None]
+    odd = len(rows) - len(good) + bool(lines and not set(_STEP_FIELDS) <= set(header))
+    if half.strip() and (row := _step(header, half)) is not None:
+        good.append(row)
+    if odd:
+        lines = "1 line" if odd == 1 else f"{odd} lines"
+        _logger.warning(f"'{path}': left out {lines} that no run has written")
+    return [row for row in good if last is None or int(row["step"]) <= last]
 
 
-def _is_whole(row: dict) -> bool:
+def _step(header: tuple[str, ...], line: str) -> dict[str, str] | None:
+    """A line of the table of steps, None if it is none. There are only numbers in it, so no quotes."""
+    cells = [cell.strip() for cell in line.split(",")]
+    row = dict(zip(header, cells))
     try:
-        int(row["step"])
-        return all(float(row[name]) is not None for name in _STEP_FIELDS) and None not in row
-    except (KeyError, TypeError, ValueError):
-        return False
+        if len(cells) != len(header) or int(row["step"]) < 1 or int(row["epoch"]) < 1:
+            return None
+        if not all(math.isfinite(float(row[name])) for name in ("lr", "images_per_second")):
+            return None
+        float(row["loss"]), float(row["grad_norm"])  # which need not be finite
+    except (KeyError, ValueError):
+        return None
+    return {name: row[name] for name in _STEP_FIELDS}
 
 
 def _csv(rows: list[dict], fields: tuple[str, ...] | None = None) -> str:
