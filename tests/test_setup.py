@@ -26,7 +26,7 @@ def sources(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "_C.*", "_build.json")
     for name in ("internimage", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "internimage_command.py"):
         shutil.copy(ROOT / name, folder)
     return folder
 

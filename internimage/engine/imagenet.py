@@ -12,16 +12,8 @@ from timm.data.readers.reader import Reader
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..variants import VARIANTS
 from .data import DataError, class_names
-
-VARIANTS = {
-    "imagenet": "ImageNet-1k's validation images",
-    "real": "those, with ImageNet-ReaL's labels beside the usual ones",
-    "a": "ImageNet-A, 200 classes",
-    "r": "ImageNet-R, 200 classes",
-    "v2": "ImageNet-V2, folders 0 to 999 or of synsets",
-    "sketch": "ImageNet-Sketch",
-}
 
 
 @dataclass

@@ -9,11 +9,12 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
+from ..dtypes import NAMES
 from ..errors import UserError
 from ..models.backbone import check_fusable
 from ..models.checkpoints import count_classes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 
 class ModelError(UserError, ValueError):

@@ -35,6 +35,7 @@ def check_output(config: FinetuneConfig) -> bool:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"'{output}' is a file; 'output' must name a folder")
     if not output.is_dir() or not any(output.iterdir()):
+        config.check_schedule()
         return False
     if not (output / CONFIG_FILE).is_file():
         raise ConfigError(f"the folder '{output}' is not empty and not ours")
@@ -48,6 +49,7 @@ def check_output(config: FinetuneConfig) -> bool:
     if not (output / WEIGHTS_FILE).is_file() and config.resume and checkpoints(output / CHECKPOINTS):
         _check_same(config, output)
         return True
+    config.check_schedule()
     return False
 
 
