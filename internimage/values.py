@@ -97,6 +97,8 @@ class Number(Kind):
         return value
 
     def parse(self, text: str) -> float:
+        if not re.fullmatch(r"[ 0-9.eE+-]+", text):  # float() also takes nan, inf, 1_0 and the digits of other scripts
+            raise BadValue(self.words)
         try:
             return self.check(float(text))
         except ValueError as error:
