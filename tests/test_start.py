@@ -110,3 +110,12 @@ def test_an_interrupt_while_packages_load_is_one_line(tmp_path):
     (tmp_path / "yaml.py").write_text("raise KeyboardInterrupt\n")  # while the parser is imported
     result = python(*arguments, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
     assert result.returncode == 130 and result.stderr == "interrupted\n"
+
+
+def test_another_module_that_is_run_is_no_command(tmp_path, no_torch):
+    """Python looks for it as it does for ours, and it may import the package while that goes on."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import internimage\n")
+    (tmp_path / "other" / "__main__.py").write_text("")
+    for arguments in (["-m", "other"], ["-m", "other", "-m", "internimage"], ["-m", "internimage.benchmark.memory"]):
+        assert python(*arguments, **no_torch).stderr == "torch was imported\n"
