@@ -166,8 +166,9 @@ def _construct(node: yaml.Node, what: str) -> Any:
         return yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
         raise ConfigError(f"{what} is not YAML: {_reason(error)}") from error
-    except (ValueError, OverflowError, TypeError) as error:  # a date of month 13, thousands of digits, a list as a key
-        raise ConfigError(f"{what} cannot be read: {error}") from error
+    except (ValueError, OverflowError, TypeError) as error:  # a date of month 13, a list as a key
+        long = isinstance(node, yaml.ScalarNode) and len(node.value) > 1000
+        raise ConfigError(f"{what} cannot be read: {'it has too many digits' if long else error}") from error
 
 
 def _reason(error: yaml.YAMLError) -> str:

@@ -196,7 +196,7 @@ RECIPES = {
     "a list as key": ("? [a, b]\n: 2\n", "must be flat: line 1 has a list"),
     "a key twice": ("lr: 1\nepochs: 3\nlr: 2\n", "has 'lr' twice"),
     "no month": ("lr: 2024-13-45\n", "cannot be read: month must be in 1..12"),
-    "digits": (f"epochs: {'9' * 5000}\n", "cannot be read"),
+    "digits": (f"epochs: {'9' * 5000}\n", "cannot be read: it has too many digits"),
 }
 
 
