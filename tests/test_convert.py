@@ -576,8 +576,8 @@ def test_push_without_the_right(folder, local_hub, capsys, monkeypatch):
             monkeypatch.setenv("HF_TOKEN", token)
         err = fails(capsys, "push", folder, "me/mine")
         assert "refused the upload to me/mine" in err and "HF_TOKEN" in err
-    err = fails(capsys, "push", folder, "not a name")
-    assert "'not a name' is no name for a repository" in err
+    assert "'me/not..mine' is no name for a repository" in fails(capsys, "push", folder, "me/not..mine")
+    assert "argument OWNER/NAME: must be OWNER/NAME, got 'not a name'" in fails(capsys, "push", folder, "not a name")
     assert local_hub.repositories == {}
 
 
