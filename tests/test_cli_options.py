@@ -304,6 +304,7 @@ def test_what_the_table_cannot_say(tmp_path, capsys, monkeypatch):
         ([*evaluate, "--labels", "labels.txt", "--json", str(tmp_path / "link.txt")], "is read as --labels"),
         ([*evaluate, "--class-map", "labels.txt", "--csv", "labels.txt"], "is read as --class-map"),
         ([*predict, "--draw-points", "a.png"], "--draw-points would replace the image 'a.png'"),
+        (["predict", ".", "--model", "m", "--draw-points", "a.png"], "--draw-points would replace the image 'a.png'"),
         (["convert", "a", "b", "--model-kwargs", "x=1", "x=2"], "--model-kwargs has 'x' twice"),
         (["convert", "a", "b", "--head", "22k-to-1k", "--model-kwargs", "num_classes=3"], "num_classes has no effect"),
         (["benchmark", "ops", "--official", "x", "--peers", "torchvision"], "--official has no effect"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `internimage VERB`. `verbs.py` has what each verb takes, and a file of its name what it does.
+"""The command line: `internimage VERB`. `tables.py` has what each verb takes, and a file of its name what it does.
 
 Exit status: 0 done, 1 done with something left out that was not to be left out, 2 bad input, 130 interrupted.
 """

@@ -10,7 +10,7 @@ from ..engine.model import DTYPES, create_model, data_config, pick_device
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict, torch.device, torch.dtype]:
-    """Model, preprocessing, device and dtype from the options of `verbs.MODEL`."""
+    """Model, preprocessing, device and dtype from the options of `tables.MODEL`."""
     device = pick_device(arguments.device)
     model = create_model(
         arguments.model, arguments.checkpoint, num_classes=arguments.num_classes, use_ema=arguments.use_ema

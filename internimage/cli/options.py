@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Options of the command line as data: their types and ranges, and which of them have no effect with which others.
 
-A verb is a table of `Option`s (`verbs.py`), and `add_options` makes its parser: no option is without a type, and none
+A verb is a table of `Option`s (`tables.py`), and `add_options` makes its parser: no option is without a type, and none
 is ignored in silence. Nothing here imports torch, nor Pillow before a picture is asked for.
 """
 
