@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from internimage.config import load_config
 from internimage.engine import checkpoint, finetune
-from internimage.engine.config import load_config
-from internimage.engine.settings import FinetuneConfig
+from internimage.settings import FinetuneConfig
 
 SETTINGS = [
     "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=6", "batch_size=8", "accumulate=2", "lr=0.003",

@@ -42,6 +42,7 @@ SETTINGS = [
     "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=6", "batch_size=16", "workers=0", "lr=0.003",
     "warmup_epochs=1", "color_jitter=0", "drop_path=0", "scale_min=0.8",
 ]  # fmt: skip
+ONE_EPOCH = ["epochs=1", "warmup_epochs=0"]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_timm_loads_the_result(run):
 def test_finetune_same_seed_same_weights_other_seed_others(data, tmp_path):
     results = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        settings = [*SETTINGS, "epochs=1", f"seed={seed}", "eval_every=0"]
+        settings = [*SETTINGS, *ONE_EPOCH, f"seed={seed}", "eval_every=0"]
         assert main(["finetune", f"data={data}", f"output={tmp_path / name}", *settings]) == 0
         results.append(load_file(tmp_path / name / "model.safetensors"))
     same = [torch.equal(results[0][key], results[1][key]) for key in results[0]]
@@ -125,7 +126,7 @@ def test_finetune_same_seed_same_weights_other_seed_others(data, tmp_path):
 )
 def test_finetune_options(data, tmp_path, more, capsys):
     output = tmp_path / "run"
-    assert main(["finetune", f"data={data}", f"output={output}", *SETTINGS, "epochs=1", *more]) == 0
+    assert main(["finetune", f"data={data}", f"output={output}", *SETTINGS, *ONE_EPOCH, *more]) == 0
     assert evaluate(output, data) == 0
     assert "top-1" in capsys.readouterr().out
 
@@ -136,7 +137,7 @@ def test_finetune_from_own_weights(run, data, tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
     for name in ("red", "green"):
         os.symlink(data / "train" / name, tmp_path / "data" / "train" / name)
-    settings = ["pretrained=true", f"model={run}", "lr=1e-12", "warmup_lr=0", "epochs=1", "weight_decay=0"]
+    settings = ["pretrained=true", f"model={run}", "lr=1e-12", *ONE_EPOCH, "weight_decay=0", "min_lr=0"]
     assert main(["finetune", f"data={tmp_path / 'data'}", f"output={output}", *SETTINGS, *settings]) == 0
     first, second = load_file(run / "model.safetensors"), load_file(output / "model.safetensors")
     torch.testing.assert_close(
@@ -149,7 +150,7 @@ def test_finetune_recipe_and_overrides(data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("\n".join(["lr: 1e-3", *(s.replace("=", ": ") for s in SETTINGS if not s.startswith("lr"))]))
     output = tmp_path / "run"
-    assert main(["finetune", str(recipe), f"data={data}", f"output={output}", "epochs=1"]) == 0
+    assert main(["finetune", str(recipe), f"data={data}", f"output={output}", *ONE_EPOCH]) == 0
     resolved = (output / "finetune.yaml").read_text()
     assert "epochs: 1\n" in resolved and "lr: 0.001\n" in resolved and "img_size: 32\n" in resolved
 
@@ -406,7 +407,10 @@ def test_help(arguments, capsys):
     out = capsys.readouterr().out
     assert "internimage" in out
     if arguments[0] == "finetune":
-        assert "learning rate factor from each layer to the one below it; default None" in out
+        assert (
+            "learning rate factor from each layer to the one below it; above 0 and at most 1; default null"
+            in " ".join(out.split())
+        )
 
 
 def test_module_runs():

@@ -593,8 +593,8 @@ def test_push_without_the_right(folder, local_hub, capsys, monkeypatch):
             monkeypatch.setenv("HF_TOKEN", token)
         err = fails(capsys, "push", folder, "me/mine")
         assert "refused the upload to me/mine" in err and "HF_TOKEN" in err
-    err = fails(capsys, "push", folder, "not a name")
-    assert "'not a name' is no name for a repository" in err
+    assert "'me/not..mine' is no name for a repository" in fails(capsys, "push", folder, "me/not..mine")
+    assert "argument OWNER/NAME: must be OWNER/NAME, got 'not a name'" in fails(capsys, "push", folder, "not a name")
     assert local_hub.repositories == {}
 
 
@@ -648,6 +648,8 @@ def test_command_line(in22k, tmp_path, capsys):
     expected = {**state_dict, **{key: state_dict[key][rows_of_1k()] for key in HEAD}}
     assert_equal(load(tmp_path / "out", dtype=torch.bfloat16).state_dict(), formats.cast(expected, torch.bfloat16))
     assert "overwrite replaces it" in fails(capsys, *command)
-    assert "must be a number of bytes or such as '5GB'" in fails(capsys, *command, "--overwrite", "--shard-size", "big")
-    assert "takes KEY=VALUE, got 'channels'" in fails(capsys, *command[:-3], "channels")
+    assert "argument --shard-size: must be a number of bytes or such as '5GB'" in fails(
+        capsys, *command, "--overwrite", "--shard-size", "big"
+    )
+    assert "argument --model-kwargs: must be KEY=VALUE, got 'channels'" in fails(capsys, *command[:-3], "channels")
     assert "no weights at" in fails(capsys, "convert", tmp_path / "missing.pth", tmp_path / "other")

@@ -19,7 +19,7 @@ from internimage.engine.data import DataError, class_names, open_dataset
 from internimage.engine.evaluate import evaluate
 from internimage.engine.finetune import finetune
 from internimage.engine.imagenet import open_labelled_folder, protocol
-from internimage.engine.settings import FinetuneConfig
+from internimage.settings import FinetuneConfig
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ from runs import (
 )  # fmt: skip
 
 from internimage.cli import main
+from internimage.config import ConfigError
 from internimage.engine import checkpoint, trainer
-from internimage.engine.config import ConfigError
 from internimage.engine.data import DataError
 from internimage.engine.finetune import finetune
 from internimage.engine.training_log import TrainingLog

@@ -8,9 +8,9 @@ import pytest
 import timm
 
 import internimage
-from internimage.engine.config import load_config
-from internimage.engine.settings import FinetuneConfig
+from internimage.config import load_config
 from internimage.models.published import PUBLISHED
+from internimage.settings import FinetuneConfig
 
 ROOT = Path(internimage.__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -17,7 +17,7 @@ from internimage.engine import report as report_module
 from internimage.engine.curves import _labels, _ticks, curve
 from internimage.engine.evaluate import Evaluation
 from internimage.engine.finetune import finetune
-from internimage.engine.settings import FinetuneConfig
+from internimage.settings import FinetuneConfig
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

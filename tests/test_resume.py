@@ -11,8 +11,8 @@ from runs import losses, same_weights, settings, steps, stop_at, write_noise
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from internimage.cli import main
+from internimage.config import ConfigError, dump
 from internimage.engine import checkpoint, fingerprint
-from internimage.engine.config import ConfigError, dump
 from internimage.engine.data import open_dataset
 from internimage.engine.finetune import finetune
 from internimage.engine.training_log import read_steps

@@ -17,8 +17,8 @@ from runs import settings, stop_at, write_noise
 
 from internimage import locks
 from internimage.cli import main
+from internimage.config import ConfigError, dump
 from internimage.engine import checkpoint, trainer
-from internimage.engine.config import ConfigError, dump
 from internimage.engine.finetune import finetune
 from internimage.engine.output import check_output, prepare_output
 from internimage.locks import LOCK_FILE, LockedError, check_free, hold

@@ -26,7 +26,7 @@ def sources(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "_C.*", "_build.json")
     for name in ("internimage", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "internimage_command.py"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -75,6 +75,8 @@ def test_auto_is_the_default_and_info_tells_the_reason(sources):
     printed = subprocess.run(command, cwd=package.parent, env=environment, capture_output=True, text=True).stdout
     assert "DCNv3 is served by plain torch" in printed
     assert facts["reason"] in printed and "no compiled kernels are installed" in printed
+    assert (package.parent / "internimage_command.py").exists()  # the console script's module, beside the package
+    assert 'internimage = "internimage_command:main"' in (sources / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("compiler", ["failing", "missing"])

@@ -24,16 +24,16 @@ from torch import nn
 
 import internimage
 from internimage.cli import main
+from internimage.config import ConfigError, load_config
 from internimage.engine import checkpoint, trainer
-from internimage.engine.config import ConfigError, load_config
 from internimage.engine.data import open_dataset
 from internimage.engine.finetune import finetune
 from internimage.engine.optimizer import create_optimizer, learning_rate
 from internimage.engine.output import check_output, prepare_output
 from internimage.engine.randomness import BatchPlan, DropPathDraws, PlanSampler
-from internimage.engine.settings import FinetuneConfig
 from internimage.engine.training_data import training_loader
 from internimage.errors import UserError
+from internimage.settings import FinetuneConfig
 
 PREPROCESSING = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=1.0)
 
@@ -46,7 +46,8 @@ def data(tmp_path_factory):
 def settings(data, output, **more):
     base = dict(
         data=str(data), output=str(output), model="internimage_atto", pretrained=False, img_size=32, epochs=3,
-        batch_size=8, workers=0, lr=0.003, warmup_epochs=1, drop_path=0.2, mixup=0.4, cutmix=0.5, eval_every=0,
+        batch_size=8, workers=0, lr=0.003, warmup_epochs=0 if more.get("epochs") == 1 else 1, drop_path=0.2, mixup=0.4,
+        cutmix=0.5, eval_every=0,
         auto_augment="rand-m5-mstd0.5", random_erasing=0.3, device="cpu", report=False,
     )  # fmt: skip
     return FinetuneConfig(**(base | more))
@@ -630,16 +631,16 @@ def test_settings_that_cannot_be(data, tmp_path):
         (dict(batch_size=6, accumulate=2), "must be even"),
         (dict(parallel="horovod"), "ddp or fsdp"),
         (dict(parallel="fsdp", precision="float16"), "float32 or bfloat16"),
-        (dict(freeze=6), "0 to 5"),
-        (dict(workers=-1), "must not be negative"),
-        (dict(lr=float("nan")), "'lr' must be a number from 0 up, got nan"),
-        (dict(lr=-0.1), "'lr' must be a number from 0 up"),
+        (dict(freeze=6), "from 0 to 5"),
+        (dict(workers=-1), "'workers' must be a whole number from 0 to 1024, got -1"),
+        (dict(lr=float("nan")), "'lr' must be a number of at least 0, got nan"),
+        (dict(lr=-0.1), "'lr' must be a number of at least 0, got -0.1"),
         (dict(drop_path=1.0), "at least 0 and below 1"),
-        (dict(hflip=1.5), "'hflip' must be 0 to 1"),
+        (dict(hflip=1.5), "'hflip' must be a number from 0 to 1"),
         (dict(ema_decay=0.0), "above 0 and at most 1"),
-        (dict(img_size=0), "'img_size' must be at least 1"),
-        (dict(clip_grad=-1.0), "'clip_grad' must be above 0"),
-        (dict(ratio_max=0.5), "'ratio_max' must be at least 1"),
+        (dict(img_size=0), "'img_size' must be a whole number from 1"),
+        (dict(clip_grad=-1.0), "'clip_grad' must be a number above 0"),
+        (dict(ratio_max=0.5), "'ratio_max' must be a number of at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings(data, tmp_path, **more)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import MODEL_PEERS as PEERS
 from . import memory
 from .official import NO_CHECKOUT, official_model
 from .timing import (
@@ -36,7 +37,6 @@ from .timing import significant as short
 
 OURS = "internimage_tiny"
 OFFICIAL = "official InternImage-T"
-PEERS = ("official", "swin_tiny_patch4_window7_224", "convnext_tiny")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # deviation of the logits of the largest: the official operator rounds in its normalised coordinates, block after block
 TOLERANCE = {"official": 1e-3, "bf16": 0.1}

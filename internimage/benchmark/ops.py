@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import reference
+from . import OPS_PEERS as PEERS
 from .official import NO_CHECKOUT, official_function
 from .timing import HOW, BenchmarkError, Times, append_csv, check_csv, clocks, describe, facts, interleave, markdown
 from .timing import significant as short
@@ -21,7 +22,6 @@ from .timing import significant as short
 STAGES = [(56, 4, 4), (28, 8, 4), (14, 16, 18), (7, 32, 4)]  # side, groups, blocks of InternImage-T
 GROUP_CHANNELS = 16
 KINKS = 2e-3  # no offset comes closer to an integer: there the derivative jumps, and rounding picks its side
-PEERS = ("reference", "torchvision", "official")
 # what is done, and what of theirs stands beside ours in a ratio
 WORKS = ("forward", "softmax+forward", "forward+backward")
 HALF_WORKS = ("forward bf16", "softmax+forward bf16")

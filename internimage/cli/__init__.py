@@ -1,80 +1,70 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `internimage VERB`, one file a verb.
+"""The command line: `internimage VERB`. `tables.py` has what each verb takes, and a file of its name what it does.
 
-Exit status: 0 done, 1 done with something left out that was not to be left out, 2 bad input.
+Exit status: 0 done, 1 done with something left out that was not to be left out, 2 bad input, 130 interrupted.
 """
 
-import argparse
 import errno
+import importlib
 import logging
 import os
 import signal
 import sys
 
-from .. import __version__
 from ..errors import UserError
-from ..progress import MessageHandler
-from . import benchmark, convert, evaluate, finetune, info, predict, push
+from .verbs import parser
+
+__all__ = ["main", "parser"]
 
 _MISSING = (FileNotFoundError, PermissionError, NotADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_VERBS = (evaluate, predict, finetune, convert, push, benchmark, info)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line's parser."""
-    top = argparse.ArgumentParser(prog="internimage", description="InternImage: evaluate, predict, fine-tune, convert.")
-    top.add_argument("--version", action="version", version=f"internimage {__version__}")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb in _VERBS:
-        name = verb.__name__.rpartition(".")[2]
-        sub = verbs.add_parser(name, help=verb.HELP, description=verb.HELP, formatter_class=_Formatter)
-        verb.add_arguments(sub)
-        sub.set_defaults(run=verb.run)
-    return top
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help, but not where there is none to tell."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False or action.default == []:
-            return action.help or ""
-        return super()._get_help_string(action) or ""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    arguments = parser().parse_args(argv)
+    """Run the command line; returns the exit status. `--help` and `--version` raise SystemExit, as argparse does."""
+    prog, running = "internimage", False
     if getattr(sys.stdout, "errors", None) == "strict":  # names of files and classes may hold any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
-    logger = logging.getLogger("internimage")  # ours alone: other packages have handlers of their own
-    if not logger.handlers:
-        logger.addHandler(MessageHandler())
     try:
-        return arguments.run(arguments)
+        arguments = parser().parse_args(argv)
+        prog = f"internimage {arguments.verb}"
+        arguments.check(arguments)
+        running = True
+        # torch and timm, which take seconds; and the models and kernels, which every verb may count on
+        from .. import models, ops  # noqa: F401
+        from ..progress import MessageHandler
+
+        logger = logging.getLogger("internimage")  # ours alone: other packages have handlers of their own
+        if not logger.handlers:
+            logger.addHandler(MessageHandler())
+        return importlib.import_module(f".{arguments.verb}", __name__).run(arguments)
     except UserError as error:
-        return _fail(arguments.verb, error)
+        return _fail(error, getattr(error, "prog", prog), running)
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
         sys.stderr.close()
         return 0
     except OSError as error:  # of a file: it is not there, is not ours, the disk is full
         if error.filename is None and error.errno not in _FULL and not isinstance(error, _MISSING):
             raise
-        return _fail(arguments.verb, error)
-    except KeyboardInterrupt as error:
+        return _fail(error, prog, running)
+    except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
-            print(error if error.args else "interrupted", file=sys.stderr)
+            print(interrupt if interrupt.args else "interrupted", file=sys.stderr)
         return 130
 
 
-def _fail(verb: str, error: Exception) -> int:
-    """Say what went wrong: one process of a torchrun launch, unless an error is its alone."""
+def _fail(error: Exception, prog: str, running: bool) -> int:
+    """Say what went wrong, in one line: one process of a torchrun launch, unless an error is its alone."""
     rank = os.environ.get("RANK", "0")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torchrun ends all processes as soon as one has ended: not before the message is there
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if rank == "0" or not getattr(error, "everywhere", False):
+    if running:
+        speaks = rank == "0" or not getattr(error, "everywhere", False)
+    else:  # wrong arguments are wrong in every process of a machine
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    if speaks:
         process = "" if rank == "0" else f", process {rank}"
-        print(f"internimage {verb}{process}: error: {error}", file=sys.stderr, flush=True)
+        text = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"{prog}{process}: error: {text}", file=sys.stderr, flush=True)
     return getattr(error, "status", 2)  # not every error is a UserError

@@ -11,43 +11,14 @@ from .. import __version__
 from ..engine.data import open_dataset
 from ..engine.distributed import World, join, leave
 from ..engine.evaluate import Evaluation, evaluate
-from ..engine.imagenet import VARIANTS, open_labelled_folder, protocol
+from ..engine.imagenet import open_labelled_folder, protocol
 from ..engine.model import pick_device
 from ..errors import UserError
 from ..files import check_writable, is_stdout, write_text
 from ..models.published import PUBLISHED
-from .arguments import add_model_arguments, load_model
+from .arguments import load_model
 
 _TOLERANCE = 0.1  # percent, of --expect
-
-HELP = "Top-1, top-5 and loss of a model on a dataset."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", required=True, metavar="PATH", help="class folders, tar, or dataset root")
-    group.add_argument("--dataset", default="", metavar="NAME", help="timm's dataset name, such as hfds/OWNER/NAME")
-    group.add_argument("--split", default="validation", help="split to evaluate, if the data has several")
-    group.add_argument("--class-map", metavar="FILE", help="the model's classes, one a line, if not all occur")
-    group.add_argument("--labels", metavar="FILE", help="labels of a folder without class folders: 'FILE LABEL' lines")
-    group.add_argument(
-        "--variant", choices=list(VARIANTS), help="; ".join(f"{name}: {what}" for name, what in VARIANTS.items())
-    )
-    group.add_argument("--real-labels", metavar="FILE", help="ReaL's real.json, instead of timm's copy")
-    group.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
-    group.add_argument("--batch-size", type=int, default=64, help="images a step of each process")
-    group.add_argument("--workers", type=int, default=2, help="loader processes")
-    group = parser.add_argument_group("report")
-    group.add_argument("--json", metavar="PATH", help="write the result as JSON; - for standard output")
-    group.add_argument("--csv", metavar="PATH", help="write the result as one CSV row")
-    group.add_argument("--per-class", action="store_true", help="report every class")
-    group.add_argument(
-        "--expect",
-        metavar="published | TOP1",
-        help="exit with 1 if top-1 is more than 0.1 from what was published for these weights, or from a number",
-    )
-    group.add_argument("--strict", action="store_true", help="exit with 1 if an image could not be read")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, world: World) -> int:
     # the data and the other arguments first: a model may have to be downloaded
-    number = _number(arguments.expect)
+    number = None if arguments.expect == "published" else arguments.expect
     for path in (arguments.json, arguments.csv):
         if path is not None:
             check_writable(path)
@@ -100,18 +71,6 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         if wrong:
             print(f"top-1 is {result.top1:.2f} %, expected {expected} within {_TOLERANCE}", file=sys.stderr)
     return 1 if wrong or (arguments.strict and result.skipped) else 0
-
-
-def _number(expect: str | None) -> float | None:
-    if expect in (None, "published"):
-        return None
-    try:
-        number = float(expect)
-    except ValueError as error:
-        raise UserError(f"--expect takes 'published' or a number, got '{expect}'") from error
-    if not 0 <= number <= 100:
-        raise UserError(f"--expect takes 'published' or a number of percent, got '{expect}'")
-    return number
 
 
 def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, device, published: float | None) -> None:

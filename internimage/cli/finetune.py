@@ -2,48 +2,16 @@
 """`internimage finetune`."""
 
 import argparse
-import dataclasses
-import inspect
 import os
-import re
 import sys
 
-from ..engine.config import load_config
 from ..engine.finetune import Outcome, Preempted, train
-from ..engine.settings import FinetuneConfig
-
-HELP = "Train a classifier on a folder of images."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "settings",
-        nargs="+",
-        metavar="CONFIG.yaml | KEY=VALUE",
-        help="a recipe, settings, or a recipe and settings that go before it",
-    )
-    parser.epilog = "settings:\n" + _describe_settings()
-
-
-def _describe_settings() -> str:
-    """One line a setting, from the comments behind the fields."""
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*(?:  # (.*))?$", inspect.getsource(FinetuneConfig), re.MULTILINE))
-    lines = []
-    for field in dataclasses.fields(FinetuneConfig):
-        default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
-        comment = comments.get(field.name)
-        lines.append(f"  {field.name:<20}{comment + '; ' if comment else ''}{default}")
-    return "\n".join(lines)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path, *overrides = arguments.settings
-    if "=" in path:
-        path, overrides = None, arguments.settings
     first = os.environ.get("RANK", "0") == "0"  # of a torchrun launch, one process speaks
     try:
-        outcome = train(load_config(FinetuneConfig, path, overrides))
+        outcome = train(arguments.config)
     except Preempted as stopped:
         if first:
             print(stopped)

@@ -11,12 +11,6 @@ import torch
 from .. import __version__, list_models
 from ..extension import backend, build_facts, capability_note, cpu_capability, cuda_note, devices
 
-HELP = "Versions, devices, and which backend serves each."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
 
 def run(arguments: argparse.Namespace) -> int:
     facts = {

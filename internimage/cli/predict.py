@@ -11,19 +11,7 @@ from ..engine.finite import NotFiniteError
 from ..engine.images import DataError
 from ..engine.predict import Prediction, find_images, predict, read_image
 from ..files import check_writable
-from .arguments import add_model_arguments, load_model
-
-HELP = "Classes and probabilities of images."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders, or - for an image on stdin")
-    add_model_arguments(parser)
-    group = parser.add_argument_group("report")
-    group.add_argument("--topk", type=int, default=5, metavar="K", help="how many classes to name")
-    group.add_argument("--json", action="store_true", help="print one JSON object a line")
-    group.add_argument("--draw-points", metavar="PNG", help="draw where a DCNv3 layer samples the images (at most 16)")
-    group.add_argument("--draw-layer", metavar="NAME", help="which layer; the last one of stage 3 if not given")
+from .arguments import load_model
 
 
 def run(arguments: argparse.Namespace) -> int:

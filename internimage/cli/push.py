@@ -10,17 +10,6 @@ from huggingface_hub import constants
 from ..hub import check_repository, push
 from ..models.convert import CARD, check_folder
 
-HELP = "Upload a folder that convert has written to the Hub."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="with model.safetensors or shards, config.json, README.md")
-    parser.add_argument("repository", metavar="OWNER/NAME", help="is made if there is none")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to, instead of the main one")
-    parser.add_argument("--private", action="store_true", help="hide a repository that is made")
-    parser.add_argument("--message", metavar="TEXT", default="", help="of the commit")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be uploaded, and upload nothing")
-
 
 def run(arguments: argparse.Namespace) -> int:
     check_repository(arguments.repository, arguments.revision)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Evaluation, prediction and fine-tuning: what joins timm's parts for the command line and for scripts."""
 
+from ..settings import FinetuneConfig
 from .data import DataError, open_dataset
 from .evaluate import Evaluation, evaluate
 from .finetune import Preempted, finetune
 from .model import create_model
 from .predict import Prediction, predict
-from .settings import FinetuneConfig
 
 __all__ = [
     "DataError",

@@ -26,7 +26,7 @@ from .images import DataError, convert_image, ignored_message, read_image, why
 
 __all__ = [
     "Batch", "DataError", "GuardedDataset", "class_difference", "class_names", "find_split", "open_dataset",
-    "sigterm_for_us", "tell", "worker_signals",
+    "sigterm_for_us", "worker_signals",
 ]  # fmt: skip
 
 # timm's names; the first have two splits, and any word but train means the other one

@@ -19,6 +19,7 @@ from ..files import WriteError, partial_folder
 from ..locks import check_free
 from ..models.safetensors_file import write_safetensors
 from ..progress import message
+from ..settings import FinetuneConfig
 from .checkpoint import checkpoints, step_of
 from .data import DataError, class_difference, class_names, find_split, open_dataset
 from .distributed import World, join, leave
@@ -28,7 +29,6 @@ from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_outp
 from .parallel import full_weights
 from .randomness import seed_run
 from .report import write_report
-from .settings import FinetuneConfig
 from .trainer import Trainer, TrainingError
 from .training_log import check_tensorboard
 

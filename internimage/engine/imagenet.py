@@ -14,18 +14,10 @@ from torch.utils.data import Dataset
 
 from ..errors import some
 from ..progress import message
+from ..variants import VARIANTS
 from .data import class_names
 from .image_sets import ListedImages, read_lines
 from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
-
-VARIANTS = {
-    "imagenet": "ImageNet-1k's validation images",
-    "real": "those, with ImageNet-ReaL's labels beside the usual ones",
-    "a": "ImageNet-A, 200 classes",
-    "r": "ImageNet-R, 200 classes",
-    "v2": "ImageNet-V2, folders 0 to 999 or of synsets",
-    "sketch": "ImageNet-Sketch",
-}
 
 
 @dataclass

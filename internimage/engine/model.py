@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import hub
+from ..dtypes import NAMES
 from ..errors import CheckpointError, UserError, one_line, some
 from ..models.arguments import check_num_classes, check_whole_number, is_number
 from ..models.backbone import InternImage, check_fusable
@@ -23,7 +24,7 @@ from ..models.model_config import CONFIG, LARGEST_SIDE, ModelConfig, has_model_c
 
 _logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 # how building a model fails for a user's mistake; others of timm's have no checks of their own, and fail in any way
 _FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)

@@ -9,9 +9,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from ..config import ConfigError
 from ..layers.dcn import DCNv3
-from .config import ConfigError
-from .settings import FinetuneConfig
+from ..settings import FinetuneConfig
 
 
 def create_optimizer(

@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
+from ..config import ConfigError, dump, from_dict
 from ..files import check_writable, is_partial, remove_partial, write_text
 from ..locks import LOCK_FILE, hold
+from ..settings import FinetuneConfig
 from .checkpoint import checkpoints, remove_all, remove_if_empty
-from .config import ConfigError, dump, from_dict
-from .settings import FinetuneConfig
 
 CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"
 LOG_FILE, STEPS_FILE = "log.csv", "steps.csv"
@@ -46,6 +46,7 @@ def check_output(config: FinetuneConfig) -> bool:
         raise ConfigError(f"'{output}' is a file; 'output' must name a folder")
     check_writable(output / LOCK_FILE)  # which is the first to be written
     if not output.is_dir() or not _entries(output):
+        config.check_schedule()
         return False
     if not (output / CONFIG_FILE).is_file():
         raise ConfigError(f"the folder '{output}' is not empty and not ours")
@@ -64,6 +65,7 @@ def check_output(config: FinetuneConfig) -> bool:
             f"the folder '{output}' is not empty, and its {CONFIG_FILE} is not one that finetune has written for this "
             f"folder, so nothing in it is replaced: name another output, or empty it yourself"
         )
+    config.check_schedule()
     return False
 
 

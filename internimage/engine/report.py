@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 
 from .. import __version__
 from ..analysis.points import dcnv3_layers, point_tiles
+from ..config import dump
 from ..files import write_text
-from .config import dump
+from ..settings import FinetuneConfig
 from .curves import curve
 from .data import GuardedDataset
 from .evaluate import Evaluation
-from .settings import FinetuneConfig
 from .training_log import read_steps
 
 _MOST_IN_MATRIX = 40  # classes; with more, the pairs that are confused most are listed

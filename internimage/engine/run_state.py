@@ -14,10 +14,10 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..config import ConfigError
 from ..errors import some
 from ..files import save_tensors
 from . import checkpoint, parallel
-from .config import ConfigError
 from .distributed import World
 
 _logger = logging.getLogger(__name__)

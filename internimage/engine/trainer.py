@@ -12,11 +12,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..config import ConfigError
 from ..errors import UserError
 from ..files import WriteError, save_tensors
 from ..progress import message
+from ..settings import FinetuneConfig
 from . import parallel
-from .config import ConfigError
 from .data import DataError, sigterm_for_us
 from .distributed import World, synchronise_batch_norm
 from .divergence import finite_names, not_finite
@@ -28,7 +29,6 @@ from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
 from .output import BAD_BATCHES, CHECKPOINTS
 from .randomness import BatchPlan, DropPathDraws, PlanSampler, seed_mixing, seed_step
 from .run_state import Progress, RunState
-from .settings import FinetuneConfig
 from .training_data import TrainingBatch, training_loader, training_transform
 from .training_log import TrainingLog
 

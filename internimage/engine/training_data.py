@@ -8,10 +8,10 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .config import ConfigError
+from ..config import ConfigError
+from ..settings import FinetuneConfig
 from .data import GuardedDataset, worker_signals
 from .randomness import PlanSampler, seed_sample
-from .settings import FinetuneConfig
 
 _ATTEMPTS = 20
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..config import ConfigError
 from ..files import WriteError, write_text
 from ..progress import progress_bar
-from .config import ConfigError
 from .output import LOG_FILE, STEPS_FILE
 
 _logger = logging.getLogger(__name__)

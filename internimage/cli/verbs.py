@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: MIT
+"""The verbs of the command line: what each says about itself, and what cannot be asked for together.
+
+What a verb takes is in `tables.py`. What it does is in the module of its name, which is imported once the arguments are
+known to be right.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..config import load_config, split_arguments
+from ..settings import FinetuneConfig
+from ..values import Number, Whole
+from . import tables
+from .options import Group, Option, Parser, UsageError, add_options
+
+# ---- what cannot be asked for together, beyond the tables
+
+
+def _check_model(arguments: argparse.Namespace, prog: str) -> None:
+    named = ":" not in arguments.model and not Path(arguments.model).is_dir()
+    if arguments.use_ema and arguments.checkpoint is None and named:
+        raise UsageError("--use-ema has no effect without --checkpoint: the weights of a name are of one kind", prog)
+
+
+def _check_evaluate(arguments: argparse.Namespace, prog: str) -> None:
+    _check_model(arguments, prog)
+    other = arguments.variant not in (None, "imagenet", "real")
+    if arguments.expect == "published" and (arguments.checkpoint or arguments.num_classes or other):
+        raise UsageError(
+            f"no top-1 on ImageNet-1k was published for '{arguments.model}' as it is asked for here: --expect "
+            f"published takes released weights, without --checkpoint, --num-classes or another dataset",
+            prog,
+        )
+    if arguments.json and arguments.csv and _same(arguments.json, arguments.csv):
+        raise UsageError(f"--json and --csv are one file, '{arguments.csv}': name two", prog)
+    for option, read in (("--labels", arguments.labels), ("--class-map", arguments.class_map)):
+        for written in (arguments.json, arguments.csv):
+            if read and written and _same(read, written):
+                raise UsageError(f"'{written}' is read as {option}, and the report would replace it", prog)
+
+
+def _check_predict(arguments: argparse.Namespace, prog: str) -> None:
+    _check_model(arguments, prog)
+    if arguments.draw_points:
+        picture = Path(arguments.draw_points)
+        for image in arguments.images:
+            inside = (
+                picture.exists() and Path(image).is_dir() and picture.resolve().is_relative_to(Path(image).resolve())
+            )
+            if image != "-" and (inside or _same(image, picture)):
+                raise UsageError(f"--draw-points would replace the image '{picture}': name another file", prog)
+
+
+def _same(a: str, b: str | Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:  # one of them is not there yet
+        return os.path.realpath(a) == os.path.realpath(b)
+
+
+def _check_finetune(arguments: argparse.Namespace, prog: str) -> None:
+    recipe, overrides = split_arguments(arguments.settings)
+    arguments.config = load_config(FinetuneConfig, recipe, overrides)
+
+
+def _check_convert(arguments: argparse.Namespace, prog: str) -> None:
+    keys = [key for key, _ in arguments.model_kwargs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise UsageError(f"--model-kwargs has '{min(twice)}' twice", prog)
+    if arguments.head and "num_classes" in keys:
+        raise UsageError(f"num_classes has no effect with --head {arguments.head}: leave one of them out", prog)
+    arguments.model_kwargs = dict(arguments.model_kwargs)
+
+
+def _check_benchmark(arguments: argparse.Namespace, prog: str) -> None:
+    wanted = "official" in arguments.peers
+    if arguments.official is not None and not wanted:
+        raise UsageError("--official has no effect if --peers leaves 'official' out", prog)
+
+
+def _no_check(arguments: argparse.Namespace, prog: str) -> None:
+    pass
+
+
+# ---- verbs
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: its name, what it is for, its options, examples, and a check of what was given together."""
+
+    name: str
+    help: str
+    options: tuple[Option | Group, ...]
+    examples: str
+    check: Callable[[argparse.Namespace, str], None] = _no_check
+
+
+VERBS = (
+    Verb(
+        "evaluate",
+        "Measure top-1, top-5 and loss of a model on a dataset.",
+        tables.EVALUATE,
+        """
+        internimage evaluate --model internimage_tiny.ogvl_in1k --data imagenet --expect published
+        internimage evaluate --model runs/mine --data photos --batch-size 128 --json result.json
+        torchrun --nproc-per-node gpu -m internimage evaluate --model runs/mine --data photos
+        """,
+        _check_evaluate,
+    ),
+    Verb(
+        "predict",
+        "Print the classes of images and their probabilities.",
+        tables.PREDICT,
+        """
+        internimage predict photo.jpg --model internimage_tiny.ogvl_in1k
+        internimage predict photos/ --model runs/mine --topk 3 --json
+        internimage predict photo.jpg --model runs/mine --draw-points points.png
+        """,
+        _check_predict,
+    ),
+    Verb(
+        "finetune",
+        "Train a classifier on a folder of images.",
+        tables.FINETUNE,
+        """
+        internimage finetune configs/own_data.yaml data=photos output=runs/photos
+        internimage finetune data=photos output=runs/photos model=internimage_small.ogvl_in1k epochs=20
+        scripts/train_one_machine.sh configs/own_data.yaml data=photos output=runs/photos
+        """,
+        _check_finetune,
+    ),
+    Verb(
+        "convert",
+        "Convert weights in any format to a folder that timm, transformers and the Hub take.",
+        tables.CONVERT,
+        """
+        internimage convert OpenGVLab/internimage_g_22kto1k_512 giant/ --dtype bf16
+        internimage convert internimage_t_1k_224.pth tiny/ --verify
+        internimage convert mine.pth mine/ --model internimage_atto --model-kwargs channels=16
+        """,
+        _check_convert,
+    ),
+    Verb(
+        "push",
+        "Upload a folder that convert has written to the Hub.",
+        tables.PUSH,
+        """
+        internimage push tiny/ me/tiny --dry-run
+        internimage push tiny/ me/tiny --private --message "First weights"
+        """,
+    ),
+    Verb(
+        "info",
+        "Print versions, devices, and which backend serves each.",
+        tables.INFO,
+        """
+        internimage info
+        internimage info --json
+        """,
+    ),
+)
+
+BENCHMARKS = (
+    Verb(
+        "ops",
+        "Time DCNv3 beside our reference, torchvision and the official function.",
+        tables.BENCHMARK_OPS,
+        """
+        internimage benchmark ops
+        internimage benchmark ops --official ../InternImage --rounds 21 --csv ops.csv
+        """,
+        _check_benchmark,
+    ),
+    Verb(
+        "models",
+        "Time InternImage-T beside the official model and models of timm.",
+        tables.BENCHMARK_MODELS,
+        """
+        internimage benchmark models --quick
+        internimage benchmark models --peers convnext_tiny --batches 1 16 --no-memory
+        """,
+        _check_benchmark,
+    ),
+)
+
+_BENCHMARK_HELP = "Time the operator and InternImage-T on this CPU, beside their peers."
+
+
+def parser() -> Parser:
+    """The whole command line's parser. What it returns has `verb`, and `check`, to be called before the verb runs."""
+    top = Parser(
+        prog="internimage",
+        description="InternImage for PyTorch and timm: evaluate, predict, fine-tune, convert, publish.",
+        epilog="internimage VERB --help describes a verb, with examples.",
+    )
+    top.add_argument("--version", action="version", version=f"internimage {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in VERBS:
+        if verb.name == "info":  # benchmark stands before it
+            benchmark = verbs.add_parser("benchmark", help=_BENCHMARK_HELP, description=_BENCHMARK_HELP)
+            whats = benchmark.add_subparsers(dest="what", metavar="WHAT", required=True)
+            for what in BENCHMARKS:
+                _add_verb(whats, what)
+        sub = _add_verb(verbs, verb)
+        if verb.name == "finetune":
+            sub.epilog = f"settings:\n{_describe_settings()}\n\n{sub.epilog}"
+            sub.hint = _as_setting
+    return top
+
+
+def _as_setting(option: str) -> str:
+    return f"settings are written {option.lstrip('-').partition('=')[0].replace('-', '_')}=VALUE"
+
+
+def _add_verb(verbs: argparse._SubParsersAction, verb: Verb) -> Parser:
+    sub = verbs.add_parser(
+        verb.name, help=verb.help, description=verb.help, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(verb.examples).strip(), "  "),
+    )  # fmt: skip
+    add_options(sub, verb.options)
+    sub.set_defaults(check=lambda arguments: verb.check(arguments, sub.prog))
+    return sub
+
+
+def _describe_settings() -> str:
+    """A line or more for each setting: what it is for, what it may be, and its default."""
+    lines = []
+    for field in dataclasses.fields(FinetuneConfig):
+        text = field.metadata["help"]
+        if isinstance(field.metadata["kind"], (Whole, Number)):
+            words = field.metadata["kind"].words.removeprefix("a whole number ").removeprefix("a number ")
+            text += f"; {words.removeprefix('of ')}"
+        if field.default is dataclasses.MISSING:
+            text += "; required"
+        else:
+            text += f"; default {json.dumps(field.default).strip(chr(34))}"  # as YAML has it: null, true
+        lines += textwrap.wrap(f"{field.name:<20}{text}", 118, initial_indent="  ", subsequent_indent=" " * 22)
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""Flat typed configuration from a YAML file and `key=value` arguments; an unknown key is an error."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import UserError
+from .values import shown
+
+Config = TypeVar("Config")
+
+_MOST_BYTES = 1 << 20  # of a recipe; what is larger is another file
+_NULLS = ("", "~", "null", "Null", "NULL")
+
+
+class ConfigError(UserError, ValueError):
+    """A key that does not exist, or a value that is not of its type."""
+
+
+def split_arguments(words: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe and the `key=value` settings among the words of a command line, in any order.
+
+    A word is a setting if what stands before its first `=` could be a key, so `runs/lr=0.1/finetune.yaml` is a file.
+
+    Raises:
+        ConfigError: There are two recipes.
+    """
+    overrides = [word for word in words if "=" in word and word.partition("=")[0].strip().isidentifier()]
+    recipes = [word for word in words if word not in overrides]
+    if len(recipes) > 1:
+        raise ConfigError(f"one recipe is the most, got {' and '.join(map(repr, recipes))}; settings are KEY=VALUE")
+    return (recipes[0] if recipes else None), overrides
+
+
+def load_config(cls: type[Config], path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """An instance of a flat dataclass.
+
+    Args:
+        cls: Dataclass whose fields are `str`, `int`, `float`, `bool` or `X | None` of these.
+        path: YAML file with a mapping of field names to values.
+        overrides: `key=value` strings, which go before the file; values are read as YAML. Text stays as it was typed:
+            a folder may be called 007, 1e3 or on.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest is named), a value is not of its type, or a field is missing.
+    """
+    kinds = typing.get_type_hints(cls)
+    values = {} if path is None else _read(Path(path), kinds)
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"expected key=value, got '{override}'")
+        if _is_text(kinds.get(key)) and text.strip()[:1] not in ("'", '"'):
+            values[key] = None if text.strip() in _NULLS else text.strip()
+        else:
+            values[key] = read_value(text, f"the value of '{key}'")
+    return from_dict(cls, values)
+
+
+def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """An instance of a flat dataclass from a dictionary; raises ConfigError as `load_config`."""
+    kinds = typing.get_type_hints(cls)
+    checked = {}
+    for key, value in values.items():
+        if key not in kinds:
+            near = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.4)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(kinds)}"
+            raise ConfigError(f"there is no setting {shown(str(key))}{hint}")
+        checked[key] = _convert(key, value, kinds[key])
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in checked]
+    if required:
+        raise ConfigError(f"missing: {', '.join(f'{name}=...' for name in required)}")
+    return cls(**checked)
+
+
+def dump(config: Any) -> str:
+    """The resolved configuration as YAML, every field written out."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def read_value(text: str, what: str, depth: int = 0) -> Any:
+    """A YAML value of a command line.
+
+    Args:
+        text: YAML.
+        what: It, for messages.
+        depth: How deep lists and mappings may stand in each other; 0 allows none.
+
+    Raises:
+        ConfigError: It is not YAML, or deeper.
+    """
+    node = _compose(text, what, depth)
+    return None if node is None else _construct(node, what)
+
+
+# ---- YAML
+
+
+def _read(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe and their values."""
+    if path.is_dir():
+        raise ConfigError(f"'{path}' is a folder; a recipe is a YAML file")
+    if not path.exists():
+        raise ConfigError(f"there is no configuration at '{path}'")
+    if not path.is_file():  # a pipe, which could make this wait forever
+        raise ConfigError(f"'{path}' is not a regular file; a recipe is a YAML file")
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"'{path}' is too large for a recipe, which is a YAML file of some settings")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not YAML: it is not text in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error.strerror}") from error
+    root = _compose(text, f"'{path}'", 1)
+    if not isinstance(root, yaml.MappingNode):
+        found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}.get(type(root), "nothing")
+        raise ConfigError(f"'{path}' must hold a mapping of keys to values, got {found}")
+    values = {}
+    for key, node in root.value:  # a key may look like a number or like truth: 1, on
+        name = key.value
+        if name in values:
+            raise ConfigError(f"'{path}' has '{name}' twice")
+        if _is_text(kinds.get(name)) and isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
+            values[name] = node.value
+        else:
+            values[name] = _construct(node, f"the value of '{name}' in '{path}'")
+    return values
+
+
+# tags of what may as well be text
+_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "timestamp")}
+
+
+def _compose(text: str, what: str, depth: int) -> yaml.Node | None:
+    """The root node, None of an empty text; looks at the text step by step first, for PyYAML recurses into depth."""
+    level, scalars = 0, set()
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.ScalarEvent):
+                scalars.add(event.anchor)
+            elif isinstance(event, yaml.CollectionStartEvent):
+                level += 1
+                if level > depth:
+                    where = f"line {event.start_mark.line + 1} has" if "\n" in text else "it has"
+                    raise ConfigError(f"{what} must be flat: {where} a list or a mapping where a single value belongs")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                level -= 1
+            elif isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:  # they multiply without end
+                raise ConfigError(f"{what} has the alias *{event.anchor}, which does not stand for a single value")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not YAML: {_reason(error)}") from error
+
+
+def _construct(node: yaml.Node, what: str) -> Any:
+    try:
+        return yaml.constructor.SafeConstructor().construct_document(node)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not YAML: {_reason(error)}") from error
+    except (ValueError, OverflowError, TypeError) as error:  # a date of month 13, a list as a key
+        long = isinstance(node, yaml.ScalarNode) and len(node.value) > 1000
+        raise ConfigError(f"{what} cannot be read: {'it has too many digits' if long else error}") from error
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """PyYAML's message without its picture of the place, which takes several lines."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return re.sub(r"\s+", " ", str(error))
+    mark = error.problem_mark or error.context_mark
+    place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{error.problem or error.context}{place}"
+
+
+# ---- types
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or str in typing.get_args(kind)
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in allowed:
+        return None
+    (target,) = (k for k in allowed if k is not type(None))
+    try:
+        if target is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+    except (ValueError, OverflowError):
+        pass
+    if target is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a folder called 2024
+    if isinstance(value, target) and (target is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"'{key}' must be {_describe(allowed)}, got {'null' if value is None else shown(value)}")
+
+
+def _describe(allowed: tuple[type, ...]) -> str:
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return " or ".join(words[kind] for kind in allowed)

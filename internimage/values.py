@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""What the value of an option or of a setting may be: a type and a range, as a check and in words.
+
+The command line reads text with `parse`, the settings of `finetune` check values with `check`, and both print the same
+words. Nothing here imports torch: arguments are checked before it is loaded.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_LARGEST = 10**9  # whole numbers without a largest value of their own: no option means anything beyond
+
+
+class BadValue(ValueError):
+    """A value that is not allowed. The message is what it must be, such as "a whole number of at least 1"."""
+
+
+class Kind:
+    """A type with a range."""
+
+    words = ""  # what a value must be
+
+    def check(self, value: Any) -> Any:
+        """The value, in its one spelling; BadValue if it is not allowed."""
+        raise NotImplementedError
+
+    def parse(self, text: str) -> Any:
+        """The value that a text on the command line stands for; BadValue if there is none."""
+        return self.check(text)
+
+
+@dataclass(frozen=True)
+class Whole(Kind):
+    """A whole number from `least` to `most`."""
+
+    least: int
+    most: int | None = None
+
+    @property
+    def words(self) -> str:
+        if self.most is None:
+            return f"a whole number of at least {self.least}"
+        return f"a whole number from {self.least} to {self.most}"
+
+    def check(self, value: Any) -> int:
+        if type(value) is not int or value < self.least or (self.most is not None and value > self.most):
+            raise BadValue(self.words)
+        if value > _LARGEST and self.most is None:
+            raise BadValue(f"a whole number of at most {_LARGEST}")
+        return value
+
+    def parse(self, text: str) -> int:
+        if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):  # int() also takes 1_000 and the digits of other scripts
+            raise BadValue(self.words)
+        try:
+            return self.check(int(text))
+        except ValueError as error:  # also int() of thousands of digits
+            raise error if isinstance(error, BadValue) else BadValue(self.words) from error
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number. `least` and `most` are allowed themselves, `above` and `below` are not."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    @property
+    def words(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"a number from {self.least:g} to {self.most:g}"
+        limits = (("of at least", self.least), ("above", self.above), ("of at most", self.most), ("below", self.below))
+        said = [f"{word} {limit:g}" for word, limit in limits if limit is not None]
+        return " ".join(["a number", " and ".join(said)]).replace("and of at most", "and at most").strip()
+
+    def check(self, value: Any) -> float:
+        if type(value) not in (int, float):
+            raise BadValue(self.words)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+        inside = (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        if not inside:
+            raise BadValue(self.words)
+        return value
+
+    def parse(self, text: str) -> float:
+        if not re.fullmatch(r"[ 0-9.eE+-]+", text):  # float() also takes nan, inf, 1_0 and the digits of other scripts
+            raise BadValue(self.words)
+        try:
+            return self.check(float(text))
+        except ValueError as error:
+            raise BadValue(self.words) from error
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of some words or numbers; `others` are further spellings of them."""
+
+    allowed: tuple[Any, ...]
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        known = {value: key for key, value in self.others.items()}
+        named = [f"{value} ({known[value]})" if value in known else str(value) for value in self.allowed]
+        return " or ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
+
+    def check(self, value: Any) -> Any:
+        value = self.others.get(value, value) if isinstance(value, str) else value
+        if not any(type(value) is type(one) and value == one for one in self.allowed):
+            raise BadValue(self.words)
+        return value
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """True or false."""
+
+    words = "true or false"
+
+    def check(self, value: Any) -> bool:
+        if type(value) is not bool:
+            raise BadValue(self.words)
+        return value
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """Text that is not empty; with a pattern, text of this form."""
+
+    pattern: str = ""
+    form: str = ""  # the pattern, in words
+
+    @property
+    def words(self) -> str:
+        return self.form or "text that is not empty"
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            raise BadValue(self.words)
+        if self.pattern and not re.fullmatch(self.pattern, value):
+            raise BadValue(self.words)
+        return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and short however large it is."""
+    if isinstance(value, (dict, list, tuple, set)):
+        return {dict: "a mapping", set: "a set"}.get(type(value), "a list")
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
