@@ -76,7 +76,8 @@ def same_weights(a, b) -> bool:
 def settings(data, output, **more):
     base = dict(
         data=str(data), output=str(output), model="internimage_atto", pretrained=False, img_size=32, epochs=3,
-        batch_size=8, workers=0, lr=0.003, warmup_epochs=0 if more.get("epochs") == 1 else 1, drop_path=0.2, eval_every=0, device="cpu", report=False,
+        batch_size=8, workers=0, lr=0.003, warmup_epochs=0 if more.get("epochs") == 1 else 1, drop_path=0.2,
+        eval_every=0, device="cpu", report=False,
     )  # fmt: skip
     return FinetuneConfig(**(base | more))
 
