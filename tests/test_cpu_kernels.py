@@ -40,7 +40,7 @@ def test_every_instruction_set_gives_the_golden_numbers(capability):
     """The variable is read once a process, so each instruction set gets one."""
     code = "import torch, internimage; print(torch.ops.internimage.cpu_capability())"
     used = run_python(capability, "-c", code).stdout.strip()
-    best = torch.ops.internimage.cpu_capability()
+    best = run_python(CAPABILITIES[-1], "-c", code).stdout.strip()  # the variable may be set for this process, too
     assert used == min(capability, best, key=CAPABILITIES.index)
     names = "golden or half or empty or one_pixel or layout or batches or nowhere or group_channels or strips"
     files = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py"]
