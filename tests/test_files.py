@@ -41,6 +41,15 @@ def pipe():
             pass
 
 
+@pytest.fixture
+def device():
+    """A terminal's name, and the end to read from. Not /dev/null: run by root, a failure would replace that for all."""
+    reader, writer = os.openpty()
+    yield os.ttyname(writer), reader
+    os.close(writer)
+    os.close(reader)
+
+
 def fifo(folder):
     path = folder / "fifo"
     os.mkfifo(path)
@@ -57,14 +66,15 @@ def read_in_thread(path):
 # ---- what is not a regular file stays what it is
 
 
-def test_a_device_is_written_to_and_stays(tmp_path):
-    link = tmp_path / "null"
-    link.symlink_to(os.devnull)
-    for path in (os.devnull, link):
+def test_a_device_is_written_to_and_stays(tmp_path, device):
+    name, reader = device
+    link = tmp_path / "terminal"
+    link.symlink_to(name)
+    for path in (name, link):
         check_writable(path)
-        write_text(path, "text")
-        assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    assert link.is_symlink() and os.listdir(tmp_path) == ["null"]
+        write_text(path, "text\n")
+        assert os.read(reader, 100) == b"text\r\n" and stat.S_ISCHR(os.stat(name).st_mode)
+    assert link.is_symlink() and os.listdir(tmp_path) == ["terminal"]
 
 
 def test_a_fifo_is_not_opened_by_the_check_and_gets_the_text(tmp_path):
@@ -127,7 +137,7 @@ def test_links_stay_and_their_targets_are_written(tmp_path, there):
     assert os.listdir(tmp_path / "far") == ["target"]
 
 
-def test_rows_are_appended_to_files_and_pipes(tmp_path, pipe):
+def test_rows_are_appended_to_files_and_pipes(tmp_path, pipe, device):
     name, reader = pipe
     for path in (tmp_path / "new" / "rows.csv", name):
         for _ in range(2):
@@ -135,8 +145,8 @@ def test_rows_are_appended_to_files_and_pipes(tmp_path, pipe):
             append_csv(files.Path(path), [{"a": 1}])
     assert (tmp_path / "new" / "rows.csv").read_text() == "a\n1\n1\n"
     assert os.read(reader, 100) == b"a\n1\na\n1\n"
-    append_csv(files.Path(os.devnull), [{"a": 1}])
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    append_csv(files.Path(device[0]), [{"a": 1}])
+    assert os.read(device[1], 100) == b"a\r\n1\r\n" and stat.S_ISCHR(os.stat(device[0]).st_mode)
     with appending(tmp_path / "new" / "rows.csv") as file:
         file.write(b"2\n")
     assert (tmp_path / "new" / "rows.csv").read_text() == "a\n1\n1\n2\n"
@@ -312,11 +322,11 @@ def evaluate(model, data):
     return lambda *more: main([*arguments, *map(str, more)])
 
 
-def test_reports_of_evaluate(evaluate, tmp_path, pipe, capfd):
+def test_reports_of_evaluate(evaluate, pipe, device, capfd):
     name, reader = pipe
-    assert evaluate("--json", name, "--csv", os.devnull) == 0
+    assert evaluate("--json", name, "--csv", device[0]) == 0
     assert json.loads(os.read(reader, 60_000))["images"] == 2
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert os.read(device[1], 4000).startswith(b"model,") and stat.S_ISCHR(os.stat(device[0]).st_mode)
     capfd.readouterr()
     for stdout in ("-", "/dev/stdout"):
         assert evaluate("--json", stdout) == 0
@@ -336,7 +346,7 @@ def test_reports_that_cannot_be_written_are_one_line(evaluate, tmp_path, pipe, c
     assert "is a folder" in capsys.readouterr().err
 
 
-def test_pictures_of_predict(model, data, tmp_path, capsys):
+def test_pictures_of_predict(model, data, tmp_path, capsys, monkeypatch):
     image = data / "val" / "0" / "0.png"
     path = fifo(tmp_path)
     found = []
@@ -346,5 +356,6 @@ def test_pictures_of_predict(model, data, tmp_path, capsys):
     assert main([*arguments, "--draw-points", str(path)]) == 0
     thread.join(20)
     assert Image.open(io.BytesIO(found[0])).format == "PNG" and stat.S_ISFIFO(path.stat().st_mode)
+    monkeypatch.setattr(sys.modules["internimage.cli.predict"], "load_model", lambda *_: pytest.fail("too late"))
     assert main([*arguments, "--draw-points", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err

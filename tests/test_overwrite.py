@@ -286,6 +286,7 @@ def test_killed_at_any_place_it_is_the_old_one_the_new_one_or_none(converted, tm
         found = loads(here)
         if found is None:
             states.append("none")
+            assert not (here / "config.json").exists()
             entries = None
             try:  # weights alone, without the configuration
                 entries = open_checkpoint(here)
