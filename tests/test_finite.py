@@ -108,6 +108,19 @@ def test_predict_goes_on_after_an_image_that_overflows():
         list(predict(Overflowing(), images, CONFIG))
 
 
+def test_the_command_predicts_the_others_and_ends_with_1(tmp_path, capsys, monkeypatch):
+    three(tmp_path, 1)
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(tmp_path / "green" / "white.png")
+    loaded = Overflowing(), CONFIG, torch.device("cpu"), torch.float32
+    monkeypatch.setattr("internimage.cli.predict.load_model", lambda arguments: loaded)
+    assert main(["predict", str(tmp_path), "--model", "any", "--json"]) == 1
+    captured = capsys.readouterr()
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert [answer["classes"][0]["label"] for answer in answers] == ["blue", "green", "red"]
+    problem = "the model's outputs are not finite, though its weights are"
+    assert captured.err == f"internimage predict: error: '{tmp_path}/green/white.png': {problem}\n"
+
+
 def test_commands_refuse_weights_that_are_not_finite(tmp_path, capsys, model):
     three(tmp_path / "data", 1)
     state = timm.create_model(f"local-dir:{model}", pretrained=True).state_dict()
