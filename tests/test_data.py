@@ -169,7 +169,7 @@ def test_finetune_tells_what_is_left_out_of_both_splits(tmp_path, capsys):
     (tmp_path / "val" / "green" / "bad.png").write_bytes(b"nothing")
     config = FinetuneConfig(
         data=str(tmp_path), output=str(tmp_path / "out"), model="internimage_atto", pretrained=False, img_size=32,
-        epochs=2, batch_size=6, workers=0, device="cpu",
+        epochs=2, warmup_epochs=0, batch_size=6, workers=0, device="cpu",
     )  # fmt: skip
     finetune(config, progress=False)
     captured = capsys.readouterr()
@@ -296,7 +296,7 @@ def test_class_maps_that_are_no_files(tmp_path, capsys, model):
     for path, message in (
         (tmp_path / "pipe.txt", "pipe.txt' is not a regular file, so it is no class map"),
         (tmp_path / "data", "data' is not a regular file, so it is no class map"),
-        ("", "is not a regular file, so it is no class map"),
+        ("", "--class-map: must be text that is not empty"),
     ):
         line = command(capsys, "evaluate", "--model", model, "--data", tmp_path / "data", "--class-map", path)
         assert message in line
@@ -354,11 +354,11 @@ def test_options_that_would_be_ignored(tmp_path, capsys, model):
     start = ["--model", model, "--data", tmp_path / "val"]
     labels = ["--labels", tmp_path / "labels.txt"]
     for more, message in (
-        ([*labels, "--dataset", "torch/mnist"], "--dataset and --class-map do not go with it"),
-        ([*labels, "--class-map", tmp_path / "labels.txt"], "--dataset and --class-map do not go with it"),
-        (["--real-labels", "real.json"], "--real-labels is for --variant real alone"),
-        (["--labels", ""], "is empty"),
-        (["--csv", ""], "--csv needs the name of a file"),
+        ([*labels, "--dataset", "torch/mnist"], "--dataset has no effect with --labels"),
+        ([*labels, "--class-map", tmp_path / "labels.txt"], "--class-map has no effect with --labels"),
+        (["--real-labels", "real.json"], "--real-labels has no effect without --variant real"),
+        (["--labels", ""], "--labels: must be text that is not empty"),
+        (["--csv", ""], "--csv: must be the name of a file"),
     ):
         assert message in command(capsys, "evaluate", *start, *more)
 
@@ -392,7 +392,7 @@ def test_odd_images_through_all_verbs(odd_images, tmp_path_factory, channels, ca
     os.symlink(odd_images, data / "val")
     config = FinetuneConfig(
         data=str(data), output=str(output), model="internimage_atto", pretrained=False, img_size=32, in_chans=channels,
-        epochs=1, batch_size=4, workers=0, device="cpu", report=False,
+        epochs=1, warmup_epochs=0, batch_size=4, workers=0, device="cpu", report=False,
     )  # fmt: skip
     finetune(config, progress=False)
     capsys.readouterr()
@@ -418,4 +418,4 @@ def test_predict_prints_any_name(tmp_path, capsys, model):
         return
     assert main(["predict", str(tmp_path), "--model", str(model)]) == 0
     assert "\\udcff.png" in capsys.readouterr().out
-    assert "the name of an image is empty" in command(capsys, "predict", "", "--model", model)
+    assert "IMAGE: must be text that is not empty" in command(capsys, "predict", "", "--model", model)

@@ -351,10 +351,12 @@ def test_labels_by_index():
 def test_device_that_is_not_here_is_one_short_line(name, capsys, ours, data, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     err = fails(capsys, "predict", data / "train/x/0.png", "--model", ours, "--device", name)
-    assert err == f"internimage predict: error: there is no device '{name}' here; there is cpu\n"
-    if name:
-        err = fails(capsys, "finetune", f"data={data}", "output=x", f"device={name}")
-        assert f"there is no device '{name}' here" in err
+    start, there_is = "internimage predict: error: ", f"there is no device '{name}' here; there is cpu\n"
+    if name in ("", "cuda:-1", "CPU", "cuda:"):  # no device anywhere
+        assert err == f"{start}argument --device: must be a device such as auto, cpu, cuda or cuda:1, got '{name}'\n"
+    else:
+        assert err == start + there_is
+        assert there_is in fails(capsys, "finetune", f"data={data}", "output=x", f"device={name}")
 
 
 def test_devices_that_are_here(monkeypatch):

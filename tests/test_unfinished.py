@@ -162,8 +162,7 @@ def test_classes_that_differ_are_counted_and_not_listed(tmp_path):
     with pytest.raises(DataError) as error:
         open_data(settings(tmp_path, "run", eval_every=1))
     message = str(error.value)
-    assert "train' has 1001 classes and '" in message and "val' 999, which must be the same: only '" in message
-    assert "train' has 998, 999, cat; only '" in message and message.endswith("val' has dog") and len(message) < 600
+    assert message.endswith("have different classes: only here: 998, 999, cat; only there: dog") and len(message) < 600
 
 
 def test_a_batch_that_is_too_large_says_what_fits(data):

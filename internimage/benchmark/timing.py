@@ -203,8 +203,11 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     if not path.is_file() or path.stat().st_size == 0:
         writer.writeheader()
     writer.writerows(rows)
-    with appending(path) as file:
-        file.write(text.getvalue().encode())
+    try:
+        with appending(path) as file:
+            file.write(text.getvalue().encode())
+    except OSError as error:
+        raise BenchmarkError(f"'{path}' cannot be written ({error.strerror or error})") from error
 
 
 def check_csv(path: Path, columns: Sequence[str]) -> None:

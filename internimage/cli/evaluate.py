@@ -14,7 +14,7 @@ from ..engine.evaluate import Evaluation, evaluate
 from ..engine.imagenet import open_labelled_folder, protocol
 from ..engine.model import pick_device
 from ..errors import UserError
-from ..files import check_writable, is_stdout, write_text
+from ..files import is_stdout, write_text
 from ..models.published import PUBLISHED
 from .arguments import load_model
 
@@ -32,14 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, world: World) -> int:
     # the data and the other arguments first: a model may have to be downloaded
     number = None if arguments.expect == "published" else arguments.expect
-    for path in (arguments.json, arguments.csv):
-        if path is not None:
-            check_writable(path)
-    if arguments.real_labels is not None and arguments.variant != "real":
-        raise UserError("--real-labels is for --variant real alone")
     if arguments.labels is not None:
-        if arguments.dataset or arguments.class_map is not None:
-            raise UserError("--labels is for a folder of images; --dataset and --class-map do not go with it")
         dataset = open_labelled_folder(arguments.data, arguments.labels)
     else:
         dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UserError
+from ..files import check_writable
 from ..values import BadValue, Choice, Kind, Whole, shown
 
 
@@ -92,14 +93,10 @@ class OutputFile(Kind):
             raise BadValue(f"{self.words}, which standard output is not")
         if not value.strip() or "\0" in value:
             raise BadValue(self.words)
-        path = Path(value)
-        if path.is_dir() or value.endswith(("/", os.sep)):
-            raise BadValue(f"{self.words}, and this is a folder")
-        folder = next(parent for parent in (*path.parents, Path(".")) if parent.exists() or parent.is_symlink())
-        if not folder.is_dir():
-            raise BadValue(f"{self.words}, and '{folder}' is not a folder")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise BadValue(f"{self.words}, and the folder '{folder}' cannot be written to")
+        try:
+            check_writable(value)
+        except UserError as error:
+            raise BadValue(f"{self.words}; {error}") from error
         return value
 
 
@@ -114,6 +111,8 @@ class PictureFile(OutputFile):
         from PIL import Image
 
         suffix = Path(value).suffix.lower()
+        if not suffix and os.path.exists(value) and not os.path.isfile(value):
+            return value  # a pipe or a device, which gets a PNG
         format = Image.registered_extensions().get(suffix)
         try:
             if format is None:

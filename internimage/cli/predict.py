@@ -10,13 +10,10 @@ from ..analysis.points import draw_points
 from ..engine.finite import NotFiniteError
 from ..engine.images import DataError
 from ..engine.predict import Prediction, find_images, predict, read_image
-from ..files import check_writable
 from .arguments import load_model
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.draw_points is not None:
-        check_writable(arguments.draw_points)
     files = find_images(path for path in arguments.images if path != "-")
     model, config, device, dtype = load_model(arguments)
     mode = "L" if config["input_size"][0] == 1 else "RGB"

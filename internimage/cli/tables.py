@@ -97,7 +97,9 @@ EVALUATE = (
         "report",
         (
             Option("--json", "write the result as JSON; - is standard output", OutputFile(stdout=True), metavar="FILE"),
-            Option("--csv", "write the result as a CSV row", OutputFile(), metavar="FILE"),
+            Option(
+                "--csv", "write the result as a CSV row; - is standard output", OutputFile(stdout=True), metavar="FILE"
+            ),
             Option("--per-class", "report every class"),
             Option(
                 "--expect",

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from .image_tars import Member
+
 _CHUNK = 1000
 
 
@@ -56,7 +58,10 @@ def _lines(entries: list[Any], root: str) -> Iterator[str]:
             name = path[len(root) :] if path.startswith(root) else path
             yield f"{name.replace(os.sep, '/').lstrip('/')}\0{size}\n"
         return
-    for entry in entries:  # in tar files
+    for entry in entries:  # in tar files, read by us or by timm
+        if isinstance(entry, Member):
+            yield f"{entry.name}\0{entry.size}\n"
+            continue
         parts = [entry] if isinstance(entry, TarInfo) else list(entry)
         names = [part.name if isinstance(part, TarInfo) else part or "" for part in parts]
         size = next(part.size for part in parts if isinstance(part, TarInfo))

@@ -143,11 +143,11 @@ def read_class_map(path: str | Path) -> dict[str, int]:
 
 
 class ListedImages(Reader):
-    """timm's reader interface over (file, index) pairs."""
+    """timm's reader interface over (file, index) pairs below a root."""
 
-    def __init__(self, samples: list[tuple[str | Path, int]], class_to_idx: dict[str, int] | None) -> None:
+    def __init__(self, root: Path, samples: list[tuple[str, int]], class_to_idx: dict[str, int] | None) -> None:
         super().__init__()
-        self.samples, self.class_to_idx = samples, class_to_idx
+        self.root, self.samples, self.class_to_idx = str(root), samples, class_to_idx
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -242,4 +242,4 @@ def open_folder(folder: Path, class_map: dict[str, int] | None = None) -> tuple[
     class_to_idx = index_classes(folder, classes, labels, class_map)
     samples = [(os.path.join(folder, name), class_to_idx[label]) for name, label in zip(listing.images, labels)]
     samples.sort(key=lambda sample: natural(sample[0]))
-    return ListedImages(samples, class_to_idx), [name for name in listing.ignored if "/" in name.rstrip("/")]
+    return ListedImages(folder, samples, class_to_idx), [name for name in listing.ignored if "/" in name.rstrip("/")]

@@ -91,7 +91,7 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
             raise DataError(f"'{labels}' has no label for {missing[0]} (and {len(missing) - 1} more images)")
         samples = [(file, index(known[file.stem], file.name)) for file in files]
     named = any(line[-1] in synsets or (len(line) > 1 and line[1] in synsets) for line in lines)
-    dataset = ImageDataset(str(root), reader=ListedImages(samples, synsets if named else None))
+    dataset = ImageDataset(str(root), reader=ListedImages(root, samples, synsets if named else None))
     dataset.upright = False  # as where ImageNet's published accuracies were measured
     return dataset
 
