@@ -184,8 +184,9 @@ def test_finetune_stops_at_nan(data, tmp_path, capsys):
         capsys, "finetune", f"data={data}", f"output={tmp_path / 'run'}", *SETTINGS, "lr=1e30", "clip_grad=null",
         "warmup_epochs=0", "opt=sgd",
     )  # fmt: skip
-    # at the end of the first epoch, before nan_limit steps are left out
-    assert "error: training diverged: " in message and "A smaller lr than 1e+30" in message
+    # which of the two is seen first depends on the machine's rounding: losses, or weights at the end of an epoch
+    assert "the loss is" in message or "training diverged" in message
+    assert "smaller lr than 1e+30" in message
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageColor
 from safetensors.torch import save_file
 
 from internimage import files
+from internimage.analysis import points
 from internimage.analysis.points import draw_points, point_tiles
 from internimage.cli import main
 from internimage.errors import UserError
