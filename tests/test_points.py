@@ -72,6 +72,7 @@ def test_the_names_are_those_of_the_images_and_of_long_ones_the_end_is_kept(mode
     font = points.ImageFont.load_default(13)
     assert points._fit(long, font, 224, keep_end=True).endswith("very/cat.png")
     assert points._fit("levels." * 40, font, 224).startswith("levels.")
+    assert points._fit("caf\udce9\n.png", font, 224) == "caf\\udce9 .png"
     assert font.getlength(points._fit("W" * 100, font, 224)) <= 224
 
 
@@ -81,6 +82,14 @@ def test_weights_that_are_not_finite_are_left_out(tmp_path):
         broken.levels[0].blocks[0].dcn.offset.weight.fill_(float("nan"))
     draw_points(broken, grey(1), CONFIG, tmp_path / "x.png", LAYER)
     assert (tmp_path / "x.png").is_file()
+    image, weights = torch.full((3, 32, 32), 128, dtype=torch.uint8), torch.ones(2, 2)
+    places = torch.full((2, 2, 2), 5.0)
+    drawn = points._tile(image, places, weights, (0.9, 0.9)).getcolors(1 << 16)
+    assert ImageColor.getrgb(points._COLORS[1]) in [color for _, color in drawn]
+    for value in (float("nan"), float("inf"), float("-inf")):
+        none = points._tile(image, places.new_zeros(2, 0, 2), weights[:, :0], (0.9, 0.9))
+        assert points._tile(image, places * value, weights, (0.9, 0.9)) == none
+        assert points._tile(image, places, weights * value, (0.9, 0.9)) == none
 
 
 @pytest.mark.parametrize("name", ["points.txt", "points", "points.png.doc", ".png"])
