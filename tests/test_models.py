@@ -652,3 +652,16 @@ def test_asking_for_weights_that_were_never_released(name, monkeypatch):
     monkeypatch.setattr("internimage.models.backbone.InternImage.__init__", lambda self, **_: nn.Module.__init__(self))
     with pytest.raises(CheckpointError, match="no weights were released"):
         timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic"])
+def test_exported_model_gives_the_same(kind):
+    """What docs/models.md says of torch.export."""
+    model, x = build(SMALL).eval(), image(64, 64)
+    auto = torch.export.Dim.AUTO
+    shapes = None if kind == "fixed" else {"x": {2: auto, 3: auto}}
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    for size in (64,) if kind == "fixed" else (64, 96):
+        other = image(size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(other), model(other), rtol=1e-5, atol=1e-6)
