@@ -182,7 +182,7 @@ def damaged_shards(name):
 
 
 def label_outside(name):
-    """A class map gives labels that the model does not have."""
+    """A class map has classes that the model does not have."""
     return main(
         ["evaluate", "--model", str(FOLDER / "whole"), "--data", str(DATA / "val"), "--workers", "0", "--device", "cpu",
          "--class-map", str(FOLDER / "map.txt")]

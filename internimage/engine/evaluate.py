@@ -222,7 +222,8 @@ def evaluate(
         count, names = len(protocol.classes), protocol.names
     else:
         count = model.num_classes
-        names = _check_class_map(model, dataset) if classes_from_map else _check_classes(model, dataset)
+        with world.together():
+            names = _check_class_map(model, dataset) if classes_from_map else _check_classes(model, dataset)
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device != device or parameter.dtype != dtype:
         model = model.to(device=device, dtype=dtype)
