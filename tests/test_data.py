@@ -208,16 +208,6 @@ def test_folders_that_would_shift_the_classes(tmp_path, names, message):
         open_dataset(tmp_path)
 
 
-def test_names_that_no_report_can_be_written_of(tmp_path):
-    three(tmp_path)
-    try:
-        os.rename(tmp_path / "red", os.fsencode(tmp_path) + b"/r\xe9d")
-    except OSError:  # macOS takes no such names
-        return
-    with pytest.raises(DataError, match=r"class folders whose names are not UTF-8: 'r\\udce9d'"):
-        open_dataset(tmp_path)
-
-
 def test_a_class_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch, capsys, model):
     refuse_to_list(monkeypatch, three(tmp_path) / "red")
     line = command(capsys, "evaluate", "--model", model, "--data", tmp_path, "--workers", 0)
