@@ -54,6 +54,36 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+# ---- runs of the module's `data`, for tests of what goes on with them
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """A run that was stopped after step 7 of 9, with checkpoints of steps 6 and 7."""
+    import runs  # which imports huggingface_hub, after the variables above
+
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    runs.stop_at(runs.settings(data, run), 7)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that was not stopped."""
+    import runs
+
+    run = tmp_path_factory.mktemp("whole") / "run"
+    runs.finetune(runs.settings(data, run), progress=False)
+    return run
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """A copy of the stopped run, to be spoiled."""
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "run"
+
+
 def pytest_collection_modifyitems(items) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -102,3 +102,13 @@ def wait_for_checkpoint(run, process, more_than=0):
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+
+
+def listing(folder: Path) -> list[str]:
+    """Everything below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def arguments(config) -> list[str]:
+    """The command line of a run."""
+    return ["finetune", *(f"{k}={v}" for k, v in vars(config).items() if v is not None)]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import losses, same_weights, settings, steps, stop_at, write_noise
+from runs import arguments, listing, losses, same_weights, settings, steps, stop_at, write_noise
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from internimage.cli import main
@@ -22,35 +22,6 @@ from internimage.errors import CheckpointError
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_noise(tmp_path_factory.mktemp("noise"), train=(9, 9, 9), val=(2, 2, 2))
-
-
-@pytest.fixture(scope="module")
-def stopped(data, tmp_path_factory):
-    """A run that was stopped after step 7 of 9, with checkpoints of steps 6 and 7."""
-    run = tmp_path_factory.mktemp("stopped") / "run"
-    stop_at(settings(data, run), 7)
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "run"
-    finetune(settings(data, run), progress=False)
-    return run
-
-
-@pytest.fixture
-def copy(stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def listing(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def arguments(config):
-    return ["finetune", *(f"{k}={v}" for k, v in vars(config).items() if v is not None)]
 
 
 # ---- other images

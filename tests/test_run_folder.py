@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from runs import settings, stop_at, write_noise
+from runs import arguments, listing, settings, stop_at, write_noise
 
 from internimage import locks
 from internimage.cli import main
@@ -29,35 +29,6 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_noise(tmp_path_factory.mktemp("noise"), train=(9, 9, 9), val=(2, 2, 2))
-
-
-@pytest.fixture(scope="module")
-def stopped(data, tmp_path_factory):
-    """A run that was stopped after step 7 of 9, with checkpoints of steps 6 and 7."""
-    run = tmp_path_factory.mktemp("stopped") / "run"
-    stop_at(settings(data, run), 7)
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "run"
-    finetune(settings(data, run), progress=False)
-    return run
-
-
-@pytest.fixture
-def copy(stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def listing(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def arguments(config):
-    return ["finetune", *(f"{k}={v}" for k, v in vars(config).items() if v is not None)]
 
 
 # ---- what overwriting removes
