@@ -225,13 +225,11 @@ class _Direction:
         self.all_factors, self.factor = _modulation(mask, self.inside, geometry)
         step = offset_dir.to(dtype).reshape(*self.inside.shape, 2) * geometry.offset_scale
         self.step_x, self.step_y = step.unbind(-1)
-        self.factor_dir = mask_dir.to(dtype).reshape(self.inside.shape)  # f
-        self.centered_dir = self.factor_dir  # m' - <m, m'>, with a softmax
+        self.mask_dir = factor_dir = mask_dir.to(dtype).reshape(self.inside.shape)
         if geometry.softmax:
-            self.centered_dir = self.factor_dir - (self.all_factors * self.factor_dir).sum(-1, keepdim=True)
-            self.factor_dir = self.all_factors * self.centered_dir
-        self.mask_dir = mask_dir.to(dtype).reshape(self.inside.shape)
-        self.factor_dir = torch.where(self.inside, self.factor_dir, 0)
+            self.centered_dir = self.mask_dir - (self.all_factors * self.mask_dir).sum(-1, keepdim=True)
+            factor_dir = self.all_factors * self.centered_dir
+        self.factor_dir = torch.where(self.inside, factor_dir, 0)  # f
         # the weight of each corner's row in T: of I' and of I
         self.direct = [self.factor * c.weight for c in self.corners]
         self.moved = [
