@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Runs that end before their end: Ctrl-C, training that diverges, data that does not do."""
 
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from internimage.cli import main
 from internimage.engine import checkpoint, trainer
 from internimage.engine.data import DataError
 from internimage.engine.finetune import finetune, open_data
+from internimage.engine.workers import worker_signals
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX locks")
 
@@ -111,6 +115,29 @@ def test_ctrl_c_with_loader_workers_is_one_line(data, tmp_path):
     assert process.returncode == 130, out + err
     last = int(checkpoint.checkpoints(tmp_path / "checkpoints")[0].stem[5:])
     assert f"interrupted; the same command resumes after step {last} of 1500" in err and "Traceback" not in err, err
+
+
+def _share_a_descriptor(pipe):
+    worker_signals(0)
+    with open(os.devnull) as file:
+        pipe.send(resource_sharer.DupFd(file.fileno()))
+        pipe.recv()
+
+
+@posix
+def test_a_worker_whose_reader_leaves_in_the_middle_prints_nothing(capfd):
+    """Ctrl-C can hit the process that loads while it takes over a tensor's descriptor: the worker's thread then sees a
+    connection that ends before the handshake."""
+    here, there = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=_share_a_descriptor, args=(there,))
+    worker.start()
+    shared = here.recv()
+    with socket.socket(socket.AF_UNIX) as leaving:
+        leaving.connect(shared._id[0])
+    os.close(shared.detach())  # the next connection is served after the one that left
+    here.send(None)
+    worker.join()
+    assert worker.exitcode == 0 and capfd.readouterr().err == ""
 
 
 # ---- runs that diverged

@@ -2,13 +2,9 @@
 """Data for evaluation: timm's datasets, opened with checks and read so that a corrupt image is named, not replaced."""
 
 import importlib.util
-import multiprocessing
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +22,6 @@ from .images import DataError, convert_image, ignored_message, read_image, why
 
 __all__ = [
     "Batch", "DataError", "GuardedDataset", "class_difference", "class_names", "find_split", "open_dataset",
-    "sigterm_for_us", "worker_signals",
 ]  # fmt: skip
 
 # timm's names; the first have two splits, and any word but train means the other one
@@ -115,45 +110,6 @@ def _open_named(name: str, root: str, split: str, class_map: dict[str, int] | No
     if class_map is not None and lacking:
         raise DataError(f"the class map lacks {len(lacking)} of the classes of '{name}': {some(lacking, 5)}")
     return dataset
-
-
-_SIGNALS = hasattr(signal, "sigwaitinfo")  # not on Windows and macOS, where workers end at any SIGTERM
-
-
-@contextmanager
-def sigterm_for_us() -> Iterator[None]:
-    """Context in which a loader's workers are started that SIGTERM does not end, unless this process sends it.
-
-    torchrun, systemd and `timeout` send it to a whole group of processes; without its workers a run could not end the
-    step that it is in and save. To be used together with `worker_signals`.
-    """
-    if not _SIGNALS:
-        yield
-        return
-    # blocked from before the fork: what a worker does about it would come too late for a quick signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def worker_signals(worker: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: end at the SIGTERM of the process that loads, and at no other.
-
-    That process ends its workers with it where an exception has left them; it would wait for deaf ones forever.
-    """
-    if not _SIGNALS:
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also where workers are not forked
-    parent = multiprocessing.parent_process().pid
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

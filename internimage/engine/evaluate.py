@@ -14,18 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import some
 from ..progress import message, progress_bar
-from .data import (
-    Batch,
-    DataError,
-    GuardedDataset,
-    class_difference,
-    class_names,
-    sigterm_for_us,
-    worker_signals,
-)
+from .data import Batch, DataError, GuardedDataset, class_difference, class_names
 from .distributed import World
 from .finite import NotFiniteError, not_finite
 from .imagenet import Protocol
+from .workers import signals_for_us, worker_signals
 
 try:
     import resource
@@ -167,7 +160,7 @@ def _shares(guarded: GuardedDataset, batch_size: int, workers: int, world: World
         worker_init_fn=worker_signals,
         generator=torch.Generator(),  # else it draws from the global one, which training may be using
     )
-    with sigterm_for_us():
+    with signals_for_us():
         batches = iter(loader)
     yield from batches
     most = -(-len(range(0, len(guarded), world.size)) // batch_size)

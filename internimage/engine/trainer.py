@@ -18,7 +18,7 @@ from ..files import WriteError, save_tensors
 from ..progress import message
 from ..settings import FinetuneConfig
 from . import parallel
-from .data import DataError, sigterm_for_us
+from .data import DataError
 from .distributed import World, synchronise_batch_norm
 from .divergence import finite_names, not_finite
 from .evaluate import Evaluation, evaluate
@@ -31,6 +31,7 @@ from .randomness import BatchPlan, DropPathDraws, PlanSampler, seed_mixing, seed
 from .run_state import Progress, RunState
 from .training_data import TrainingBatch, training_loader, training_transform
 from .training_log import TrainingLog
+from .workers import signals_for_us
 
 
 class TrainingError(UserError, RuntimeError):
@@ -191,7 +192,7 @@ class Trainer:
             )  # fmt: skip
         sampler = PlanSampler(plan, self.parts, state.step, self.total)
         pin = self.world.device.type == "cuda"
-        with sigterm_for_us():
+        with signals_for_us():
             loader = iter(training_loader(self.train_set, sampler, config, self.preprocessing, pin))
         self._train_mode()
         try:

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import ConfigError
 from ..settings import FinetuneConfig
-from .data import GuardedDataset, worker_signals
+from .data import GuardedDataset
 from .randomness import PlanSampler, seed_sample
+from .workers import worker_signals
 
 _ATTEMPTS = 20
 
