@@ -16,7 +16,7 @@ from ..errors import some
 from ..progress import message, progress_bar
 from .data import Batch, DataError, GuardedDataset, class_difference, class_names
 from .distributed import World
-from .finite import NotFiniteError, not_finite
+from .finite import NotFiniteError, output_problem
 from .imagenet import Protocol
 from .workers import signals_for_us, worker_signals
 
@@ -137,7 +137,7 @@ class _Clock:
         self._wait()
         self.seconds += time.perf_counter() - start
         self.images += len(images)
-        return logits.cpu(), not_finite(given, model, images.dtype)
+        return logits.cpu(), output_problem(given, model, images.dtype)
 
     def peak(self) -> int:
         if self.tracks:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..progress import message
 from . import images as image_files
-from .finite import NotFiniteError, not_finite
+from .finite import NotFiniteError, output_problem
 from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
 from .model import label_names
 
@@ -100,7 +100,7 @@ def predict(
     for name, image in images:
         x = transform(image).unsqueeze(0).to(device=device, dtype=dtype)
         logits = model(x).float()
-        problem = not_finite(logits, model, dtype)
+        problem = output_problem(logits, model, dtype)
         if problem is not None:
             if problem.weights or failed is None:
                 raise problem

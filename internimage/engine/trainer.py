@@ -20,10 +20,9 @@ from ..settings import FinetuneConfig
 from . import parallel
 from .data import DataError
 from .distributed import World, synchronise_batch_norm
-from .divergence import finite_names, not_finite
 from .evaluate import Evaluation, evaluate
 from .fingerprint import fingerprint
-from .finite import NotFiniteError
+from .finite import NotFiniteError, finite_weights, weights_problem
 from .model import DTYPES
 from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
 from .output import BAD_BATCHES, CHECKPOINTS
@@ -133,7 +132,7 @@ class Trainer:
             world, model, self.average, self.optimizer, self.scheduler, self.scaler, self.sharded,
             {"samples": len(train_set), "classes": names, "images": self._fingerprint()},
         )  # fmt: skip
-        self._finite = finite_names(self.result)
+        self._finite = finite_weights(self.result)
 
     # ---- checkpoints
 
@@ -351,7 +350,7 @@ class Trainer:
         Raises:
             TrainingError: Some are not; in all processes.
         """
-        problem = not_finite(self.result, self._finite, self.world)
+        problem = weights_problem(self.result, self._finite, self.world)
         if problem is not None:
             self._diverged(problem)
 
