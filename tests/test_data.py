@@ -269,7 +269,7 @@ def test_class_maps_that_fit(tmp_path):
         ("map.txt", b"bl\xfce\n", r"is not UTF-8 text \(byte 2\), so it is no class map"),
         ("map.txt", b"", "is empty; it needs a class a line"),
         ("map.pkl", b"words", "is not a pickled class map"),
-        ("map.pkl", pickle.dumps({"red": "first"}), "has no index of 0 or more for red"),
+        ("map.pkl", pickle.dumps({"red": "first"}), "has no index from 0 to 3999999 for red"),
         ("map.pkl", pickle.dumps(["red"]), "is not a pickled class map"),
     ],
 )
