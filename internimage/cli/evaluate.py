@@ -5,7 +5,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 
 from .. import __version__
@@ -111,7 +110,7 @@ def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, dev
         writer.writeheader()
         writer.writerow(row)
         with writing(arguments.csv) as file:
-            file.write(os.fsencode(text.getvalue()))  # with the very bytes of the names of files
+            file.write(text.getvalue().encode(errors="surrogateescape"))  # names of files, byte for byte
 
 
 def _published_top1(model, arguments: argparse.Namespace) -> float | None:

@@ -110,7 +110,13 @@ def _open_named(name: str, root: str, split: str, class_map: dict[str, int] | No
     lacking = set(getattr(getattr(dataset, "reader", None), "_source_names", {}).values()) - set(class_map or ())
     if class_map is not None and lacking:
         raise DataError(f"the class map lacks {len(lacking)} of the classes of '{name}': {some(lacking, 5)}")
+    if hasattr(dataset, "loader"):  # of torchvision's datasets of files: its own reads every format of Pillow
+        dataset.loader = _load
     return dataset
+
+
+def _load(path: str) -> Image.Image:
+    return read_image(path, upright=False)
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

@@ -125,10 +125,17 @@ def _scan_tar(part: _Part, inside: tuple[str, ...], known: frozenset[str], conte
             archive.members.clear()  # tarfile keeps them all
             if member.size < 0 or archive.offset <= end:
                 raise tarfile.ReadError("a header has a negative size")
+            if _is_plain(member) and member.offset_data + member.size > archive.offset:
+                raise tarfile.ReadError("the sizes in a header and its extended header differ")
             end = archive.offset
             _take(part, member, inside, known, contents, depth)
         end = archive.offset
     _check_end(part, end)
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a file whose bytes stand in the tar as they are."""
+    return member.isfile() and not member.issparse()
 
 
 def _take(
@@ -149,7 +156,7 @@ def _take(
         return
     if not parts or any(above.startswith(".") for above in path[:-1]):
         return
-    start, plain = part.start + member.offset_data, member.isfile() and not member.issparse()
+    start, plain = part.start + member.offset_data, _is_plain(member)
     if member.isdir():
         contents.folders.add(name)
     elif plain and is_image_name(parts[-1], known):
