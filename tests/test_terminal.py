@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from runs import ROOT, settings
 
-from internimage.cli import main
+from internimage.cli import info, main
 from internimage.progress import MessageHandler, message, progress_bar
 from internimage.terminal import others_too, printable, say
 
@@ -84,6 +84,15 @@ def test_other_packages_texts_pass_it_while_a_command_runs(monkeypatch):
         warning = warnings.formatwarning("odd\n\x1b[2J file", UserWarning, "/x\n.py", 3)
     assert stream.value() == "keys: \\x1b[2J\n" and warning == "/x .py:3: UserWarning: odd \\x1b[2J file\n"
     assert (logging.lastResort, warnings.formatwarning) == before
+
+
+def test_a_command_has_other_packages_texts_pass_it(monkeypatch):
+    stream = Strict()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logger = logging.getLogger("a.package.of.somebody")
+    logger.propagate = False
+    monkeypatch.setattr(info, "run", lambda arguments: logger.warning("\x1b[2J") or 0)
+    assert main(["info"]) == 0 and stream.value() == "\\x1b[2J\n"
 
 
 def test_an_error_is_one_line_of_what_can_be_seen(capsys):
