@@ -82,7 +82,7 @@ def test_too_large_images_do_not_count_and_others_do(tmp_path, capsys, monkeypat
     monkeypatch.setenv(MAX_PIXELS, "1000000")
     result = count(dataset)
     assert (result.images, len(result.skipped)) == (6, 1)
-    assert result.skipped[0][1] == "1 x 60000 pixels are too long and narrow: it would be resized to 3840000 pixels"
+    assert result.skipped[0][1] == "1 x 60000 pixels are too long and narrow: resized, they would become 3840000"
 
     (tmp_path / "model").mkdir()
     model = write_model(tmp_path / "model")

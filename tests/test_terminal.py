@@ -39,6 +39,14 @@ class Strict(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)
 
 
+def foreign_logger(name):
+    """A logger without handlers: pytest gives its own to the root and to loggers that it finds when a test begins."""
+    logger = logging.getLogger(f"a.package.of.somebody.{name}")
+    logger.propagate = False
+    assert not logger.handlers
+    return logger
+
+
 # ---- the one function
 
 
@@ -75,8 +83,7 @@ def test_messages_log_records_and_warnings_pass_it(monkeypatch):
 def test_other_packages_texts_pass_it_while_a_command_runs(monkeypatch):
     stream = Strict()
     monkeypatch.setattr(sys, "stderr", stream)
-    logger = logging.getLogger("a.package.of.somebody")
-    logger.propagate = False  # pytest listens at the root
+    logger = foreign_logger("first")
     before = logging.lastResort, warnings.formatwarning
     with others_too(MessageHandler()):
         logger.warning("keys: %s", "\x1b[2J")
@@ -89,8 +96,7 @@ def test_other_packages_texts_pass_it_while_a_command_runs(monkeypatch):
 def test_a_command_has_other_packages_texts_pass_it(monkeypatch):
     stream = Strict()
     monkeypatch.setattr(sys, "stderr", stream)
-    logger = logging.getLogger("a.package.of.somebody")
-    logger.propagate = False
+    logger = foreign_logger("second")
     monkeypatch.setattr(info, "run", lambda arguments: logger.warning("\x1b[2J") or 0)
     assert main(["info"]) == 0 and stream.value() == "\\x1b[2J\n"
 

@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
                 _fail(error)
 
     def failed(name: str, problem: NotFiniteError | DataError) -> None:
-        kept.pop(name, None)
         if isinstance(problem, DataError):
+            kept.pop(name, None)
             failures.append(name)
             _fail(problem)
         else:

@@ -171,7 +171,7 @@ class EvaluationTransform:
         limit, size = most_pixels(), f"{image.width} x {image.height} pixels"
         resized = self.shorter_side**2 * max(image.size) / min(image.size)
         if limit is not None and resized > max(limit, image.width * image.height):
-            raise ImageError(f"{size} are too long and narrow: it would be resized to {resized:.0f} pixels")
+            raise ImageError(f"{size} are too long and narrow: resized, they would become {resized:.0f}")
         try:
             return self.transform(image)
         except ValueError as error:  # as where its shorter side is to be reduced to none

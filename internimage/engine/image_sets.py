@@ -115,6 +115,8 @@ def read_lines(path: str | Path, what: str) -> list[str]:
                     raise DataError(f"'{path}' has more than {_MOST_LINES} lines, so it is no {what}")
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}), so it is no {what}") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
     return lines
 
 

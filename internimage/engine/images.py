@@ -197,7 +197,7 @@ def _decode(source: BinaryIO) -> tuple[Image.Image, int]:
     Pillow promises no kind of error: its decoders are some forty modules, a third of them bindings to other libraries,
     and what they let pass on damaged bytes is whatever their parsing meets, such as RuntimeError (AVIF), struct.error,
     IndexError, KeyError, SyntaxError or MemoryError, and other ones in other versions. So any exception from in there
-    says that this image cannot be read, and nothing but Pillow's own code is called in there.
+    says that this image cannot be read. Beside Pillow's code nothing is called in there but a comparison of sizes.
     """
     limit = most_pixels()
     try:
