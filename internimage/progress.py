@@ -9,6 +9,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from .terminal import encoded, joined, say
+
 SECONDS = 30.0  # between two lines where there is no terminal
 
 
@@ -21,9 +23,9 @@ def on_terminal() -> bool:
 
 
 def message(text: str) -> None:
-    """Print a line on stderr; a bar that is being drawn there moves down."""
+    """Print a line on stderr, as `terminal.say` does; a bar that is being drawn there moves down."""
     if sys.stderr is not None:
-        tqdm.write(text, file=sys.stderr)  # its own default is stdout, which is for results
+        tqdm.write(encoded(text, sys.stderr), file=sys.stderr)  # its own default is stdout, which is for results
 
 
 class MessageHandler(logging.Handler):
@@ -31,7 +33,7 @@ class MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") == "0" or record.levelno >= logging.ERROR:
-            message(self.format(record))
+            message(joined(self.format(record)))
 
 
 class _Lines:
@@ -52,7 +54,7 @@ class _Lines:
     def write(self, text: str, file: TextIO | None = None) -> None:
         """Another line about the same work, after which no line is due for a while."""
         self._told = time.monotonic()
-        print(text, file=file)
+        say(text, file)
 
     def _line(self, elapsed: float) -> str:
         """Such as `evaluate: 64 %, 32000 of 50000 img, 510 img/s, 00:35 left, top1=83.1`."""

@@ -2,6 +2,7 @@
 """The command line, run as a user runs it: what it prints, writes and returns, and what it says to bad input."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import internimage
 from internimage.cli import main
+from internimage.cli import predict as predict_module
 
 SIZE = 16
 COLORS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -336,6 +338,58 @@ def test_predict_files_folders_and_stdin(run, data, tmp_path, capsys, monkeypatc
         input=red.read_bytes(), capture_output=True, check=True,
     )  # fmt: skip
     assert result.stdout.decode().split()[0] == "-" and "red" in result.stdout.decode()
+
+
+class Endless(io.RawIOBase):
+    """Standard input that has no end, such as `yes |`."""
+
+    def __init__(self):
+        self.given = 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        buffer[:] = bytes(len(buffer))
+        self.given += len(buffer)
+        return len(buffer)
+
+
+def test_standard_input_without_an_end(run, data, capsys, monkeypatch):
+    """As from /dev/zero. The other images are classified."""
+    endless = Endless()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(endless)))
+    monkeypatch.setattr(predict_module, "MOST_ON_STDIN", 3 << 20)
+    red = data / "val" / "red" / "000.png"
+    assert main(["predict", "-", str(red), "--model", str(run), "--topk", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "internimage predict: error: '-' cannot be read: more than 3 MiB come on standard input; give a file\n"
+    )
+    assert captured.out.startswith(str(red)) and endless.given < 4 << 20
+
+
+WATCHED = """
+import resource, sys
+from internimage.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [["cat", "/dev/zero"], ["yes"]], ids=" ".join)
+def test_standard_input_without_an_end_takes_little_memory(source, run):
+    """256 MiB are read, beside what torch takes."""
+    with subprocess.Popen(source, stdout=subprocess.PIPE) as endless:
+        result = subprocess.run(
+            [sys.executable, "-c", WATCHED, "predict", "-", "--model", str(run)],
+            stdin=endless.stdout, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        endless.kill()
+    line, memory = result.stderr.splitlines()
+    assert result.returncode == 2 and "more than 256 MiB come on standard input" in line and int(memory) < 1500
 
 
 def test_predict_names_imagenet_classes(tmp_path, capsys):

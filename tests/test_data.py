@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from torchvision.datasets import CIFAR10
 
 from internimage.cli import main
 from internimage.engine import data as data_module
+from internimage.engine import image_sets
 from internimage.engine.data import DataError, class_names, open_dataset
 from internimage.engine.evaluate import evaluate
 from internimage.engine.finetune import finetune
@@ -269,15 +271,71 @@ def test_class_maps_that_fit(tmp_path):
         ("map.txt", b"bl\xfce\n", r"is not UTF-8 text \(byte 2\), so it is no class map"),
         ("map.txt", b"", "is empty; it needs a class a line"),
         ("map.pkl", b"words", "is not a pickled class map"),
-        ("map.pkl", pickle.dumps({"red": "first"}), "has no index of 0 or more for red"),
+        ("map.pkl", pickle.dumps({"red": "first"}), "has no index from 0 to 3999999 for red"),
         ("map.pkl", pickle.dumps(["red"]), "is not a pickled class map"),
+        ("map.pkl", b"", "is not a pickled class map"),
+        ("map.pkl", pickle.dumps({"red": 1 << 40}), "has no index from 0 to 3999999 for red"),
+        ("map.pkl", pickle.dumps({"red": True}), "it has the instruction NEWTRUE"),
+        ("map.pkl", pickle.dumps({"red": -1}), "has no index from 0 to 3999999 for red"),
+        ("map.pkl", b"cos\nmkdir\n(S'NAME'\ntR.", "not a pickled class map: it has the instruction GLOBAL"),
+        ("map.pkl", b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93.", "it has the instruction STACK_GLOBAL"),
+        ("map.pkl", b"\x80\x05\x96" + struct.pack("<Q", 8 << 30) + b".", "is not a pickled class map"),  # 8 GB of bytes
+        ("map.pkl", b"\x80\x02}r\xff\xff\xff\x7f.", "it has the instruction LONG_BINPUT"),  # a memo of 16 GB
+        ("map.pkl", b"\x80\x02" + b"]" * 100_000 + b".", "it has the instruction EMPTY_LIST"),
+        (
+            "map.pkl",
+            b"\x80\x02" + b"}X\x01\0\0\0a" * 90_000 + b"K\x01" + b"s" * 90_000 + b".",
+            "no index from .* for a",
+        ),
+        ("map.pkl", b"\x80\x02}}K\x01s.", "is not a pickled class map: unhashable"),
+        ("map.pkl", b"}h\x07.", "is not a pickled class map: "),
+        ("map.pkl", b"I" + b"9" * 9999 + b"\n.", "is not a pickled class map: "),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_class_maps_that_cannot_be_used(tmp_path, name, content, message):
     write(tmp_path / "data", "red/0.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path / "data", class_map=tmp_path / name)
+
+
+def test_a_pickled_class_map_runs_nothing(tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    write(tmp_path / "data", "red/0.png")
+    for version in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "map.pkl").write_bytes(pickle.dumps({"red": Evil()}, version))
+        with pytest.raises(DataError, match="is not a pickled class map"):
+            open_dataset(tmp_path / "data", class_map=tmp_path / "map.pkl")
+        (tmp_path / "map.pkl").write_bytes(pickle.dumps({"red": 300, "blue": 0}, version))
+        assert open_dataset(tmp_path / "data", class_map=tmp_path / "map.pkl").reader.samples[0][1] == 300
+    assert not (tmp_path / "owned").exists()
+    (tmp_path / "map.pkl").write_bytes(b"(dp0\nS'red'\np1\nI2\ns.")  # as Python 2 wrote it
+    assert open_dataset(tmp_path / "data", class_map=tmp_path / "map.pkl").reader.samples[0][1] == 2
+
+
+@pytest.mark.parametrize("option", ["--class-map", "--labels", "--real-labels"])
+def test_lists_that_are_too_large_are_not_read(option, tmp_path, capsys, model, monkeypatch):
+    three(tmp_path / "data", 1)
+    path, more = tmp_path / "list.txt", ["--variant", "real"] * (option == "--real-labels")
+    what = {"--class-map": "class map", "--labels": "file of labels", "--real-labels": "file of ReaL labels"}[option]
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    if more:
+        with pytest.raises(DataError, match=f"list.txt' has more than 128 MiB, so it is no {what}"):
+            protocol("real", ByColor([str(i) for i in range(1000)]), torch.utils.data.TensorDataset(), path)
+        path.write_text("[" * 100_000)
+        with pytest.raises(DataError, match="list.txt' is not ReaL's list of 50000 labels: "):
+            protocol("real", ByColor([str(i) for i in range(1000)]), torch.utils.data.TensorDataset(), path)
+        return
+    arguments = ["--model", model, "--data", tmp_path / "data", option, path]
+    assert f"list.txt' has more than 128 MiB, so it is no {what}" in command(capsys, "evaluate", *arguments)
+    monkeypatch.setattr(image_sets, "_MOST_LINES", 10)
+    path.write_text("\n" * 11)
+    assert f"list.txt' has more than 10 lines, so it is no {what}" in command(capsys, "evaluate", *arguments)
 
 
 def test_class_maps_that_are_no_files(tmp_path, capsys, model):
@@ -312,6 +370,7 @@ def test_labels_that_are_no_text_or_ambiguous(tmp_path, capsys):
         (b"\xff\xfe1\n", "is not UTF-8 text .*, so it is no file of labels"),
         (b"a.png 1\nb.png 2\na.png 3\n", "two labels for a.png: 1 and 3"),
         ("a.png 1\nb.png ²\n".encode(), "neither an index nor a synset"),
+        (b"a.png 1\nb.png " + b"9" * 5000, "neither an index nor a synset"),
     ):
         labels.write_bytes(text)
         with pytest.raises(DataError, match=message):

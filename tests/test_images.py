@@ -3,16 +3,25 @@
 
 import io
 import os
+import random
 import struct
 
 import numpy as np
 import pytest
-from pictures import refuse_to_list
-from PIL import ExifTags, Image, features
-from torchvision.datasets import FakeData
+from pictures import count, refuse_to_list, three
+from PIL import ExifTags, GifImagePlugin, Image, PngImagePlugin, features
+from torchvision.datasets import FakeData, ImageFolder
 
-from internimage.engine.data import GuardedDataset
-from internimage.engine.images import DataError, ImageError, endings, list_images, read_image
+from internimage.engine import data as data_module
+from internimage.engine.data import GuardedDataset, open_dataset
+from internimage.engine.images import (
+    DataError,
+    ImageError,
+    endings,
+    formats,
+    list_images,
+    read_image,
+)
 from internimage.engine.predict import find_images
 from internimage.engine.predict import read_image as read_for_predict
 
@@ -46,11 +55,53 @@ def test_what_other_programs_would_have_to_decode_is_no_image(ending):
     assert f".{ending}" not in endings()
 
 
-def test_an_eps_by_another_name_is_not_given_to_ghostscript(tmp_path):
+OTHERS = {
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
+    "WMF": b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<4hH", 0, 0, 99, 99, 72) + bytes(6) + b"\x01\0\t\0" + bytes(60),
+    "PDF": b"%PDF-1.7\n1 0 obj\n",
+    "GRIB": b"GRIB" + bytes(3) + b"\x01" + bytes(90),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(90),
+    "BUFR": b"BUFR" + bytes(90),
+    "FITS": b"SIMPLE  =                    T" + b" " * 50 + b"END".ljust(2800),
+    "FPX": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+    "MPEG": b"\0\0\x01\xb3\x10\x00\x10\x13" + bytes(60),
+    "FLI": bytes(4) + b"\x11\xaf\x01\0\x08\0\x08\0\x08\0\0\0" + bytes(120),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_formats_that_are_not_named_are_not_read_by_another_name(tmp_path, kind):
+    """Pillow looks at the content alone, and starts Ghostscript for EPS."""
     file = tmp_path / "image.jpg"
-    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    file.write_bytes(OTHERS[kind])
     with pytest.raises(ImageError, match="^not an image$"):
         read_image(file)
+
+
+def test_no_reader_of_another_format_is_asked(monkeypatch):
+    def fail(*_):
+        raise AssertionError("a format that is not named")
+
+    Image.init()
+    ours = formats()
+    others = [name for name in (*Image.ID, "NEW") if name not in ours]
+    assert {"EPS", "WMF", "GRIB", "NEW"} <= set(others) and {"PNG", "JPEG", "TIFF", "WEBP"} <= set(ours)
+    for name in others:
+        monkeypatch.setitem(Image.OPEN, name, (fail, fail))
+    monkeypatch.setattr(Image, "ID", [*others, *ours])
+    with pytest.raises(ImageError, match="^not an image$"):
+        read_image(io.BytesIO(b"%!PS nothing"))
+
+
+def test_a_plugin_for_heif_is_used_where_a_program_has_registered_it(monkeypatch):
+    def decode(file, name):
+        return PngImagePlugin.PngImageFile(io.BytesIO(file.read()[4:]))
+
+    assert "HEIF" not in formats()
+    monkeypatch.setitem(Image.OPEN, "HEIF", (decode, lambda prefix: prefix.startswith(b"HEIF")))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+    picture = saved(Image.new("RGB", (5, 4), (1, 2, 3))).getvalue()
+    assert read_image(io.BytesIO(b"HEIF" + picture)).getpixel((4, 3)) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm"])
@@ -169,13 +220,31 @@ def test_a_dataset_reads_upright_and_says_if_not(tmp_path):
     for folder in ("photos", "n01440764"):
         (tmp_path / folder / folder).mkdir(parents=True)
         Image.new("RGB", (8, 4)).save(tmp_path / folder / folder / "a.jpg", exif=exif)
-    from internimage.engine.data import open_dataset
-
     for folder, size in (("photos", (4, 8)), ("n01440764", (8, 4))):
         dataset = open_dataset(tmp_path / folder)
         assert GuardedDataset(dataset, lambda image: image)[0][0].size == size
         assert GuardedDataset(dataset, lambda image: image, upright=True)[0][0].size == (4, 8)
     assert read_for_predict(tmp_path / "n01440764" / "n01440764" / "a.jpg", "a.jpg").size == (4, 8)
+
+
+EXIF = {
+    "values without end": struct.pack("<HHIII", 1, 274, 3 << 16, 0xFFFFFFFF, 8),
+    "a count without end": struct.pack("<HHHII", 1, 274, 3, 0xFFFFFFFF, 8),
+    "text": struct.pack("<HHHI4sI", 1, 274, 2, 4, b"6\0\0\0", 0),
+    "many": struct.pack("<HHHII", 1, 274, 3, 2, 0x00060006) + bytes(4),
+    "none of eight": struct.pack("<HHHII", 1, 274, 3, 1, 65535) + bytes(4),
+    "a fraction": struct.pack("<HHHII", 1, 274, 5, 1, 26) + bytes(4) + struct.pack("<II", 6, 0),
+    "60000 tags": struct.pack("<H", 60000) + struct.pack("<HHII", 274, 3, 1, 6) * 4000,
+    "a circle": struct.pack("<HHHIII", 1, 34665, 4, 1, 8, 8),
+}
+
+
+@pytest.mark.parametrize("kind", EXIF)
+def test_odd_orientations_turn_nothing_or_once(kind):
+    data = b"Exif\0\0II*\0\x08\0\0\0" + EXIF[kind]
+    image = Image.new("RGB", (8, 4), (9, 9, 9))
+    sizes = {read_image(saved(image, name, exif=data)).size for name in ("a.jpg", "a.png", "a.webp")}
+    assert sizes <= {(8, 4), (4, 8)}
 
 
 # ---- damage and odd files
@@ -204,15 +273,49 @@ def test_damaged_images_are_said_to_be(tmp_path, kind):
         read_for_predict(file, "x.png")
 
 
+@pytest.mark.parametrize("where", ["PIL.ImageFile.ImageFile.load", "PIL.PngImagePlugin.PngImageFile._open"])
 @pytest.mark.parametrize("error", [RuntimeError("avif"), struct.error("short"), MemoryError(), KeyError("tag")])
-def test_whatever_a_decoder_raises_is_of_that_image(monkeypatch, error):
+def test_whatever_a_decoder_raises_is_of_that_image(monkeypatch, error, where):
     def fail(*_, **__):
         raise error
 
     good = saved(Image.new("RGB", (8, 8)))
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    with pytest.raises(DataError, match="'good' cannot be read: ."):
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(DataError, match="'good' (cannot be read: .|is not an image)"):
         read_for_predict(good, "good")
+
+
+def test_an_error_of_ours_is_not_taken_for_an_unreadable_image(tmp_path):
+    def wrong(image):
+        raise RuntimeError("a mistake in a transform")
+
+    dataset = open_dataset(three(tmp_path, 1))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        GuardedDataset(dataset, wrong)[0]
+
+
+@pytest.mark.parametrize("cases", [40, pytest.param(1700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ending", ["png", "jpg", "gif", "tiff", "webp", "avif", "jp2", "bmp", "dds", "ico", "ppm", "tga"]
+)
+def test_mutated_images_are_read_or_refused(ending, cases, recwarn, capfd):
+    """A larger number of them, by hand, let RuntimeError, struct.error and others pass."""
+    if ending in ("avif", "jp2") and not features.check({"jp2": "jpg_2000"}.get(ending, ending)):
+        return
+    draw = random.Random(ending)
+    noise = Image.frombytes("RGB", (20, 18), draw.randbytes(20 * 18 * 3))
+    good = saved(noise, f"a.{ending}").getvalue()
+    assert read_image(io.BytesIO(good)).mode == "RGB"
+    for _ in range(cases):
+        data = bytearray(good)
+        for _ in range(draw.choice((1, 1, 4))):
+            at = draw.randrange(min(len(data), 200))
+            data[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", bytes(4), draw.randbytes(4)))
+        try:
+            assert read_image(io.BytesIO(data)).mode == "RGB"
+        except ImageError as error:
+            assert 0 < len(str(error)) <= 300 and "\n" not in str(error)
+    assert not [str(warning.message) for warning in recwarn] and capfd.readouterr().out == ""
 
 
 def test_ctrl_c_in_a_decoder_passes(monkeypatch):
@@ -232,12 +335,61 @@ def test_the_first_frame_of_an_animation(name):
     assert pixel[2] > 230 and pixel[0] < 20 and pixel[1] < 20
 
 
+def test_of_many_frames_one_is_read(monkeypatch):
+    file = saved(Image.new("1", (8, 8)), "a.gif").getvalue()
+    start = 13 + 3 * 2 ** ((file[10] & 7) + 1)  # behind the size and the palette
+    head, frame = file[:start], file[start:-1]
+    seeks, seek = [], GifImagePlugin.GifImageFile._seek
+    monkeypatch.setattr(
+        GifImagePlugin.GifImageFile, "_seek", lambda self, frame, *more: seeks.append(frame) or seek(self, frame, *more)
+    )
+    assert read_image(io.BytesIO(head + frame * 100_000 + b";")).size == (8, 8)
+    assert seeks and set(seeks) == {0}
+
+
+# ---- from other libraries
+
+
 def test_images_that_torchvision_opens_take_the_mode_too():
     for mode, shape in (("L", (4, 5)), ("RGB", (4, 5, 3))):
         dataset = FakeData(3, (3, 4, 5), num_classes=2)
         dataset.input_img_mode = mode
         image, target, failure = GuardedDataset(dataset, np.asarray)[1]
         assert failure is None and image.shape == shape and target in (0, 1)
+
+
+def test_an_image_that_torchvision_cannot_read_is_reported():
+    class Broken(FakeData):
+        def __getitem__(self, index):
+            raise SyntaxError("broken PNG file")
+
+    assert GuardedDataset(Broken(3, (3, 4, 5)), np.asarray)[1] == (None, -1, ("sample 1", "broken PNG file"))
+
+
+def test_torchvisions_datasets_of_files_are_read_by_the_same_rules(tmp_path, monkeypatch):
+    """Their own loader would start Ghostscript, and wait for a pipe's writer; that of iNaturalist decodes later."""
+    folder = three(tmp_path, 3)
+    (folder / "blue" / "0.png").write_bytes(OTHERS["EPS"])
+    (folder / "green" / "0.png").unlink()
+    (folder / "red" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    listed = ImageFolder(folder, loader=Image.open)
+    listed.samples.append((str(folder / "red" / "pipe.png"), 2))
+    os.mkfifo(folder / "red" / "pipe.png")
+    monkeypatch.setattr(data_module, "create_dataset", lambda *_, **__: listed)
+    result = count(open_dataset(tmp_path, name="torch/inaturalist"))
+    assert (result.images, result.top1) == (6, 100.0)
+    assert [reason for _, reason in result.skipped][::2] == ["not an image", "not a regular file"]
+
+
+def test_what_takes_the_place_of_an_image_later_is_not_waited_for(tmp_path):
+    dataset = open_dataset(three(tmp_path, 1))
+    (tmp_path / "blue" / "0.png").unlink()
+    os.mkfifo(tmp_path / "blue" / "0.png")
+    (tmp_path / "green" / "0.png").unlink()
+    result = count(dataset)
+    assert [reason for _, reason in result.skipped] == ["not a regular file", "No such file or directory"]
+    (tmp_path / "green" / "0.png").symlink_to("/dev/zero")
+    assert count(dataset).skipped[1][1] == "not a regular file"
 
 
 def test_listing(tmp_path):
@@ -256,6 +408,7 @@ def test_listing(tmp_path):
     os.mkfifo(tmp_path / "b" / "pipe.jpg")
     (tmp_path / "b" / "gone.jpg").symlink_to(tmp_path / "nothing")
     (tmp_path / "b" / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "b" / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "b" / "linked.jpg").symlink_to(tmp_path / "a.jpg")
     (tmp_path / "b" / "above").symlink_to(tmp_path)
     listing = list_images(tmp_path)
@@ -263,6 +416,7 @@ def test_listing(tmp_path):
     assert listing.ignored == [
         "b/.old/", "b/above/ (a link to a folder above it)", "b/gone.jpg (not a regular file)", "b/notes.txt",
         "b/pipe.jpg (not a regular file)", "b/self.jpg (not a regular file)",
+        "b/zero.jpg (not a regular file)",
     ]  # fmt: skip
     assert listing.folders == ["b"]
 

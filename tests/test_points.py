@@ -72,7 +72,7 @@ def test_the_names_are_those_of_the_images_and_of_long_ones_the_end_is_kept(mode
     font = points.ImageFont.load_default(13)
     assert points._fit(long, font, 224, keep_end=True).endswith("very/cat.png")
     assert points._fit("levels." * 40, font, 224).startswith("levels.")
-    assert points._fit("caf\udce9\n.png", font, 224) == "caf\\udce9 .png"
+    assert points._fit("caf\udce9\n.png", font, 224) == "caf\\udce9\\n.png"
     assert font.getlength(points._fit("W" * 100, font, 224)) <= 224
 
 

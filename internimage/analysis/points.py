@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import writing
 from ..layers.dcn import DCNv3
+from ..terminal import printable
 
 _TILE = 224  # longest side of one drawn image in pixels
 _FINE = 3  # drawn so many times as large and reduced, for smooth edges
@@ -193,8 +194,8 @@ def _sheet(names: list[str], tiles: list[Image.Image], layer: str) -> Image.Imag
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int, keep_end: bool = False) -> str:
-    """The text, shortened where it is wider; of a path the end tells more. What cannot be encoded is written out."""
-    text = text.encode("utf-8", "backslashreplace").decode().replace("\n", " ")
+    """The text, shortened where it is wider; of a path the end tells more. What is no text is written out."""
+    text = printable(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"...{text}") > width:

@@ -12,6 +12,7 @@ import signal
 import sys
 
 from ..errors import UserError
+from ..terminal import joined, others_too, say
 from .verbs import parser
 
 __all__ = ["main", "parser"]
@@ -23,8 +24,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. `--help` and `--version` raise SystemExit, as argparse does."""
     prog, running = "internimage", False
-    if getattr(sys.stdout, "errors", None) == "strict":  # names of files and classes may hold any bytes
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = parser().parse_args(argv)
         prog = f"internimage {arguments.verb}"
@@ -37,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         logger = logging.getLogger("internimage")  # ours alone: other packages have handlers of their own
         if not logger.handlers:
             logger.addHandler(MessageHandler())
-        return importlib.import_module(f".{arguments.verb}", __name__).run(arguments)
+        with others_too(MessageHandler()):
+            return importlib.import_module(f".{arguments.verb}", __name__).run(arguments)
     except UserError as error:
         return _fail(error, getattr(error, "prog", prog), running)
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, prog, running)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
-            print(interrupt if interrupt.args else "interrupted", file=sys.stderr)
+            say(joined(interrupt) if interrupt.args else "interrupted", sys.stderr)
         return 130
 
 
@@ -65,6 +65,5 @@ def _fail(error: Exception, prog: str, running: bool) -> int:
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     if speaks:
         process = "" if rank == "0" else f", process {rank}"
-        text = " ".join(line.strip() for line in str(error).splitlines())
-        print(f"{prog}{process}: error: {text}", file=sys.stderr, flush=True)
+        say(f"{prog}{process}: error: {joined(error)}", sys.stderr, flush=True)
     return getattr(error, "status", 2)  # not every error is a UserError

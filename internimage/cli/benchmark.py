@@ -9,13 +9,14 @@ from pathlib import Path
 from ..benchmark import MODEL_PEERS, OPS_PEERS
 from ..benchmark.models import benchmark_models
 from ..benchmark.ops import benchmark_ops
+from ..terminal import say
 
 
 def _peers(arguments: argparse.Namespace, every: Sequence[str]) -> list[str]:
     """Those to time. Where none were chosen, the official code is left out without a checkout, and a message tells."""
     if arguments.official is not None or list(arguments.peers) != list(every):
         return list(arguments.peers)
-    print("without the official code: --official PATH names your checkout of it", file=sys.stderr)
+    say("without the official code: --official PATH names your checkout of it", sys.stderr)
     return [peer for peer in every if peer != "official"]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from ..models.convert import convert
 from ..progress import progress_bar
+from ..terminal import say
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,9 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
             progress=bar.update,
         )
     for file, size in result.files.items():
-        print(f"{size:>16,}  {result.folder / file}")
+        say(f"{size:>16,}  {result.folder / file}")
     checked = "every tensor read again and compared" if result.verified else "not read again (--verify does)"
     size = f"{result.tensors} tensors, {result.parameters:,} parameters, {', '.join(result.dtypes)}"
-    print(f"{result.model}: {size}; {checked}")
-    print(f'load it with timm.create_model("local-dir:{result.folder}", pretrained=True)')
+    say(f"{result.model}: {size}; {checked}")
+    say(f'load it with timm.create_model("local-dir:{result.folder}", pretrained=True)')
     return 0

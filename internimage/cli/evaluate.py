@@ -14,8 +14,9 @@ from ..engine.evaluate import Evaluation, evaluate
 from ..engine.imagenet import open_labelled_folder, protocol
 from ..engine.model import pick_device
 from ..errors import UserError
-from ..files import is_stdout, write_text
+from ..files import is_stdout, write_text, writing
 from ..models.published import PUBLISHED
+from ..terminal import printable, say
 from .arguments import load_model
 
 _TOLERANCE = 0.1  # percent, of --expect
@@ -65,7 +66,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     if world.first:
         _report(arguments, result, config, world.device, published)
         if wrong:
-            print(f"top-1 is {result.top1:.2f} %, expected {expected} within {_TOLERANCE}", file=sys.stderr)
+            say(f"top-1 is {result.top1:.2f} %, expected {expected} within {_TOLERANCE}", sys.stderr)
     return 1 if wrong or (arguments.strict and result.skipped) else 0
 
 
@@ -108,7 +109,8 @@ def _report(arguments: argparse.Namespace, result: Evaluation, config: dict, dev
         writer = csv.DictWriter(text, row, lineterminator="\n")
         writer.writeheader()
         writer.writerow(row)
-        write_text(arguments.csv, text.getvalue())
+        with writing(arguments.csv) as file:
+            file.write(text.getvalue().encode(errors="surrogateescape"))  # names of files, byte for byte
 
 
 def _published_top1(model, arguments: argparse.Namespace) -> float | None:
@@ -126,21 +128,22 @@ def _print(result: Evaluation, row: dict, arguments: argparse.Namespace, out) ->
     top1 = f"top-1 {result.top1:.2f} %"
     if row["published_top1"] is not None:
         top1 += f" (published, ImageNet-1k: {row['published_top1']} %)"
-    print(f"{top1}   top-5 {result.top5:.2f} %   loss {result.loss:.4f}", file=out)
+    say(f"{top1}   top-5 {result.top5:.2f} %   loss {result.loss:.4f}", out)
     if result.real_top1 is not None:
         real = f"ReaL top-1 {result.real_top1:.2f} %   top-5 {result.real_top5:.2f} %"
-        print(f"{real}   of {result.real_images} images that have a label", file=out)
+        say(f"{real}   of {result.real_images} images that have a label", out)
     processes = f" in {result.processes} processes" if result.processes > 1 else ""
     memory = f", at most {result.peak_memory / 2**30:.2f} GiB" if result.peak_memory else ""
-    print(
+    say(
         f"{result.images} images at {row['img_size']} px, {result.images_per_second:.1f} images/s with loading, "
         f"{result.model_images_per_second:.1f} without, {row['device']}, {row['dtype']}{processes}{memory}",
         file=out,
     )
     if arguments.per_class:
-        width = max(len(str(entry["class"])) for entry in result.per_class)
-        for entry in result.per_class:
-            print(f"  {entry['class']:<{width}}  {entry['top1']:6.2f} %  of {entry['images']}", file=out)
+        classes = [printable(entry["class"]) for entry in result.per_class]
+        width = max(map(len, classes))
+        for name, entry in zip(classes, result.per_class):
+            say(f"  {name:<{width}}  {entry['top1']:6.2f} %  of {entry['images']}", out)
     if result.skipped:
         files = f"{len(result.skipped)} image{'s' if len(result.skipped) > 1 else ''}"
-        print(f"{files} could not be read and do not count (the report of --json lists them all)", file=sys.stderr)
+        say(f"{files} could not be read and do not count (the report of --json lists them all)", sys.stderr)

@@ -6,6 +6,7 @@ import os
 import sys
 
 from ..engine.finetune import Outcome, Preempted, train
+from ..terminal import say
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -14,7 +15,7 @@ def run(arguments: argparse.Namespace) -> int:
         outcome = train(arguments.config)
     except Preempted as stopped:
         if first:
-            print(stopped)
+            say(stopped)
         return 0
     if first:
         _tell(outcome)
@@ -25,11 +26,11 @@ def _tell(outcome: Outcome) -> None:
     """How good the model is, and where everything lies."""
     if outcome.result is not None:
         result = outcome.result
-        print(f"top-1 {result.top1:.2f} % on {result.images} validation images, loss {result.loss:.4f}")
+        say(f"top-1 {result.top1:.2f} % on {result.images} validation images, loss {result.loss:.4f}")
         if result.skipped:
-            print(f"validation images that could not be read and do not count: {len(result.skipped)}", file=sys.stderr)
+            say(f"validation images that could not be read and do not count: {len(result.skipped)}", sys.stderr)
     elif outcome.complete:
-        print("there are no validation images, so the accuracy is not known (they go to DATA/val/CLASS/IMAGE)")
-    print(f"model: {outcome.output}")
+        say("there are no validation images, so the accuracy is not known (they go to DATA/val/CLASS/IMAGE)")
+    say(f"model: {outcome.output}")
     if outcome.report is not None:
-        print(f"report: {outcome.report}")
+        say(f"report: {outcome.report}")

@@ -10,6 +10,7 @@ import torch
 
 from .. import __version__, list_models
 from ..extension import backend, build_facts, capability_note, cpu_capability, cuda_note, devices
+from ..terminal import say
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,18 +35,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return 0
-    print(f"internimage {facts['internimage']}, Python {facts['python']}, {facts['platform']}")
-    print(f"torch {facts['torch']} (CUDA {facts['torch_cuda'] or 'none'}), timm {facts['timm']}")
+    say(f"internimage {facts['internimage']}, Python {facts['python']}, {facts['platform']}")
+    say(f"torch {facts['torch']} (CUDA {facts['torch_cuda'] or 'none'}), timm {facts['timm']}")
     for entry in facts["backends"]:
-        print(f"{entry['device']} ({entry['hardware']}): DCNv3 is served by {entry['name']}")
+        say(f"{entry['device']} ({entry['hardware']}): DCNv3 is served by {entry['name']}")
         if entry["reason"]:
-            print(f"  not by a faster one: {entry['reason']}")
+            say(f"  not by a faster one: {entry['reason']}")
         if entry["device"] == "cpu" and facts["kernel_capability_note"]:
-            print(f"  {facts['kernel_capability_note']}")
+            say(f"  {facts['kernel_capability_note']}")
     built = facts["kernels_built_with"]
-    print(f"kernels built with torch {built['torch']}" if built else "no compiled kernels are installed")
-    print(f"CUDA kernels: {facts['cuda_kernels']}")
-    print(f"models: {', '.join(facts['models'])}")
+    say(f"kernels built with torch {built['torch']}" if built else "no compiled kernels are installed")
+    say(f"CUDA kernels: {facts['cuda_kernels']}")
+    say(f"models: {', '.join(facts['models'])}")
     return 0
 
 

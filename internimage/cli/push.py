@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 from ..hub import check_repository, push
 from ..models.convert import CARD, check_folder
+from ..terminal import say
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -16,15 +17,15 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder).expanduser()
     files = check_folder(folder)
     if CARD not in files:
-        print(f"'{folder}' has no {CARD}: the repository will have no model card", file=sys.stderr)
+        say(f"'{folder}' has no {CARD}: the repository will have no model card", sys.stderr)
     left = sorted(file.name for file in folder.iterdir() if file.name not in files)
     where = f"{constants.ENDPOINT}/{arguments.repository}" + (f" ({arguments.revision})" if arguments.revision else "")
-    print(f"{'would go' if arguments.dry_run else 'going'} to {where}, in one commit:")
+    say(f"{'would go' if arguments.dry_run else 'going'} to {where}, in one commit:")
     for file in files:
-        print(f"{(folder / file).stat().st_size:>16,}  {file}")
+        say(f"{(folder / file).stat().st_size:>16,}  {file}")
     if left:
-        print(f"not uploaded: {', '.join(left)}")
+        say(f"not uploaded: {', '.join(left)}")
     if arguments.dry_run:
         return 0
-    print(push(folder, arguments.repository, files, arguments.revision, arguments.private, arguments.message))
+    say(push(folder, arguments.repository, files, arguments.revision, arguments.private, arguments.message))
     return 0

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import some
+from ..errors import one_line, some
 from ..progress import message
 from .image_sets import choose_folder, find_split, open_folder, read_class_map, split_names
 from .image_tars import open_tar
-from .images import DataError, convert_image, ignored_message, read_image, why
+from .images import DataError, ImageError, convert_image, ignored_message, most_pixels, read_image, why
 
 __all__ = [
-    "Batch", "DataError", "GuardedDataset", "class_difference", "class_names", "find_split", "open_dataset",
+    "Batch", "DataError", "EvaluationTransform", "GuardedDataset", "class_difference", "class_names", "find_split",
+    "open_dataset",
 ]  # fmt: skip
 
 # timm's names; the first have two splits, and any word but train means the other one
@@ -109,7 +110,13 @@ def _open_named(name: str, root: str, split: str, class_map: dict[str, int] | No
     lacking = set(getattr(getattr(dataset, "reader", None), "_source_names", {}).values()) - set(class_map or ())
     if class_map is not None and lacking:
         raise DataError(f"the class map lacks {len(lacking)} of the classes of '{name}': {some(lacking, 5)}")
+    if hasattr(dataset, "loader"):  # of torchvision's datasets of files: its own reads every format of Pillow
+        dataset.loader = _load
     return dataset
+
+
+def _load(path: str) -> Image.Image:
+    return read_image(path, upright=False)
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -144,18 +151,46 @@ class Batch:
         return Batch(images, self.targets.pin_memory(), self.failures, self.places)
 
 
+class EvaluationTransform:
+    """timm's preprocessing: Pillow image -> normalized tensor.
+
+    An image is resized by its shorter side before its middle is cut out, so one of 1 x 65535 pixels would become one of
+    256 x 16776960.
+
+    Args:
+        config: From `internimage.engine.model.data_config`.
+    """
+
+    def __init__(self, config: dict) -> None:
+        self.transform = create_transform(**config, is_training=False)
+        crops = config.get("crop_mode") in (None, "center")
+        self.shorter_side = max(config["input_size"][1:]) / (config.get("crop_pct") or 0.875) if crops else 0.0
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Raises ImageError for an image that is too long and narrow to be resized."""
+        limit, size = most_pixels(), f"{image.width} x {image.height} pixels"
+        resized = self.shorter_side**2 * max(image.size) / min(image.size)
+        if limit is not None and resized > max(limit, image.width * image.height):
+            raise ImageError(f"{size} are too long and narrow: resized, they would become {resized:.0f}")
+        try:
+            return self.transform(image)
+        except ValueError as error:  # as where its shorter side is to be reduced to none
+            raise ImageError(f"{size} cannot be resized: {one_line(error)}") from error
+
+
 class GuardedDataset(Dataset):
     """A map-style dataset whose unreadable images are reported; timm's own would put the next image in their place.
 
     Args:
         dataset: From `open_dataset`.
-        transform: Pillow image -> tensor.
+        transform: Pillow image -> tensor; may raise `ImageError`.
         upright: Turn images as their Exif data say; None does as `dataset.upright` says, and does so if it does not.
     """
 
     def __init__(self, dataset: Dataset, transform, upright: bool | None = None) -> None:
         if isinstance(dataset, IterableDataset):
             raise DataError("a streamed dataset has no length and no order; take one that can be indexed")
+        most_pixels()  # a value of its variable that is wrong is no matter of any image
         self.dataset = dataset
         self.transform = transform
         self.upright = getattr(dataset, "upright", True) if upright is None else upright
@@ -167,27 +202,32 @@ class GuardedDataset(Dataset):
         try:
             image, target = self._read(index)
             return self.transform(image), target, None
-        except Exception as error:  # of one image; a reader's, Pillow's or the transform's own kind
-            return None, -1, (self.name(index), why(error))
+        except ImageError as error:
+            return None, -1, (self.name(index), str(error))
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         mode = getattr(self.dataset, "input_img_mode", "RGB")
         reader = getattr(self.dataset, "reader", None)
-        if reader is None:  # torchvision's open their images themselves
-            image, target = self.dataset[index]
-            return convert_image(image, mode), int(target)
-        source, target = reader[index][:2]
+        try:
+            sample = (self.dataset if reader is None else reader)[index]
+        except ImageError:
+            raise
+        except Exception as error:  # of torchvision's datasets, which decode in here, and of the package datasets
+            raise ImageError(why(error)) from error
+        source, target = sample[:2]
+        if reader is None:
+            return convert_image(source, mode), int(target)
         with closing(source) if hasattr(source, "close") else nullcontext():
             return read_image(source, mode, self.upright), int(target)
 
     def name(self, index: int) -> str:
-        """File name of a sample, or its index; what is not UTF-8 is escaped, so that it can be printed."""
+        """File name of a sample, or its index."""
         filename = getattr(self.dataset, "filename", None)
         try:
             name = filename(index, absolute=True) if filename else None
         except Exception:  # a reader that has to read the sample for it
             name = None
-        return f"sample {index}" if name is None else str(name).encode("utf-8", "backslashreplace").decode()
+        return f"sample {index}" if name is None else str(name)
 
     @staticmethod
     def collate(samples: list) -> Batch:

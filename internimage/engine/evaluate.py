@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import some
 from ..progress import message, progress_bar
-from .data import Batch, DataError, GuardedDataset, class_difference, class_names
+from .data import Batch, DataError, EvaluationTransform, GuardedDataset, class_difference, class_names
 from .distributed import World
 from .finite import NotFiniteError, output_problem
 from .imagenet import Protocol
@@ -223,7 +222,7 @@ def evaluate(
     model = model.eval()
     # published accuracies on ImageNet were measured without a look at Exif data
     upright = False if protocol.classes is not None else None
-    guarded = GuardedDataset(dataset, create_transform(**config, is_training=False), upright)
+    guarded = GuardedDataset(dataset, EvaluationTransform(config), upright)
     told, named = set() if told is None else told, 0
     blank = torch.zeros(1, *config["input_size"], device=device, dtype=dtype)
     result = Evaluation(processes=world.size)

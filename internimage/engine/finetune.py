@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -229,7 +228,7 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage:
             held.enter_context(own_output(config))  # until the result is there
     resumed = trainer.resume()
     if resumed is not None and world.first and progress:
-        print(f"going on from {resumed}, step {trainer.progress.step} of {trainer.total}", file=sys.stderr)
+        message(f"going on from {resumed}, step {trainer.progress.step} of {trainer.total}")
     if not trainer.run(stop, progress):
         raise Preempted(
             f"asked to stop: saved after step {trainer.progress.step} of {trainer.total} in '{output / CHECKPOINTS}'; "

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: MIT
 """Folders of images in class folders, read as timm reads them and with nothing left out in silence."""
 
+import io
 import os
+import pickle
+import pickletools
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 
-from ..errors import some
-from .images import USUAL_ENDINGS, DataError, list_images
+from ..errors import one_line, some
+from .images import USUAL_ENDINGS, DataError, ImageError, list_images, open_regular, why
+
+_MOST_BYTES, _MOST_LINES = 1 << 27, 4_000_000  # of class maps and labels; ImageNet-1k's training images have 42 MB
+_INSTRUCTIONS = frozenset(  # of pickles of a dict of text and whole numbers
+    "PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 STRING "
+    "SHORT_BINSTRING BINSTRING INT BININT BININT1 BININT2 LONG LONG1 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET "
+    "LONG_BINGET".split()
+)
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -94,19 +104,67 @@ def read_lines(path: str | Path, what: str) -> list[str]:
         what: What it is, for messages: "class map".
 
     Raises:
-        DataError: It is not there, not a regular file, or not UTF-8 text.
+        DataError: It is not there, not a regular file, not UTF-8 text, or has more than 128 MiB or 4 million lines.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"there is no {what} at '{path}'")
-    if not path.is_file():  # a named pipe would wait forever for a writer
-        raise DataError(f"'{path}' is not a regular file, so it is no {what}")
+    lines = []
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        with io.TextIOWrapper(open_list(path, what), encoding="utf-8-sig") as file:
+            for line in file:
+                lines.append(line.strip())
+                if len(lines) > _MOST_LINES:
+                    raise DataError(f"'{path}' has more than {_MOST_LINES} lines, so it is no {what}")
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}), so it is no {what}") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    return lines
+
+
+def open_list(path: str | Path, what: str) -> BinaryIO:
+    """Open a file that is to be read into memory.
+
+    Args:
+        path, what: As in `read_lines`.
+
+    Raises:
+        DataError: It is not there, not a regular file, or has more than 128 MiB.
+    """
+    if not Path(path).exists():
+        raise DataError(f"there is no {what} at '{path}'")
+    try:
+        file = open_regular(path)
+    except ImageError as error:
+        raise DataError(f"'{path}' is {error}, so it is no {what}") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+        file.close()
+        raise DataError(f"'{path}' has more than {_MOST_BYTES >> 20} MiB, so it is no {what}")
+    return file
+
+
+def _unpickle(path: str | Path) -> dict[str, int]:
+    """A pickled dict of class names. Only instructions are followed that make one: none of these calls anything."""
+    with open_list(path, "class map") as file:
+        data = file.read()
+    try:
+        odd = next(
+            (
+                code.name
+                for code, argument, _ in pickletools.genops(data)
+                if code.name not in _INSTRUCTIONS
+                or (code.name.endswith("PUT") and argument > len(data))  # room would be made up to there
+            ),
+            None,
+        )
+        mapping = None if odd else pickle.loads(data)
+    except (ValueError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"'{path}' is not a pickled class map: {one_line(error)}") from error
+    if odd:
+        raise DataError(f"'{path}' is not a pickled class map: it has the instruction {odd}")
+    if not isinstance(mapping, dict) or not all(isinstance(name, str | int) for name in mapping):
+        raise DataError(f"'{path}' is not a pickled class map, which is a dict of class names and their indices")
+    return mapping
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
@@ -116,14 +174,12 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         DataError: It cannot be read, is empty, or has empty lines or a name twice.
     """
     if Path(path).suffix.lower() == ".pkl" and Path(path).is_file():
-        try:
-            mapping = load_class_map(str(path))
-        except Exception as error:  # unpickling raises whatever a damaged file makes of it
-            raise DataError(f"'{path}' is not a pickled class map: {error}") from error
-        odd = [name for name, index in mapping.items() if not isinstance(index, int) or index < 0]
+        mapping = _unpickle(path)
+        odd = [name for name, index in mapping.items() if type(index) is not int or not 0 <= index < _MOST_LINES]
         if odd or not mapping:
             raise DataError(
-                f"the class map '{path}' has no index of 0 or more for {some(odd) if mapping else 'any class'}"
+                f"the class map '{path}' has no index from 0 to {_MOST_LINES - 1} for "
+                f"{some(odd) if mapping else 'any class'}"
             )
         return mapping
     names = read_lines(path, "class map")
@@ -133,7 +189,7 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         raise DataError(f"the class map '{path}' is empty; it needs a class a line, in the model's order")
     if "" in names:
         raise DataError(f"line {names.index('') + 1} of the class map '{path}' is empty, which shifts all that follow")
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"the class map '{path}' names a class twice: {some(twice, 5)}")
     return {name: index for index, name in enumerate(names)}
@@ -154,7 +210,10 @@ class ListedImages(Reader):
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, target = self.samples[index]
-        return open(path, "rb"), target
+        try:
+            return open_regular(path), target
+        except OSError as error:  # it is gone, or not to be read by us
+            raise ImageError(why(error)) from error
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = str(self.samples[index][0])

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Tars of images in class folders, under the rules of folders."""
+"""Tars of images in class folders, under the rules of folders.
+
+A tar has no table of contents: a header that is lost takes all that follow it along. So a tar is read whole or refused.
+"""
 
 import io
+import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +23,14 @@ from .image_sets import (
     no_class_folders,
     split_names,
 )
-from .images import USUAL_ENDINGS, DataError, endings, is_clutter, is_image_name
+from .images import USUAL_ENDINGS, DataError, ImageError, endings, is_clutter, is_image_name, open_regular, why
+
+_BLOCK = tarfile.BLOCKSIZE
+_END = 2 * _BLOCK  # zeros, which stand behind the last member
+# tar fills its last record with zeros. GNU tar and Python write records of 10 KiB, and tar -b makes larger ones.
+_RECORDS = (tarfile.RECORDSIZE, *(_BLOCK << power for power in range(5, 12)))
+_LONGEST_HEADER = 1 << 20  # bytes, of a member, with its long name and its extended headers
+_DEEPEST = 8  # tars in tars
 
 
 @dataclass(frozen=True)
@@ -47,50 +58,141 @@ class TarImages(Reader):
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         member, target = self.samples[index]
-        with open(self.path, "rb") as file:
-            file.seek(member.offset)
-            return io.BytesIO(file.read(member.size)), target
+        try:
+            with open_regular(self.path) as file:
+                file.seek(member.offset)
+                data = file.read(member.size)
+        except OSError as error:
+            raise ImageError(why(error)) from error
+        if len(data) < member.size:
+            raise ImageError("the tar has become shorter")
+        return io.BytesIO(data), target
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         name = self.samples[index][0].name
         return name.rsplit("/", 1)[-1] if basename else name
 
 
+class _Part:
+    """A part of an open file as tarfile reads it, which believes the sizes that stand in headers.
+
+    It would go back and forth without end between members of negative size, read on behind the end of the file in
+    search of a line's end, and read a name of any length into memory.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size = file, start, size
+        self._position, self._left = 0, _LONGEST_HEADER
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        """tarfile does this once for each member."""
+        if not 0 <= position <= self.size:
+            raise tarfile.ReadError("unexpected end of data")
+        self._position, self._left = position, _LONGEST_HEADER
+        return position
+
+    def read(self, size: int) -> bytes:
+        self._left -= size
+        if size < 0 or self._left < 0:
+            raise tarfile.ReadError(f"a header has more than {_LONGEST_HEADER} bytes")
+        self.file.seek(self.start + self._position)
+        data = self.file.read(min(size, self.size - self._position))
+        self._position += len(data)
+        return data
+
+
 @dataclass
 class _Contents:
-    images: dict[str, Member] = field(default_factory=dict)  # by name: of two of one name the later one counts
+    images: dict[str, Member] = field(default_factory=dict)  # by name
     ignored: list[str] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
 
 
-def _scan_tar(file: BinaryIO, start: int, inside: tuple[str, ...], known: frozenset[str], contents: _Contents) -> None:
+def _scan_tar(part: _Part, inside: tuple[str, ...], known: frozenset[str], contents: _Contents, depth: int = 1) -> None:
     """The members of a tar in `contents`, by its headers alone.
 
     Raises:
-        tarfile.TarError: It is damaged. tarfile itself takes a damaged header behind the first one for the end.
+        tarfile.TarError: It is damaged.
     """
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            parts = [part for part in member.name.split("/") if part not in ("", ".")]
-            if inside and len(parts) > 1 and parts[0] == inside[-1]:
-                parts = parts[1:]  # cat.tar with cat/1.jpg in it
-            name, path = "/".join((*inside, *parts)), (*inside, *parts)
-            if not parts or any(part.startswith(".") for part in path[:-1]):
-                continue
-            if member.isdir():
-                contents.folders.add(name)
-            elif member.isfile() and not member.issparse() and is_image_name(parts[-1], known):
-                contents.images[name] = Member(name, start + member.offset_data, member.size)
-            elif member.isfile() and not member.issparse() and parts[-1].lower().endswith(".tar"):
-                stem = (*path[:-1], parts[-1][:-4])
-                contents.folders.add("/".join(stem))
-                _scan_tar(archive.extractfile(member), start + member.offset_data, stem, known, contents)
-            elif not is_clutter(parts[-1]):
-                contents.ignored.append(name if member.isfile() else f"{name} (not a regular file)")
-        file.seek(archive.offset)
-        end = file.read(tarfile.BLOCKSIZE)
-        if end != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it ends too early" if len(end) < tarfile.BLOCKSIZE else "a header is damaged")
+    if depth > _DEEPEST:
+        raise tarfile.ReadError(f"more than {_DEEPEST} tars in each other")
+    with tarfile.open(fileobj=part, mode="r:") as archive:
+        end = 0
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile keeps them all
+            if member.size < 0 or archive.offset <= end:
+                raise tarfile.ReadError("a header has a negative size")
+            if _is_plain(member) and member.offset_data + member.size > archive.offset:
+                raise tarfile.ReadError("the sizes in a header and its extended header differ")
+            end = archive.offset
+            _take(part, member, inside, known, contents, depth)
+        end = archive.offset
+    _check_end(part, end)
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a file whose bytes stand in the tar as they are."""
+    return member.isfile() and not member.issparse()
+
+
+def _take(
+    part: _Part,
+    member: tarfile.TarInfo,
+    inside: tuple[str, ...],
+    known: frozenset[str],
+    contents: _Contents,
+    depth: int,
+) -> None:
+    """A member in `contents`; a tar's own members are."""
+    parts = [name for name in member.name.split("/") if name not in ("", ".")]
+    if inside and len(parts) > 1 and parts[0] == inside[-1]:
+        parts = parts[1:]  # cat.tar with cat/1.jpg in it
+    name, path = "/".join((*inside, *parts)), (*inside, *parts)
+    if ".." in parts:
+        contents.ignored.append(f"{name} (outside of the tar)")
+        return
+    if not parts or any(above.startswith(".") for above in path[:-1]):
+        return
+    start, plain = part.start + member.offset_data, _is_plain(member)
+    if member.isdir():
+        contents.folders.add(name)
+    elif plain and is_image_name(parts[-1], known):
+        if name in contents.images:  # as when a tar that was appended to is unpacked, the later one counts
+            contents.ignored.append(f"{name} (replaced by a later one)")
+        contents.images[name] = Member(name, start, member.size)
+    elif plain and parts[-1].lower().endswith(".tar"):
+        stem = (*path[:-1], parts[-1][:-4])
+        contents.folders.add("/".join(stem))
+        _scan_tar(_Part(part.file, start, member.size), stem, known, contents, depth + 1)
+    elif not is_clutter(parts[-1]):
+        kind = "" if plain else " (sparse)" if member.isfile() else " (not a regular file)"
+        contents.ignored.append(f"{name}{kind}")
+
+
+def _check_end(part: _Part, end: int) -> None:
+    """tarfile takes a damaged header behind the first one for the end, and a block of zeros, too.
+
+    Raises:
+        tarfile.ReadError: At `end` there is not what tar writes behind the last member, up to the end of the file.
+    """
+    rest = part.size - end
+    part.seek(end)
+    first = part.read(_BLOCK)
+    if len(first) == _BLOCK and any(first):
+        raise tarfile.ReadError("a header is damaged")
+    if rest < _END:
+        raise tarfile.ReadError("it ends too early")
+    part.file.seek(part.start + end)
+    if any(part.file.read(min(rest, _END + max(_RECORDS)))):
+        raise tarfile.ReadError(
+            "more follows behind its end: a header is lost, or tars were joined, which can be unpacked"
+        )
+    full = (part.size % record == 0 and rest - _END < record for record in _RECORDS)
+    if rest != _END and not any(full):
+        raise tarfile.ReadError(f"it ends in {rest} bytes of zeros, more than tar writes: its last part is lost")
 
 
 def open_tar(path: Path, split: str = "", class_map: dict[str, int] | None = None) -> tuple[TarImages, list[str]]:
@@ -109,9 +211,10 @@ def open_tar(path: Path, split: str = "", class_map: dict[str, int] | None = Non
     """
     contents = _Contents()
     try:
-        with path.open("rb") as file:
-            _scan_tar(file, 0, (), endings(), contents)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+        with open_regular(path) as file:
+            _scan_tar(_Part(file, 0, os.fstat(file.fileno()).st_size), (), endings(), contents)
+    except (tarfile.TarError, ValueError, IndexError, RecursionError) as error:
+        # beside its own errors, tarfile lets those of numbers, of lists that are cut off and of chains of headers pass
         raise DataError(f"'{path}' cannot be read as an uncompressed tar: {error}") from error
     if not contents.images:
         raise DataError(f"'{path}' holds no image; images end in {USUAL_ENDINGS}")

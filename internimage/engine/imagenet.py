@@ -12,11 +12,12 @@ from timm.data import ImageDataset, ImageNetInfo, RealLabelsImagenet
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..errors import some
+from ..errors import one_line, some
 from ..progress import message
+from ..values import shown
 from ..variants import VARIANTS
 from .data import class_names
-from .image_sets import ListedImages, read_lines
+from .image_sets import ListedImages, open_list, read_lines
 from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
 
 
@@ -67,8 +68,10 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
     def index(label: str, where: str) -> int:
         if label in synsets:
             return synsets[label]
-        if not label.isdecimal():
-            raise DataError(f"'{labels}' has the label '{label}' for {where}, which is neither an index nor a synset")
+        if not label.isdecimal() or len(label) > 9:
+            raise DataError(
+                f"'{labels}' has the label {shown(label)} for {where}, which is neither an index nor a synset"
+            )
         return int(label)
 
     if all(len(line) == 1 for line in lines):
@@ -128,16 +131,16 @@ def protocol(
         _same(names, synsets, variant)
     real = None
     if variant == "real":
-        if real_labels is not None and not Path(real_labels).is_file():
-            raise DataError(f"there is no file of ReaL labels at '{real_labels}'")
+        if real_labels is not None:
+            open_list(real_labels, "file of ReaL labels").close()  # timm opens it again, and reads it whole
         # timm's class counts in the order of a whole run; its table alone serves any share of the images
         try:
             table = RealLabelsImagenet([""] * 50000, None if real_labels is None else str(real_labels))
             real = table.real_labels
             if not all(isinstance(some_labels, list) for some_labels in real.values()):
                 raise ValueError("an image's labels are a list")
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"'{real_labels}' is not ReaL's list of 50000 labels: {error}") from error
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"'{real_labels}' is not ReaL's list of 50000 labels: {one_line(error)}") from error
     return Protocol(list(range(1000)), synsets, real)
 
 

@@ -3,6 +3,7 @@
 
 import os
 import stat
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -10,14 +11,20 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..errors import UserError, some
+from ..errors import UserError, one_line, some
+from ..values import BadValue, Whole, shown
 
-# Formats of Pillow that are left alone: vector graphics and containers that need other programs to be decoded (EPS
-# would start Ghostscript), films, and those whose endings mean other things elsewhere (.pcd point clouds, .gbr Gerber).
-_NOT_TAKEN = frozenset(
-    "BUFR CUR DCX EPS FITS FLI FTEX GBR GRIB HDF5 IM IMT IPTC MCIDAS MPEG MSP PCD PIXAR SPIDER WMF XVTHUMB".split()
-)
+# Pillow recognizes a file by its content, whatever its name. Of its formats those are read that hold pixels and that it
+# decodes itself: EPS under any name would start Ghostscript, WMF calls Windows, PDF and films need other programs, FPX
+# and MIC are containers of other files, and BUFR, GRIB and HDF5 are stubs for whatever a program has registered.
+_FORMATS = (
+    "AVIF", "BLP", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD",
+    "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM",
+    "HEIF", "JXL",  # of the plugins pillow_heif and pillow-jxl-plugin, where a program has registered them
+)  # fmt: skip
 USUAL_ENDINGS = ".jpg, .jpeg, .png, .webp, .avif, .gif, .bmp, .tiff and others that Pillow reads"
+
+MAX_PIXELS = "INTERNIMAGE_MAX_PIXELS"  # environment variable, which loader workers inherit
 
 _LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")
 
@@ -41,9 +48,9 @@ class ImageError(DataError):
 
 
 def formats() -> list[str]:
-    """Pillow's names of the formats that are read, those of plugins such as pillow_heif among them."""
+    """Pillow's names of the formats that are read, as far as this Pillow has them."""
     Image.init()
-    return [name for name in Image.ID if name not in _NOT_TAKEN]
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def endings() -> frozenset[str]:
@@ -123,6 +130,44 @@ def ignored_message(where: str | Path, ignored: list[str]) -> str:
     return f"'{where}': {files} left out, not taken for images: {some(ignored, 5)}"
 
 
+def most_pixels() -> int | None:
+    """How many pixels an image may have: INTERNIMAGE_MAX_PIXELS, or what Pillow itself refuses; None is no limit.
+
+    Raises:
+        UserError: The variable's value is no number of pixels.
+    """
+    text = os.environ.get(MAX_PIXELS)
+    if not text:
+        return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+    try:
+        limit = Whole(1, 10**12).parse(text)
+    except BadValue as error:
+        raise UserError(f"the environment variable {MAX_PIXELS} must be {error}, got {shown(text)}") from error
+    if Image.MAX_IMAGE_PIXELS is not None and limit > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = -(-limit // 2)  # else Pillow refuses what was asked for
+    return limit
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read it. A named pipe would wait forever for a writer, and a device may never end.
+
+    Raises:
+        ImageError: It is not a regular file.
+        OSError: It is not there, or the like.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened, which is an event to some devices
+        raise ImageError("not a regular file")
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", opener=opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # another one took its place
+        file.close()
+        raise ImageError("not a regular file")
+    return file
+
+
 def read_image(source: str | Path | BinaryIO, mode: str | None = "RGB", upright: bool = True) -> Image.Image:
     """Decode the first frame of an image.
 
@@ -132,31 +177,68 @@ def read_image(source: str | Path | BinaryIO, mode: str | None = "RGB", upright:
         upright: Turn the image as its Exif orientation says. Cameras store the sensor's view and this tag.
 
     Raises:
-        ImageError: It is not an image, is damaged, or has pixels whose range is not known.
+        ImageError: It is not an image, is damaged, has more than `most_pixels`, or pixels whose range is not known.
     """
     if isinstance(source, str | Path):
         try:
-            if not stat.S_ISREG(os.stat(source).st_mode):
-                raise ImageError("not a regular file")
+            with open_regular(source) as file:
+                return read_image(file, mode, upright)
         except OSError as error:
             raise ImageError(why(error)) from error
+    image, orientation = _decode(source)
+    image = image.copy() if mode is None else _convert(image, mode)
+    turn = _TURNS.get(orientation) if upright else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _decode(source: BinaryIO) -> tuple[Image.Image, int]:
+    """The first frame and its Exif orientation. All files that this package takes for images are decoded here.
+
+    Pillow promises no kind of error: its decoders are some forty modules, a third of them bindings to other libraries,
+    and what they let pass on damaged bytes is whatever their parsing meets, such as RuntimeError (AVIF), struct.error,
+    IndexError, KeyError, SyntaxError or MemoryError, and other ones in other versions. So any exception from in there
+    says that this image cannot be read. Beside Pillow's code nothing is called in there but a comparison of sizes.
+    """
+    limit = most_pixels()
     try:
-        with Image.open(source, formats=formats()) as image:
-            image.load()  # first: a PNG may have its Exif data at the end, and a TIFF is turned in this
-            turn = _TURNS.get(_orientation(image)) if upright else None
-            image = image.copy() if mode is None else _convert(image, mode)
-            return image if turn is None else image.transpose(turn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, in the words of the file
+            with Image.open(source, formats=formats()) as image:
+                _check_size(image, limit)
+                image.load()  # first: a PNG may have its Exif data at the end, and a TIFF is turned in this
+                _check_size(image, limit)  # an icon's is that of the picture in it
+                return image, _orientation(image)
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(_too_large(limit)) from error
     except UnidentifiedImageError as error:
-        raise ImageError("an empty file" if _is_empty(source) else "not an image") from error
-    except Exception as error:  # Pillow's decoders raise whatever their parsing of a damaged file meets
+        raise ImageError("an empty file" if source.seek(0, os.SEEK_END) == 0 else "not an image") from error
+    except Exception as error:
         raise ImageError(why(error)) from error
+
+
+def _check_size(image: Image.Image, limit: int | None) -> None:
+    if 0 in image.size:
+        raise ImageError("it has no pixels")
+    if limit is not None and image.width * image.height > limit:
+        raise ImageError(f"{image.width} x {image.height} pixels are {_too_large(limit)}")
+
+
+def _too_large(limit: int | None) -> str:
+    return f"more than the {limit} that are read; {MAX_PIXELS} sets another limit"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as in `_decode`; but damaged Exif data are no damaged picture
+        return 1
 
 
 def why(error: Exception) -> str:
     """The reason in few words: of an OSError without the file's name, which stands beside it."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 def convert_image(image: Image.Image, mode: str | None) -> Image.Image:
@@ -168,24 +250,11 @@ def convert_image(image: Image.Image, mode: str | None) -> Image.Image:
     return image if mode is None else _convert(image, mode)
 
 
-def _is_empty(source: str | Path | BinaryIO) -> bool:
-    if isinstance(source, str | Path):
-        return os.path.getsize(source) == 0
-    return source.seek(0, os.SEEK_END) == 0
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged Exif data are no damaged picture
-        return 1
-
-
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """Pillow's conversion; but Pillow cuts pixels of more than 8 bits off at 255, which makes them white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # 0 to 65535; Pillow has 16-bit PNG and PGM files in mode I up to some version
-        image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+        image = image.convert("I").point([(value + 128) // 257 for value in range(65536)], "L")
     elif image.mode == "I":
         raise ImageError("32-bit integer pixels, whose range is not known: convert it to 8 or 16 bits")
     elif image.mode == "F":

@@ -8,13 +8,13 @@ from typing import BinaryIO
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
 from torch import nn
 
 from ..progress import message
 from . import images as image_files
+from .data import EvaluationTransform
 from .finite import NotFiniteError, output_problem
-from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
+from .images import USUAL_ENDINGS, DataError, ImageError, ignored_message, list_images, most_pixels
 from .model import label_names
 
 
@@ -34,6 +34,7 @@ def find_images(paths: Iterable[str]) -> list[Path]:
     Raises:
         DataError: A path is empty, does not exist or is no file; a folder holds no image or cannot be listed.
     """
+    most_pixels()  # a value of its variable that is wrong is no matter of any image
     found = []
     for name in paths:
         path = Path(name)
@@ -60,11 +61,11 @@ def read_image(source: str | Path | BinaryIO, name: str, mode: str = "RGB") -> I
     """Open and decode an image; it is turned as its Exif data say.
 
     Raises:
-        DataError: It is not an image, or damaged.
+        DataError: It is not an image, damaged, or too large.
     """
     try:
         return image_files.read_image(source, mode)
-    except image_files.ImageError as error:
+    except ImageError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
             raise DataError(f"'{name}' is not an image that Pillow can read ({error})") from error
         raise DataError(f"'{name}' cannot be read: {error}") from error
@@ -78,7 +79,7 @@ def predict(
     topk: int = 5,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    failed: Callable[[str, NotFiniteError], None] | None = None,
+    failed: Callable[[str, NotFiniteError | DataError], None] | None = None,
 ) -> Iterator[Prediction]:
     """Classify images one by one.
 
@@ -88,17 +89,25 @@ def predict(
         config: timm's preprocessing, from `internimage.engine.model.data_config`.
         topk: How many classes to name.
         device, dtype: Where and in what the model runs.
-        failed: Is called with the name of an image whose outputs are not finite, and the others go on; without it, or
-            if the model's own weights are not finite, the error is raised.
+        failed: Is called with the name of an image that cannot be resized or whose outputs are not finite, and the
+            others go on; without it, or if the model's own weights are not finite, the error is raised.
 
     Raises:
+        DataError: An image is too long and narrow to be resized.
         NotFiniteError: The model gave NaN or infinity.
     """
     model = model.to(device=device, dtype=dtype).eval()
-    transform = create_transform(**config, is_training=False)
+    transform = EvaluationTransform(config)
     names = label_names(model)
     for name, image in images:
-        x = transform(image).unsqueeze(0).to(device=device, dtype=dtype)
+        try:
+            x = transform(image).unsqueeze(0).to(device=device, dtype=dtype)
+        except ImageError as error:
+            problem = DataError(f"'{name}' cannot be read: {error}")
+            if failed is None:
+                raise problem from error
+            failed(name, problem)
+            continue
         logits = model(x).float()
         problem = output_problem(logits, model, dtype)
         if problem is not None:

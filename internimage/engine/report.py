@@ -17,6 +17,7 @@ from ..analysis.points import dcnv3_layers, point_tiles
 from ..config import dump
 from ..files import write_text
 from ..settings import FinetuneConfig
+from ..terminal import printable
 from .curves import curve
 from .data import GuardedDataset
 from .evaluate import Evaluation
@@ -97,8 +98,9 @@ def write_report(
     matrix = torch.zeros(len(names), len(names), dtype=torch.long)
     for _, target, predicted, _ in result.answers:
         matrix[target, predicted] += 1
+    settings = "\n".join(map(_text, dump(config).splitlines()))
     parts = [
-        f"<h1>{html.escape(config.model)}, fine-tuned on {len(names)} classes</h1>",
+        f"<h1>{_text(config.model)}, fine-tuned on {len(names)} classes</h1>",
         _summary(result, names),
         _skipped(result),
         '<h2 id="curves">Curves</h2><div class="curves">',
@@ -110,17 +112,21 @@ def write_report(
         _classes(result),
         '<h2 id="mistakes">The worst mistakes</h2>',
         _mistakes(result, dataset, names, model, preprocessing),
-        f'<h2 id="settings">Settings</h2><pre>{html.escape(dump(config))}</pre>',
+        f'<h2 id="settings">Settings</h2><pre>{settings}</pre>',
         f"<footer>internimage {__version__}, torch {torch.__version__}</footer>",
     ]
-    title = html.escape(f"{config.model}: {result.top1:.2f} %")
+    title = _text(f"{config.model}: {result.top1:.2f} %")
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
-    # names of files and folders may hold bytes that are not UTF-8, which Python keeps as lone surrogates
-    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    write_text(path, text)
+
+
+def _text(text: object) -> str:
+    """Names of files and classes for HTML: what is no text or runs backwards is written out, as on a terminal."""
+    return html.escape(printable(text))
 
 
 def _summary(result: Evaluation, names: list[str]) -> str:
@@ -135,7 +141,7 @@ def _summary(result: Evaluation, names: list[str]) -> str:
 def _skipped(result: Evaluation) -> str:
     if not result.skipped:
         return ""
-    files = ", ".join(html.escape(f"{file} ({reason})") for file, reason in result.skipped[:10])
+    files = ", ".join(_text(f"{file} ({reason})") for file, reason in result.skipped[:10])
     rest = f" and {len(result.skipped) - 10} more" if len(result.skipped) > 10 else ""
     return f"<p>{len(result.skipped)} images could not be read and do not count: {files}{rest}.</p>"
 
@@ -172,8 +178,7 @@ def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _matrix(matrix: torch.Tensor, names: list[str]) -> str:
     upright = max(map(len, names)) > 4
     head = "".join(
-        f'<th class="up"><span>{html.escape(name)}</span></th>' if upright else f"<th>{html.escape(name)}</th>"
-        for name in names
+        f'<th class="up"><span>{_text(name)}</span></th>' if upright else f"<th>{_text(name)}</th>" for name in names
     )
     rows = []
     for i, name in enumerate(names):
@@ -186,7 +191,7 @@ def _matrix(matrix: torch.Tensor, names: list[str]) -> str:
             shade = 0.93 + 0.07 * share if full else 0.15 + 0.85 * share
             cells.append(f'<td class="{kind}" style="--share:{shade:.2f}">{count}</td>' if count else
                          "<td></td>")  # fmt: skip
-        rows.append(f'<tr><th class="name">{html.escape(name)}</th>{"".join(cells)}</tr>')
+        rows.append(f'<tr><th class="name">{_text(name)}</th>{"".join(cells)}</tr>')
     return (
         "<p>A row for each true class, a column for each predicted class, in numbers of images. Blue is right, red is "
         "wrong; the color is the stronger, the larger the share of the row.</p>"
@@ -199,8 +204,8 @@ def _confused(matrix: torch.Tensor, names: list[str]) -> str:
     off.fill_diagonal_(0)
     counts, places = off.flatten().topk(min(40, off.numel()))
     rows = [
-        f'<tr><td class="name">{html.escape(names[place // len(names)])}</td>'
-        f'<td class="name">{html.escape(names[place % len(names)])}</td><td>{count}</td></tr>'
+        f'<tr><td class="name">{_text(names[place // len(names)])}</td>'
+        f'<td class="name">{_text(names[place % len(names)])}</td><td>{count}</td></tr>'
         for count, place in zip(counts.tolist(), places.tolist())
         if count
     ]
@@ -215,7 +220,7 @@ def _confused(matrix: torch.Tensor, names: list[str]) -> str:
 
 def _classes(result: Evaluation) -> str:
     rows = [
-        f'<tr><td class="name">{html.escape(str(entry["class"]))}</td><td>{entry["top1"]:.1f} %</td>'
+        f'<tr><td class="name">{_text(entry["class"])}</td><td>{entry["top1"]:.1f} %</td>'
         f'<td class="bar"><div style="width:{entry["top1"]:.1f}%"></div></td><td>{entry["images"]}</td></tr>'
         for entry in sorted(result.per_class, key=lambda entry: entry["top1"])
     ]
@@ -253,15 +258,15 @@ def _mistakes(
     for i, ((index, target, predicted, sure), image) in enumerate(images):
         pictures = [(_embed(image), f"an image of class {names[target]}")]
         pictures += [(_embed(tiles[i]), "the same with sampled points")] if tiles else []
-        shots = "".join(f'<img alt="{html.escape(words)}" src="{picture}">' for picture, words in pictures)
+        shots = "".join(f'<img alt="{_text(words)}" src="{picture}">' for picture, words in pictures)
         caption = f"{names[target]}, predicted {names[predicted]} ({100 * sure:.1f} %)"
         file = Path(guarded.name(index)).name
         figures.append(
-            f'<figure><div class="pair">{shots}</div><figcaption>{html.escape(caption)}<br>'
-            f'<span class="pale">{html.escape(file)}</span></figcaption></figure>'
+            f'<figure><div class="pair">{shots}</div><figcaption>{_text(caption)}<br>'
+            f'<span class="pale">{_text(file)}</span></figcaption></figure>'
         )
     kind = "" if tiles else ' class="single"'
-    return f'<p>{html.escape(text)}</p><div{kind}><div class="mistakes">{"".join(figures)}</div></div>'
+    return f'<p>{_text(text)}</p><div{kind}><div class="mistakes">{"".join(figures)}</div></div>'
 
 
 def _embed(image: Image.Image) -> str:
