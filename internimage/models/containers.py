@@ -14,8 +14,8 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ..errors import CheckpointError, one_line, some
 from ..hub import INDEX_SUFFIX, weight_map
-from .safetensors_file import DTYPES, positions, read_tensor
-from .stored import Made, StoredTensor
+from .safetensors_file import DTYPES, check_length, nbytes, read_header, read_tensor
+from .stored import MOST_DIMENSIONS, Made, StoredTensor
 from .torch_file import TorchFile
 
 _logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ _WRAPPERS = ("model", "module", "state_dict")  # where a pickle keeps its weight
 _AVERAGED = ("model_ema", "state_dict_ema")  # upstream's and timm's averaged weights
 _PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # bytes of json in a safetensors file, by its specification
+_LONGEST_NAME = 1000  # of a tensor
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
         if use_ema:
             _logger.warning("'%s' holds one set of weights; use_ema has no choice", path)
-        return _open_safetensors(path)
+        return _plausible(_open_safetensors(path), path)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return _open_pickle(path, use_ema)
+        return _plausible(_open_pickle(path, use_ema), path)
     hint = ""
     if not start:
         hint = ": it is empty"
@@ -180,31 +181,43 @@ def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
     raise CheckpointError(f"'{path}' is not a checkpoint (no safetensors, no torch file){hint}")
 
 
+def _plausible(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
+    """Refuse names and shapes that no tensor has: messages repeat them, and torch may not take them."""
+    for key, entry in entries.items():
+        if not key.isprintable() or len(key) > _LONGEST_NAME:
+            shown = ascii(key[:50])[1:-1]
+            raise CheckpointError(f"'{path}' has a tensor whose name is none, as it begins with '{shown}'")
+        # sides beside a 0 may be as large as they like
+        if len(entry.shape) > MOST_DIMENSIONS or nbytes(tuple(side or 1 for side in entry.shape), entry.dtype) >= 2**63:
+            raise CheckpointError(f"'{path}' has a tensor '{key}' of a shape that no tensor can have")
+    return entries
+
+
 def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
-        file = safe_open(path, framework="pt", device="cpu")  # checks the header
-        slices = {key: file.get_slice(key) for key in file.keys()}
-        place = positions(path)
+        check_length(path)
+        safe_open(path, framework="pt", device="cpu")  # checks the header
+        header, start = read_header(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is damaged or truncated: {one_line(error)}") from error
-    odd = {part.get_dtype() for part in slices.values()} - set(DTYPES)
+    odd = {item["dtype"] for item in header.values()} - set(DTYPES)
     if odd:
         raise CheckpointError(f"'{path}' has tensors of {some(odd)}, which are no weights of this package")
     unchanged = _Unchanged(path)
 
-    def entry(key: str) -> Entry:
-        shape, dtype = tuple(slices[key].get_shape()), DTYPES[slices[key].get_dtype()]
+    def entry(key: str, item: Mapping[str, Any]) -> Entry:
+        shape, dtype, position = tuple(item["shape"]), DTYPES[item["dtype"]], start + item["data_offsets"][0]
 
         def read() -> Tensor:
             unchanged.check()
             try:
-                return read_tensor(path, place[key], shape, dtype)
+                return read_tensor(path, position, shape, dtype)
             except (OSError, EOFError) as error:
                 raise CheckpointError(f"reading '{key}' of '{path}' failed: {error}") from error
 
         return Entry(shape, dtype, read)
 
-    return {key: entry(key) for key in slices}
+    return {key: entry(key, item) for key, item in header.items()}
 
 
 def _open_pickle(path: Path, use_ema: bool) -> dict[str, Entry]:

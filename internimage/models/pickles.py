@@ -30,7 +30,7 @@ from .stored import (
 )
 
 MOST_BYTES = 64 * 2**20  # of a pickle: names and numbers; the tensors' own stand elsewhere
-_MOST_INSTRUCTIONS = 2_000_000  # about 50,000 tensors
+_MOST_INSTRUCTIONS = 1_000_000  # 25,000 tensors: the largest model with its optimizer has a third
 _LONGEST_GLOBAL = 500
 
 # Besides tensors and plain containers, an official training checkpoint holds its configuration, a yacs node (a dict),
@@ -96,21 +96,15 @@ class Unpickler:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         try:
-            while not self._step(self._byte()):
-                pass
-            return self._stack.pop()
+            for self._left in range(self._left - 1, -1, -1):
+                self.position += 1
+                if self._step(self._data[self.position - 1]):
+                    return self._stack.pop()
         except (IndexError, KeyError, struct.error) as error:  # of the bytes, the stack, the memo
             if self.position >= len(self._data) or isinstance(error, struct.error):
                 raise PickleError("it ends too early") from error
             raise PickleError("its pickle is not one that torch.save writes") from error
-
-    def _byte(self) -> int:
-        code = self._data[self.position]
-        self.position += 1
-        self._left -= 1
-        if self._left < 0:
-            raise PickleError(f"its pickle has more than {_MOST_INSTRUCTIONS} instructions")
-        return code
+        raise PickleError(f"its pickle has more than {_MOST_INSTRUCTIONS} instructions")
 
     def _number(self, form: struct.Struct) -> Any:
         (number,) = form.unpack_from(self._data, self.position)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_MOST_DIMENSIONS = 64  # torch's own limit
+MOST_DIMENSIONS = 64  # torch's own limit for most operations
 _STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
@@ -249,7 +249,7 @@ def _odd(shape: tuple[int, ...], dtype: torch.dtype, problem: str) -> StoredTens
 
 
 def _sides(sides: Any) -> tuple[int, ...]:
-    if not isinstance(sides, tuple) or len(sides) > _MOST_DIMENSIONS or not all(map(_is_count, sides)):
+    if not isinstance(sides, tuple) or len(sides) > MOST_DIMENSIONS or not all(map(_is_count, sides)):
         raise PickleError("it has a tensor whose shape is none")
     return sides
 
