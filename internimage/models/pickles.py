@@ -13,6 +13,8 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import some
@@ -96,7 +98,8 @@ class Unpickler:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         try:
-            for self._left in range(self._left - 1, -1, -1):
+            while self._left:
+                self._left -= 1
                 self.position += 1
                 if self._step(self._data[self.position - 1]):
                     return self._stack.pop()
@@ -284,6 +287,12 @@ def shown(name: str) -> str:
     return (name if name.isprintable() else ascii(name)[1:-1])[:200]
 
 
+def _instructions(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in text
+        yield from pickletools.genops(io.BytesIO(data))
+
+
 def _imports(data: bytes) -> list[str]:
     """What a pickle imports, read off its first instructions; incomplete for a damaged one."""
     strings: list[str] = []
@@ -291,7 +300,7 @@ def _imports(data: bytes) -> list[str]:
     found: list[str] = []
     count = itertools.count()
     try:
-        for opcode, argument, _ in itertools.islice(pickletools.genops(io.BytesIO(data)), 300_000):
+        for opcode, argument, _ in itertools.islice(_instructions(data), 300_000):
             if opcode.name in ("GLOBAL", "INST"):
                 found.append(_modern(*argument.split(" ", 1)))
             elif opcode.name == "STACK_GLOBAL":
