@@ -214,6 +214,16 @@ def test_archive_that_lies(what, tmp_path):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_archive_whose_directory_is_empty(tmp_path):
+    path = hostile.archive(tmp_path / "w.pth", WEIGHTS)
+    data = bytearray(path.read_bytes())
+    data[-14:-6] = bytes(8)  # how many records, and the directory's bytes
+    data[-6:-2] = (len(data) - 22).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="has no records"):
+        open_checkpoint(path)
+
+
 def test_archive_that_does_not_lie(tmp_path):
     """Those above are refused for what was changed in this one."""
     path = hostile.archive(tmp_path / "w.pth", WEIGHTS)

@@ -87,6 +87,8 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         infos, end = _directory(path)
+        if not infos:
+            raise ArchiveError("its ZIP archive has no records, or lost its directory")
         infos.sort(key=lambda info: info.header_offset)
         limits = [info.header_offset for info in infos[1:]] + [end]
         self.records: dict[str, Record] = {}
