@@ -136,7 +136,9 @@ def weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{what}: it has none")
     if not all(isinstance(shard, str) for shard in shard_of.values()):
         raise ValueError(f"{what}: its shards are not file names")
-    odd = [s for s in shard_of.values() if len(s) > 255] + [n for n in shard_of if len(n) > 1000]
+    odd = [s for s in shard_of.values() if len(s.encode(errors="replace")) > 255] + [
+        n for n in shard_of if len(n) > 1000
+    ]
     odd += [name for name in (*shard_of, *shard_of.values()) if not name.isprintable()]
     if odd:
         raise ValueError(f"{what}: '{ascii(odd[0][:50])[1:-1]}' begins what is neither a file's nor a tensor's name")

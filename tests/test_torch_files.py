@@ -80,6 +80,14 @@ def test_module_state_dict_with_metadata(tmp_path):
     assert_same(read_all(path), model.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["ours", "official", "official, before torch 1.6"])
+def test_default_device_is_not_where_they_are_read_to(kind, tmp_path):
+    path = formats.write(kind, tmp_path, STATE_DICT)
+    with torch.device("meta"):
+        found = read_all(path)
+    assert_same(dict(sorted(found.items())), dict(sorted(STATE_DICT.items())))
+
+
 def test_archive_of_a_machine_with_the_other_byte_order(tmp_path):
     stored = {"0": torch.arange(6.0).numpy().byteswap().tobytes(), "1": (5).to_bytes(8, "big")}
     content = {"a": tensor(storage("0", 6), (2, 3), (3, 1)), "n": tensor(storage("1", 1, "torch.LongStorage"), (), ())}

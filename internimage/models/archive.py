@@ -16,9 +16,8 @@ from typing import IO
 
 _MOST_DIRECTORY = 4 * 2**20  # bytes; the largest model with its optimizer takes a fifth
 _CHUNK = 2**20
-_LOCAL = struct.Struct(
-    "<4s5H3I2H"
-)  # signature, version, flags, method, time, date, CRC, two sizes, lengths of the rest
+# a record's header: signature, version, flags, method, time, date, CRC, sizes stored and inflated, lengths of the rest
+_LOCAL = struct.Struct("<4s5H3I2H")
 _ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8  # flags; torch writes CRC and sizes behind a record, in a descriptor
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 

@@ -84,7 +84,7 @@ def read_tensor(path: Path, position: int, shape: tuple[int, ...], dtype: torch.
         OSError: It cannot be read.
         EOFError: The file ends before it does.
     """
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
     with path.open("rb", buffering=0) as file:
         file.seek(position)

@@ -88,7 +88,7 @@ class TorchFile:
             CheckpointError: Its bytes are damaged, or cannot be read.
         """
         size = tensor.dtype.itemsize
-        raw = torch.empty(tensor.span * size, dtype=torch.uint8)
+        raw = torch.empty(tensor.span * size, dtype=torch.uint8, device="cpu")
         try:
             if tensor.span:
                 self._storages.read(tensor.storage, tensor.offset * size, memoryview(raw.numpy()))
