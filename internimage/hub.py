@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -40,6 +41,7 @@ from .progress import on_terminal
 _logger = logging.getLogger(__name__)
 
 INDEX_SUFFIX = ".index.json"  # of a file that maps tensors to shards
+_LARGEST_INDEX = 16 * 2**20  # bytes; a hundred thousand tensors
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -105,6 +107,13 @@ def check_repository(repo_id: str, revision: str | None = None) -> None:
         raise BadName(f"'{revision}' is no name for a branch: as in git, without spaces, '..' and any of ~^:?*[\\")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Shard index -> tensor name: shard's file name.
 
@@ -115,7 +124,9 @@ def weight_map(index: Path) -> dict[str, str]:
     if not index.is_file():  # opening a pipe would wait for its writer forever
         raise ValueError(f"{what}: it is not a regular file")
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        if index.stat().st_size > _LARGEST_INDEX:
+            raise ValueError(f"larger than {_LARGEST_INDEX >> 20} MiB")
+        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError(f"{what}: it is nested too deeply") from error
     except ValueError as error:
@@ -125,6 +136,12 @@ def weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{what}: it has none")
     if not all(isinstance(shard, str) for shard in shard_of.values()):
         raise ValueError(f"{what}: its shards are not file names")
+    odd = [s for s in shard_of.values() if len(s.encode(errors="replace")) > 255] + [
+        n for n in shard_of if len(n) > 1000
+    ]
+    odd += [name for name in (*shard_of, *shard_of.values()) if not name.isprintable()]
+    if odd:
+        raise ValueError(f"{what}: '{ascii(odd[0][:50])[1:-1]}' begins what is neither a file's nor a tensor's name")
     outside = [s for s in shard_of.values() if PurePosixPath(s).is_absolute() or ".." in PurePosixPath(s).parts]
     if outside:
         raise ValueError(f"{what}: its shard '{outside[0]}' lies outside of its folder")

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,8 +14,9 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ..errors import CheckpointError, one_line, some
 from ..hub import INDEX_SUFFIX, weight_map
-from .pickles import is_mappable, load_pickle
-from .safetensors_file import DTYPES, positions, read_tensor
+from .safetensors_file import DTYPES, check_length, nbytes, read_header, read_tensor
+from .stored import MOST_DIMENSIONS, Made, StoredTensor
+from .torch_file import TorchFile
 
 _logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ _WRAPPERS = ("model", "module", "state_dict")  # where a pickle keeps its weight
 _AVERAGED = ("model_ema", "state_dict_ema")  # upstream's and timm's averaged weights
 _PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # bytes of json in a safetensors file, by its specification
+_LONGEST_NAME = 1000  # of a tensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def open_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Entry]
 
 def from_state_dict(data: object, origin: str = "the state dict", use_ema: bool = False) -> dict[str, Entry]:
     """What was unpickled, wrapped or not, as a checkpoint; `origin` names it in messages."""
-    tensors = _tensors(data, origin, use_ema)
+    tensors = _tensors(data, origin, use_ema, Tensor)
     return {key: _entry(value, lambda value=value: _own(value)) for key, value in tensors.items()}
 
 
@@ -108,34 +110,6 @@ class _Unchanged:
         except OSError as error:
             raise CheckpointError(f"'{self._path}' cannot be read: {error.strerror}") from error
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-class _Mapped:
-    """Reads tensors of a memory-mapped pickle one at a time.
-
-    What was read through a map counts as this process's memory until the map is closed: for the largest models as much
-    again as the weights. So it is opened anew after every 64th of the file, or 32 MiB if that is more.
-
-    Args:
-        path: The file.
-        open_map: Opens it and gives its tensors by name, which may point into the map.
-    """
-
-    def __init__(self, path: Path, open_map: Callable[[], Mapping[str, Tensor]]) -> None:
-        self._open_map = open_map
-        self._unchanged = _Unchanged(path)
-        self._window = max(path.stat().st_size // 64, 32 * 2**20)
-        self._tensors: Mapping[str, Tensor] | None = None
-        self._left = 0
-
-    def read(self, key: str) -> Tensor:
-        if self._tensors is None or self._left <= 0:
-            self._tensors = None  # closes the map
-            self._unchanged.check()
-            self._tensors, self._left = self._open_map(), self._window
-        tensor = _own(self._tensors[key])
-        self._left -= tensor.nbytes
-        return tensor
 
 
 # ---- folders and shards
@@ -194,9 +168,9 @@ def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
         if use_ema:
             _logger.warning("'%s' holds one set of weights; use_ema has no choice", path)
-        return _open_safetensors(path)
+        return _plausible(_open_safetensors(path), path)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return _open_pickle(path, use_ema)
+        return _plausible(_open_pickle(path, use_ema), path)
     hint = ""
     if not start:
         hint = ": it is empty"
@@ -207,66 +181,87 @@ def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
     raise CheckpointError(f"'{path}' is not a checkpoint (no safetensors, no torch file){hint}")
 
 
+def _plausible(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
+    """Refuse names and shapes that no tensor has: messages repeat them, and torch may not take them."""
+    for key, entry in entries.items():
+        if not key.isprintable() or len(key) > _LONGEST_NAME:
+            shown = ascii(key[:50])[1:-1]
+            raise CheckpointError(f"'{path}' has a tensor whose name is none, as it begins with '{shown}'")
+        # sides beside a 0 may be as large as they like
+        if len(entry.shape) > MOST_DIMENSIONS or nbytes(tuple(side or 1 for side in entry.shape), entry.dtype) >= 2**63:
+            raise CheckpointError(f"'{path}' has a tensor '{key}' of a shape that no tensor can have")
+    return entries
+
+
 def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
-        file = safe_open(path, framework="pt", device="cpu")  # checks the header
-        slices = {key: file.get_slice(key) for key in file.keys()}
-        place = positions(path)
+        check_length(path)
+        safe_open(path, framework="pt", device="cpu")  # checks the header
+        header, start = read_header(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is damaged or truncated: {one_line(error)}") from error
-    odd = {part.get_dtype() for part in slices.values()} - set(DTYPES)
+    odd = {item["dtype"] for item in header.values()} - set(DTYPES)
     if odd:
         raise CheckpointError(f"'{path}' has tensors of {some(odd)}, which are no weights of this package")
     unchanged = _Unchanged(path)
 
-    def entry(key: str) -> Entry:
-        shape, dtype = tuple(slices[key].get_shape()), DTYPES[slices[key].get_dtype()]
+    def entry(key: str, item: Mapping[str, Any]) -> Entry:
+        shape, dtype, position = tuple(item["shape"]), DTYPES[item["dtype"]], start + item["data_offsets"][0]
 
         def read() -> Tensor:
             unchanged.check()
             try:
-                return read_tensor(path, place[key], shape, dtype)
+                return read_tensor(path, position, shape, dtype)
             except (OSError, EOFError) as error:
                 raise CheckpointError(f"reading '{key}' of '{path}' failed: {error}") from error
 
         return Entry(shape, dtype, read)
 
-    return {key: entry(key) for key in slices}
+    return {key: entry(key, item) for key, item in header.items()}
 
 
 def _open_pickle(path: Path, use_ema: bool) -> dict[str, Entry]:
-    origin = f"'{path}'"
-    if not is_mappable(path):
-        return from_state_dict(load_pickle(path, mmap=False), origin, use_ema)
-    tensors = _tensors(load_pickle(path, mmap=True), origin, use_ema)
-    mapped = _Mapped(path, lambda: _tensors(load_pickle(path, mmap=True), origin, use_ema, quiet=True))
-    return {key: _entry(value, lambda key=key: mapped.read(key)) for key, value in tensors.items()}
+    unchanged = _Unchanged(path)
+    file = TorchFile(path)
+    tensors = _tensors(file.data, f"'{path}'", use_ema, StoredTensor)
+    file.check(tensors.values())
+
+    def read(key: str) -> Tensor:
+        unchanged.check()
+        return file.read(tensors[key])
+
+    return {
+        key: Entry(value.shape, value.dtype, lambda key=key: read(key), value.problem) for key, value in tensors.items()
+    }
 
 
 # ---- what was unpickled
 
 
-def _tensors(data: object, origin: str, use_ema: bool, quiet: bool = False) -> dict[str, Tensor]:
-    """The named tensors of what was unpickled; `quiet` says nothing about which of several were taken."""
-    state_dict = _unwrap(data, origin, use_ema, logging.DEBUG if quiet else logging.INFO)
-    tensors = {k: v for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, Tensor)}
+_T = TypeVar("_T", Tensor, StoredTensor)
+
+
+def _tensors(data: object, origin: str, use_ema: bool, kind: type[_T]) -> dict[str, _T]:
+    """The named tensors, which are of `kind`."""
+    state_dict = _unwrap(data, origin, use_ema)
+    tensors = {k: v for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, kind)}
     if not tensors:
         raise CheckpointError(f"{origin} holds no tensors; it has {some(state_dict)}")
     return tensors
 
 
-def _unwrap(data: object, origin: str, use_ema: bool, level: int) -> Mapping[Any, Any]:
+def _unwrap(data: object, origin: str, use_ema: bool) -> Mapping[Any, Any]:
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"{origin} holds a {type(data).__name__}, not a state dict")
+        kind = "Tensor" if isinstance(data, StoredTensor) else data if isinstance(data, Made) else type(data).__name__
+        raise CheckpointError(f"{origin} holds a {kind}, not a state dict")
     plain = [name for name in _WRAPPERS if isinstance(data.get(name), Mapping)]
     averaged = [name for name in _AVERAGED if isinstance(data.get(name), Mapping)]
     if use_ema and not averaged:
         if plain:
             raise CheckpointError(f"{origin} has no averaged weights ('model_ema'); it has {some(data)}")
-        if level > logging.DEBUG:
-            _logger.warning("%s holds one set of weights; use_ema has no choice", origin)
+        _logger.warning("%s holds one set of weights; use_ema has no choice", origin)
     wrappers = averaged + plain if use_ema else plain + averaged
     if plain and averaged:
         other = plain[0] if use_ema else averaged[0]
-        _logger.log(level, "%s holds '%s' and '%s': took '%s'", origin, wrappers[0], other, wrappers[0])
+        _logger.info("%s holds '%s' and '%s': took '%s'", origin, wrappers[0], other, wrappers[0])
     return data[wrappers[0]] if wrappers else data

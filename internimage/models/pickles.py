@@ -1,197 +1,316 @@
 # SPDX-License-Identifier: MIT
-"""Pickles as data: `torch.load` under a fixed allow-list, and the name of what a refused one would have called."""
+"""Pickles as data: the instructions that torch.save writes, followed without importing or calling anything.
+
+Pickle lets a file call functions. `torch.load(weights_only=True)` narrows down which, but what it lets through takes
+any amount of memory or time (`bytearray(8e9)`, a tensor of stride 0), and a key of nested tuples ends the process. Here
+a name is a name: what it would make is described, and nothing takes more room than a constant times its instructions.
+"""
 
 import _compat_pickle
-import argparse
+import io
 import itertools
-import logging
 import pickle
 import pickletools
 import re
-import threading
-import zipfile
-from collections import OrderedDict
+import struct
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
+from ..errors import some
+from .stored import (
+    Made,
+    Named,
+    PickleError,
+    Storage,
+    StoredTensor,
+    can_rebuild,
+    dtype_named,
+    is_storage_type,
+    rebuild,
+    storage_of,
+)
 
-from ..errors import CheckpointError, some
-
-_logger = logging.getLogger(__name__)
+MOST_BYTES = 64 * 2**20  # of a pickle: names and numbers; the tensors' own stand elsewhere
+_MOST_INSTRUCTIONS = 1_000_000  # 25,000 tensors: the largest model with its optimizer has a third
+_LONGEST_GLOBAL = 500
 
 # Besides tensors and plain containers, an official training checkpoint holds its configuration, a yacs node (a dict),
-# and others hold their command line. Nothing else is unpickled.
-_ALLOWED_GLOBALS = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
-_HARMLESS = re.compile(  # ours and torch's own, not worth naming in a refusal
-    r"yacs\.config\.CfgNode|argparse\.Namespace|collections\.(OrderedDict|Counter)|_codecs\.encode"
-    r"|builtins\.(set|complex|bytearray)|torch\.(\w+|storage\.\w+Storage|nn\.parameter\.Parameter)"
-    r"|torch\.(_utils|_tensor)\._rebuild\w+|torch\.serialization\._get_layout"
+# and others hold their command line. Nothing else may be named.
+_MAPPINGS = ("collections.OrderedDict", "yacs.config.CfgNode")
+_DATA = re.compile(
+    r"argparse\.Namespace|collections\.Counter|_codecs\.encode|builtins\.(set|complex|bytearray)"
+    r"|torch\.(Size|device|serialization\._get_layout|per_(tensor|channel)_\w+)"
 )
-_ALLOW_LIST = threading.Lock()
+_HARMLESS = re.compile(  # torch's own that are no data, or that damage made: not called code in a refusal
+    rf"{_DATA.pattern}|yacs\.config\.CfgNode|collections\.OrderedDict|torch\.(\w+|storage\.\w+Storage)"
+    r"|torch\.nn\.parameter\.Parameter|torch\.(_utils|_tensor)\._rebuild\w+"
+)
 
-# what torch says of the first thing that it refuses
-_REFUSED = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)")
-_INSTRUCTION = re.compile(r"Unsupported operand (\d+)")
+_CONSTANTS = {ord("N"): None, 0x88: True, 0x89: False}
+_EMPTY = {ord("]"): list, ord("}"): dict, ord(")"): tuple}
+_NUMBERS = {ord("K"): struct.Struct("B"), ord("M"): struct.Struct("<H"), ord("J"): struct.Struct("<i"),
+            ord("G"): struct.Struct(">d")}  # fmt: skip
+_PUT = {ord("q"): struct.Struct("B"), ord("r"): struct.Struct("<I")}
+_GET = {ord("h"): struct.Struct("B"), ord("j"): struct.Struct("<I")}
+_COUNTED = {ord("X"): struct.Struct("<I"), ord("U"): struct.Struct("B"), 0x8A: struct.Struct("B")}
+_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 
 
-def load_pickle(path: Path, mmap: bool) -> Any:
-    """What a torch file holds, if that is data only.
+class RefusedError(PickleError):
+    """A pickle that is not followed: it names something else than data, or has instructions of another kind.
+
+    Attributes:
+        name: What it names; None for instructions.
+    """
+
+    def __init__(self, reason: str, name: str | None = None) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
+class Unpickler:
+    """Follows the pickles in some bytes, one after the other.
 
     Args:
-        path: The file.
-        mmap: Map it: a tensor's bytes are read when it is used, not all at once. Needs `is_mappable(path)`.
+        data: The bytes.
+        start: Where the first pickle begins.
 
-    Raises:
-        CheckpointError: Unpickling it would call something else, which is named; or it is damaged.
+    Attributes:
+        position: Where the next one begins.
+        storages: What was referred to by tensors, by key.
     """
-    try:
-        with _only_allowed_globals():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, error)) from error
-    except Exception as error:  # there is no end to how reading damaged bytes can fail
-        raise _damaged(path, error) from error
 
+    def __init__(self, data: bytes, start: int = 0) -> None:
+        self.position = start
+        self.storages: dict[str, Storage] = {}
+        self._data = data
+        self._left = _MOST_INSTRUCTIONS
 
-def is_mappable(path: Path) -> bool:
-    """Whether the tensors' bytes stand in the file as they are.
+    def load(self) -> Any:
+        """The next pickle: plain containers, text, numbers, `StoredTensor`, `Made` and `Named`.
 
-    They do not in the format before torch 1.6, nor in an archive that was packed again with compression, which torch
-    would map all the same and give wrong numbers.
-    """
-    try:
-        if not zipfile.is_zipfile(path):
-            return False
-        with zipfile.ZipFile(path) as archive:
-            return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
-    except Exception as error:
-        raise _damaged(path, error) from error
+        Raises:
+            RefusedError: It is not data only.
+            PickleError: It is damaged, or larger than a checkpoint's.
+        """
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        try:
+            while self._left:
+                self._left -= 1
+                self.position += 1
+                if self._step(self._data[self.position - 1]):
+                    return self._stack.pop()
+        except (IndexError, KeyError, struct.error) as error:  # of the bytes, the stack, the memo
+            if self.position >= len(self._data) or isinstance(error, struct.error):
+                raise PickleError("it ends too early") from error
+            raise PickleError("its pickle is not one that torch.save writes") from error
+        raise PickleError(f"its pickle has more than {_MOST_INSTRUCTIONS} instructions")
 
+    def _number(self, form: struct.Struct) -> Any:
+        (number,) = form.unpack_from(self._data, self.position)
+        self.position += form.size
+        return number
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    # not torch's own words: they advise programmers, and among other things to let a file run code
-    _logger.debug("'%s': %s: %s", path, type(error).__name__, error)
-    return CheckpointError(f"'{path}' is damaged, truncated or no torch checkpoint: {_damage(path, error)}")
+    def _bytes(self, count: int) -> bytes:
+        found = self._data[self.position : self.position + count]
+        self.position += count
+        if len(found) < count:
+            raise PickleError("it ends too early")
+        return found
 
-
-def _damage(path: Path, error: Exception) -> str:
-    """What is wrong with a file that torch could not read."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    with path.open("rb") as file:
-        archived = file.read(4) == b"PK\x03\x04"
-    if archived and not _is_zip(path):
-        return "the end of its ZIP archive is missing; compare its size with the original's"
-    if archived:
-        names = _names_in_zip(path)
-        if any(PurePosixPath(name).name == "constants.pkl" for name in names):
-            return "it is a TorchScript archive, which holds code; save the state_dict of the model alone"
-        if names and not any(PurePosixPath(name).name == "data.pkl" for name in names):
-            return "it is a ZIP archive, but written not by torch.save"
-        return f"its ZIP archive cannot be read ({type(error).__name__})"
-    text = str(error)
-    if "magic number" in text or "protocol version" in text:
-        return "it is a pickle, but written not by torch.save"
-    if isinstance(error, EOFError) or "unexpected EOF" in text:
-        return "it ends too early"
-    return f"its pickle cannot be read ({type(error).__name__})"
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except Exception:  # as in `is_mappable`
+    def _step(self, code: int) -> bool:
+        """Follow one instruction; whether it was the last."""
+        stack = self._stack
+        if code in _PUT:
+            self._memo[self._number(_PUT[code])] = stack[-1]
+        elif code in _GET:
+            stack.append(self._memo[self._number(_GET[code])])
+        elif code in _NUMBERS:
+            stack.append(self._number(_NUMBERS[code]))
+        elif code in _COUNTED:
+            stack.append(_content(code, self._bytes(self._number(_COUNTED[code]))))
+        elif code in _CONSTANTS:
+            stack.append(_CONSTANTS[code])
+        elif code in _EMPTY:
+            stack.append(_EMPTY[code]())
+        elif code in _TUPLES:
+            stack.append(tuple([stack.pop() for _ in range(_TUPLES[code])][::-1]))
+        elif code == ord("("):
+            self._marks.append(stack)
+            self._stack = []
+        elif code == ord("t"):
+            self._since_mark().append(tuple(stack))
+        elif code == ord("c"):
+            stack.append(self._global())
+        elif code in (ord("R"), 0x81):  # call, make an instance
+            arguments = stack.pop()
+            stack.append(_make(stack.pop(), arguments))
+        elif code == ord("Q"):
+            stack.append(storage_of(stack.pop(), self.storages))
+        elif code in (ord("s"), ord("u")):
+            items = [stack.pop(), stack.pop()][::-1] if code == ord("s") else stack
+            _set(self._stack[-1] if code == ord("s") else self._since_mark()[-1], items)
+        elif code in (ord("a"), ord("e")):
+            items = [stack.pop()] if code == ord("a") else stack
+            target = self._stack[-1] if code == ord("a") else self._since_mark()[-1]
+            if not isinstance(target, list):
+                raise PickleError("its pickle appends to what is no list")
+            target.extend(items)
+        elif code == ord("b"):  # attributes, which are no weights
+            stack.pop()
+            if isinstance(stack[-1], StoredTensor) or not isinstance(stack[-1], (dict, Made)):
+                raise PickleError("its pickle sets attributes of what has none")
+        elif code == 0x80:
+            self._protocol(self._number(_NUMBERS[ord("K")]))
+        elif code == ord("."):
+            return True
+        else:
+            raise RefusedError(_unknown(code))
         return False
 
+    def _since_mark(self) -> list[Any]:
+        """Back to the stack as it was at the last mark."""
+        self._stack = self._marks.pop()
+        return self._stack
 
-def _names_in_zip(path: Path) -> list[str]:
+    def _global(self) -> Any:
+        parts = []
+        for _ in range(2):
+            end = self._data.find(b"\n", self.position, self.position + _LONGEST_GLOBAL)
+            if end < 0:
+                raise PickleError("its pickle has a name that does not end")
+            parts.append(self._data[self.position : end].decode("utf-8", "backslashreplace"))
+            self.position = end + 1
+        name = _modern(*parts)
+        dtype = dtype_named(name)
+        if dtype is not None:
+            return dtype
+        if name in _MAPPINGS or _DATA.fullmatch(name) or is_storage_type(name) or can_rebuild(name):
+            return Named(name)
+        raise RefusedError("it names something else than data", name)
+
+    def _protocol(self, protocol: int) -> None:
+        if protocol > 2:
+            raise RefusedError(
+                f"it was written with pickle protocol {protocol}, of which torch cannot tell data from code; save it "
+                f"again without another pickle_protocol, or with pickle_protocol=2"
+            )
+
+
+def _content(code: int, content: bytes) -> Any:
+    if code == 0x8A:
+        return pickle.decode_long(content)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except Exception as error:  # only a message depends on it
-        _logger.debug("'%s': %s", path, error)
-        return []
+        return content.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        if code == ord("U"):  # Python 2's text, which may be any bytes
+            return content
+        raise PickleError("its pickle has text that is none") from error
 
 
-@contextmanager
-def _only_allowed_globals() -> Iterator[None]:
-    """Our allow-list instead of, not beside, what the process has allowed; the latter is put back."""
-    with _ALLOW_LIST:
-        others = torch.serialization.get_safe_globals()
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(_ALLOWED_GLOBALS)
-        try:
-            yield
-        finally:
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(others)
+def _make(what: Any, arguments: Any) -> Any:
+    if not isinstance(what, Named) or not isinstance(arguments, tuple):
+        raise PickleError("its pickle calls what is no function")
+    if what.name in _MAPPINGS:
+        mapping: dict[Any, Any] = {}
+        for pair in arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else ():
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise PickleError("its pickle makes a dict of what are no pairs")
+            _set(mapping, pair)
+        if arguments and isinstance(arguments[0], dict):
+            mapping.update(arguments[0])
+        return mapping
+    if what.name == "torch.Size" and arguments and isinstance(arguments[0], (list, tuple)):
+        return tuple(arguments[0])
+    if can_rebuild(what.name):
+        return rebuild(what.name, arguments)
+    return Made(what.name, arguments)
 
 
-def _refusal(path: Path, error: Exception) -> str:
-    odd = [name for name in _globals_of_pickle(path) if not _HARMLESS.fullmatch(name)]
+def _set(target: Any, items: Any) -> None:
+    """Put keys and values into a dict. Hashing tuples can take forever or overflow the stack, and large numbers can
+    have one hash: such keys are no names of tensors, and their place is taken by what stands for them."""
+    if not isinstance(target, dict) or len(items) % 2:
+        raise PickleError("its pickle sets items of what is no dict")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        plain = type(key) is str or (type(key) is int and abs(key) < 2**60)
+        target[key if plain else Made(type(key).__name__)] = value
+
+
+def _modern(module: str, name: str) -> str:
+    """Up to protocol 2, modules stand under their Python 2 names."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+
+
+def _unknown(code: int) -> str:
+    known = pickletools.code2op.get(chr(code))
+    if known is None:
+        return f"its pickle has the unknown instruction {code}"
+    return f"its pickle has the instruction {known.name}, which torch.save does not write"
+
+
+# ---- what a refused one would have called
+
+
+def refusal(error: RefusedError, data: bytes, starts: tuple[int, ...] = (0,)) -> str:
+    """Why a pickle is refused, as the rest of a sentence that begins with the file's name.
+
+    Args:
+        error: What ended the reading.
+        data: The bytes.
+        starts: Where pickles begin in them.
+    """
+    found = dict.fromkeys([error.name] if error.name else [])
+    for start in starts:
+        found.update(dict.fromkeys(_imports(data[start:])))
+    odd = [shown(name) for name in found if not _HARMLESS.fullmatch(name)]
     if odd:
         return (
-            f"'{path}' was refused: unpickling it would call {some(odd)}, and this package unpickles nothing but data. "
+            f"was refused: unpickling it would call {some(odd)}, and this package unpickles nothing but data. "
             f"Nothing of it was run. If you trust its source, save its weights alone: "
             f"safetensors.torch.save_file(state_dict, PATH)"
         )
-    refused = _REFUSED.search(str(error))
-    if refused:
+    if error.name:
         return (
-            f"'{path}' was refused: it names '{refused[1]}', which is not among the data that this package unpickles; "
+            f"was refused: it names '{shown(error.name)}', which is not among the data that this package unpickles; "
             f"or it is damaged. Nothing of it was run"
         )
-    reason = "its pickle is not one that torch.save writes"
-    unknown = _INSTRUCTION.search(str(error))
-    if unknown:
-        instruction = pickletools.code2op.get(chr(int(unknown[1])))
-        reason = f"its pickle has the unknown instruction {unknown[1]}"
-        if instruction is not None:
-            reason = f"its pickle has the instruction {instruction.name}, which torch.save does not write"
-            if instruction.proto > 2:
-                reason = (
-                    f"it was written with pickle protocol {instruction.proto}, of which torch cannot tell data from "
-                    f"code; save it again without another pickle_protocol, or with pickle_protocol=2"
-                )
-    return f"'{path}' cannot be unpickled safely, or is damaged: {reason}"
+    return f"cannot be unpickled safely, or is damaged: {error}"
 
 
-def _globals_of_pickle(path: Path) -> list[str]:
-    """What a pickle imports, read off its instructions without following them; incomplete for a damaged one."""
-    found: dict[str, None] = {}
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if name.endswith("data.pkl"):
-                        found.update(dict.fromkeys(_imports(archive.open(name))))
-        else:
-            with path.open("rb") as file:
-                for _ in range(5):  # the format before torch 1.6: magic number, version, system, data, storage keys
-                    found.update(dict.fromkeys(_imports(file)))
-    except Exception as error:  # only a message depends on it
-        _logger.debug("'%s': %s", path, error)
-    return list(found)
+def shown(name: str) -> str:
+    """A name of a file's own choice for a message: without control characters, and not too long."""
+    return (name if name.isprintable() else ascii(name)[1:-1])[:200]
 
 
-def _imports(file: Any) -> Iterator[str]:
+def _instructions(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in text
+        yield from pickletools.genops(io.BytesIO(data))
+
+
+def _imports(data: bytes) -> list[str]:
+    """What a pickle imports, read off its first instructions; incomplete for a damaged one."""
     strings: list[str] = []
     memo: dict[int, str] = {}
+    found: list[str] = []
     count = itertools.count()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
-            # up to protocol 2, modules stand under their Python 2 names
-            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-            yield f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif opcode.name == "MEMOIZE":
-            memo[next(count)] = strings[-1] if strings else ""
-        elif opcode.name in ("BINGET", "LONG_BINGET"):
-            strings.append(memo.get(argument, ""))
-        elif isinstance(argument, str):
-            strings.append(argument)
+    try:
+        for opcode, argument, _ in itertools.islice(_instructions(data), 300_000):
+            if opcode.name in ("GLOBAL", "INST"):
+                found.append(_modern(*argument.split(" ", 1)))
+            elif opcode.name == "STACK_GLOBAL":
+                found.append(".".join(strings[-2:]))
+            elif opcode.name == "MEMOIZE":
+                memo[next(count)] = strings[-1] if strings else ""
+            elif opcode.name in ("BINGET", "LONG_BINGET"):
+                strings.append(memo.get(argument, ""))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except (ValueError, TypeError):  # pickletools' own, of odd bytes; only a message depends on it
+        return found
+    return found

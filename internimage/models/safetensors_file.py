@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LONGEST_HEADER = 16 * 2**20  # bytes; a hundred thousand tensors. The specification lets 100 MB pass
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -41,13 +43,38 @@ def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count * dtype.itemsize
 
 
-def positions(path: Path) -> dict[str, int]:
-    """Name -> where in the file its bytes begin. For a file whose header safetensors has checked."""
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Each tensor's `dtype`, `shape` and `data_offsets`, and where in the file these count from.
+
+    For a file whose header safetensors has checked, if `check_length` has let it pass.
+
+    Raises:
+        ValueError: It describes a tensor twice.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
     header.pop("__metadata__", None)
-    return {name: 8 + length + item["data_offsets"][0] for name, item in header.items()}
+    return header, 8 + length
+
+
+def check_length(path: Path) -> None:
+    """Before safetensors reads a header, which takes fifty times its length.
+
+    Raises:
+        ValueError: It is longer than a model's.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"its header of {length} bytes is longer than {_LONGEST_HEADER >> 20} MiB")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header has two entries of one name")
+    return found
 
 
 def read_tensor(path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -57,7 +84,7 @@ def read_tensor(path: Path, position: int, shape: tuple[int, ...], dtype: torch.
         OSError: It cannot be read.
         EOFError: The file ends before it does.
     """
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
     with path.open("rb", buffering=0) as file:
         file.seek(position)
