@@ -251,8 +251,8 @@ def _failed(folder: Path, step: int, error: BaseException, clean: bool = True) -
     # torch's writer does not always say what it met, and then it is a full disk
     mend = "Make room" if getattr(error, "errno", None) in (None, *_FULL) else "Mend that"
     return CheckpointWriteError(
-        f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {good}. {mend} and run the "
-        f"same command again to go on from there"
+        f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {good}. {mend} and run "
+        f"the same command again to go on from there"
     )
 
 
