@@ -79,8 +79,8 @@ class World:
 def join(device: torch.device) -> World:
     """Join the other processes of a torchrun launch, or stand alone where there is none.
 
-    Each process takes its own accelerator of the kind of `device`; on the CPU they talk over gloo. It ends when torchrun
-    is gone, until `leave`.
+    Each process takes its own accelerator of the kind of `device`; on the CPU they talk over gloo. Until `leave`, it
+    ends when torchrun is gone.
 
     Raises:
         LaunchError: There are fewer accelerators than processes on this machine.
