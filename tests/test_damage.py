@@ -225,6 +225,27 @@ def test_a_step_that_was_passed_over_is_saved_again(tmp_path, kind, before):
     assert notes == (["mine", "mine"] if "stranger" in before else [])
 
 
+def test_newer_ones_that_were_passed_over_do_not_displace_good_ones(tmp_path, monkeypatch):
+    """Two damaged ones, where a kill in the removal had left three: they are not the last two that are kept."""
+    state = make_state("file")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "KEEP", 9)
+        for _ in range(5):
+            train(state)
+            state.save(tmp_path)
+    for path in checkpoint.checkpoints(tmp_path)[:2]:
+        path.write_bytes(b"nothing")
+    again = make_state("file")
+    again.load(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.integrity, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        train(again)
+        with pytest.raises(checkpoint.CheckpointWriteError, match=r"the last good one is '.*step-000000003\.pt'"):
+            again.save(tmp_path)
+    again.save(tmp_path)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000000004.pt", "step-000000003.pt"]
+
+
 def test_what_stands_in_the_way_is_not_called_a_full_disk(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -474,15 +495,14 @@ def both(first, second):
 
 
 @pytest.fixture
-def folders(tmp_path):
+def folders(tmp_path, monkeypatch):
     """Two folders with the same checkpoints of steps 1 to 3, as two machines may see one folder."""
     found = tmp_path / "first", tmp_path / "second"
     state = make_state("file")
-    checkpoint.KEEP, before = 3, checkpoint.KEEP
+    monkeypatch.setattr(checkpoint, "KEEP", 3)
     for _ in range(3):
         train(state)
         state.save(found[0])
-    checkpoint.KEEP = before
     shutil.copytree(*found)
     return found
 

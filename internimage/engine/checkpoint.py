@@ -70,7 +70,7 @@ def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
     except BaseException:
         _clean(folder)
         raise
-    _remove_old(folder)
+    _remove_old(folder, step)
     return final
 
 
@@ -113,7 +113,7 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
                 _clean(folder)
             world.agree(problem)
     if world.first:
-        _remove_old(folder)
+        _remove_old(folder, step)
     return final
 
 
@@ -246,7 +246,7 @@ def _clean(folder: Path) -> None:
 def _failed(folder: Path, step: int, error: BaseException, clean: bool = True) -> CheckpointWriteError:
     if clean:
         _clean(folder)
-    kept = checkpoints(folder)
+    kept = [path for path in checkpoints(folder) if step_of(path) < step]  # others were passed over
     good = f"the last good one is '{kept[0]}'" if kept else "there is none before it"
     # torch's writer does not always say what it met, and then it is a full disk
     mend = "Make room" if getattr(error, "errno", None) in (None, *_FULL) else "Mend that"
@@ -266,8 +266,13 @@ def _publish(partial: Path, final: Path) -> None:
     _sync_folder(final.parent)
 
 
-def _remove_old(folder: Path) -> None:
-    for path in checkpoints(folder)[KEEP:]:
+def _remove_old(folder: Path, step: int) -> None:
+    """Of what is not newer than a step, the last ones stay; newer ones were passed over, or the run would be there."""
+    found = checkpoints(folder)
+    kept = [path for path in found if step_of(path) <= step][:KEEP]
+    for path in found:
+        if path in kept:
+            continue
         try:
             _remove(path)
         except OSError as error:  # the new one is there, and that is what counts
