@@ -30,7 +30,7 @@ class WriteError(UserError, OSError):
 
 
 def save_tensors(path: Path, thing: Any) -> None:
-    """`torch.save` to the disk itself. Its archive writer makes a RuntimeError of a full disk and of Ctrl-C; not here.
+    """`torch.save` to the disk itself.
 
     Raises:
         OSError: The disk is full, or the like.
@@ -38,11 +38,17 @@ def save_tensors(path: Path, thing: Any) -> None:
     """
     import torch  # the command line checks names of files before it loads torch
 
+    with archive_errors(), path.open("wb") as file:  # not by torch, which keeps the cause for itself
+        torch.save(thing, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def archive_errors() -> Iterator[None]:
+    """Context of a `torch.save`, whose archive writer makes a RuntimeError of a full disk and of Ctrl-C; not here."""
     try:
-        with path.open("wb") as file:  # not by torch, which keeps the cause for itself
-            torch.save(thing, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except RuntimeError as error:
         cause = error.__context__
         while cause is not None and not isinstance(cause, (OSError, KeyboardInterrupt)):

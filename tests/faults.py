@@ -18,7 +18,7 @@ import torch.distributed as dist
 from double import in_double
 
 from internimage.cli import evaluate, main
-from internimage.engine import finetune, trainer
+from internimage.engine import checkpoint, finetune, trainer
 from internimage.engine.checkpoint import checkpoints
 
 DATA, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
@@ -169,8 +169,8 @@ def unwritable_result(name):
 
 
 def damaged_shards(name):
-    """The newest sharded checkpoint has lost a part: the one before it serves, and the end is the same."""
-    with stop_at(5):
+    """The newest sharded checkpoint has lost a part: the one before it serves, its step is saved again."""
+    with stop_at(4):
         assert train(name, "parallel=fsdp") == 0
     newest = checkpoints(FOLDER / name / "checkpoints")[0]
     dist.barrier()
@@ -178,7 +178,16 @@ def damaged_shards(name):
         part = newest / "__1_0.distcp"
         part.write_bytes(part.read_bytes()[:1000])
     dist.barrier()
-    return train(name, "parallel=fsdp")
+    again = []
+    save = checkpoint.save_folder
+
+    def watched(folder, step, *arguments):
+        again.append(step)
+        return save(folder, step, *arguments)
+
+    with replaced(checkpoint, "save_folder", watched):
+        code = train(name, "parallel=fsdp")
+    return [code, newest.name, again[:1]]
 
 
 def label_outside(name):

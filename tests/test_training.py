@@ -259,6 +259,20 @@ def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
         assert place in result.stdout
 
 
+@pytest.mark.slow
+def test_killed_runs_with_damaged_checkpoints_name_them_and_end_bitwise():
+    """Of one process, and of two whose parent alone is killed as well, so that they have to end by themselves."""
+    result = subprocess.run(
+        [sys.executable, "scripts/kill_resume.py", "--kills", "24", "--kinds", "file,ddp,fsdp", "--damage",
+         "flip,zero,truncate,delete"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"24 kills, \d+ checkpoints damaged, \d+ runs: all the same", result.stdout)
+    for what in ("(file)", "(ddp)", "(fsdp)", "(parent)", "flip step-", "zero step-", "truncate step-", "delete step-"):
+        assert what in result.stdout
+
+
 def test_workers_and_accumulation_leave_the_weights_what_they_are(data, tmp_path):
     finetune(settings(data, tmp_path / "a", workers=0), progress=False)
     finetune(settings(data, tmp_path / "b", workers=2), progress=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.sampling import accumulate_dtype
+from .parent import end_with_torchrun, outlive_torchrun
 
 
 class LaunchError(UserError, RuntimeError):
@@ -78,11 +79,13 @@ class World:
 def join(device: torch.device) -> World:
     """Join the other processes of a torchrun launch, or stand alone where there is none.
 
-    Each process takes its own accelerator of the kind of `device`; on the CPU they talk over gloo.
+    Each process takes its own accelerator of the kind of `device`; on the CPU they talk over gloo. Until `leave`, it
+    ends when torchrun is gone.
 
     Raises:
         LaunchError: There are fewer accelerators than processes on this machine.
     """
+    end_with_torchrun()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World(device=device)
     if device.type != "cpu":
@@ -102,6 +105,7 @@ def join(device: torch.device) -> World:
 
 def leave() -> None:
     """Close what `join` opened."""
+    outlive_torchrun()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A model, its average and its optimizer over several processes: DDP, or FSDP2 with sharded weights."""
+"""A model over several processes: DDP, or FSDP2 with sharded weights."""
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -81,45 +70,3 @@ def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     if not is_sharded(model):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def write_shards(folder: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
-    """Write this process's part of a sharded checkpoint; what goes wrong in one process is raised in all."""
-    with _plain_errors():
-        dcp.save(_shards(model, average, optimizer), checkpoint_id=folder)
-
-
-def read_shards(folder: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
-    """Read a sharded checkpoint; the number of processes need not be that of the writers."""
-    state = _shards(model, average, optimizer)
-    with _plain_errors():
-        dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    if average is not None:
-        set_model_state_dict(average, state["average"])
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Instead of torch's collection of all processes' errors, which is no Exception, the first of them."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        if isinstance(cause.__context__, OSError):
-            raise cause.__context__ from None
-        if "inline_container" in str(cause):  # torch's writer, in another process: what it met is not sent along
-            raise OSError("a part could not be written to its end, as on a full disk") from None
-        if isinstance(cause, (OSError, RuntimeError)):
-            raise cause from None
-        raise RuntimeError(f"{type(cause).__name__}: {cause}") from None
-
-
-def _shards(model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    if average is not None:
-        state["average"] = get_model_state_dict(average)
-    return state

@@ -16,8 +16,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..errors import some
-from ..files import save_tensors
-from . import checkpoint, parallel
+from . import checkpoint, integrity, shards
 from .distributed import World
 
 _logger = logging.getLogger(__name__)
@@ -100,9 +99,10 @@ class RunState:
         if self.sharded:
 
             def write(partial: Path) -> None:
-                parallel.write_shards(partial, self.model, self.average, self.optimizer)
-                if self.world.first:
-                    save_tensors(partial / _STATE_FILE, self._small())
+                mine = shards.write(partial, self.model, self.average, self.optimizer)
+                checksums = {name: list(pair) for part in self.world.gather(mine) for name, pair in part.items()}
+                if self.world.first:  # last, so that this file vouches for all others
+                    integrity.save(partial / _STATE_FILE, self._small() | {"checksums": checksums})
 
             checkpoint.save_folder(folder, step, write, self.world)
             return
@@ -120,20 +120,9 @@ class RunState:
 
         Raises:
             UserError: No checkpoint can be read, they are of another kind of run or of other data, or the processes do
-                not find the same one.
+                not find the same ones.
         """
-        seen = [path.name for path in checkpoint.checkpoints(folder)]
-        if any(names != seen for names in self.world.gather(seen)):
-            problem = ConfigError(
-                f"the processes find different checkpoints in '{folder}': 'output' must be one folder that all of them "
-                f"see"
-            )
-        else:
-            problem = None
-        self.world.agree(problem)
-        with self.world.together():  # reading shards is an exchange; there a failure is everybody's
-            found = checkpoint.newest(folder, self._read)
-        return found[0] if found else None
+        return checkpoint.newest(folder, self.world, self._read, self._take_up)
 
     def _small(self) -> dict[str, Any]:
         """All but the tensors of weights and optimizer."""
@@ -151,24 +140,30 @@ class RunState:
             },
         }
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path) -> tuple[tuple, int]:
+        """What `_take_up` needs, checked, and a checksum of it all; nothing is changed."""
         if path.is_dir() != self.sharded:
             written, now = ("several sharding processes", "one") if path.is_dir() else ("one file", "shards")
             raise ConfigError(
                 f"'{path}' was written by {written} and cannot be read as {now}: start it again with as many processes "
                 f"and the same 'parallel' as before, or resume=false to begin anew"
             )
-        state = checkpoint.load_file(path / _STATE_FILE if self.sharded else path)
+        state, checksum = checkpoint.read_file(path / _STATE_FILE if self.sharded else path)
         progress = _check(state, path, self.sharded)
         difference = _difference(state["data"], self.data)
-        if difference is not None:  # before anything is changed
+        if difference is not None:
             raise ConfigError(
                 f"the run in '{path.parent.parent}' was trained on {difference}: give it the same images to go on, or "
                 f"resume=false to begin anew"
             )
+        index = shards.check(path, state.get("checksums"), self.world) if self.sharded else None
+        return (path, state, progress, index), checksum
+
+    def _take_up(self, found: tuple) -> None:
+        path, state, progress, index = found
         try:
             if self.sharded:
-                parallel.read_shards(path, self.model, self.average, self.optimizer)
+                shards.read(path, index, self.model, self.average, self.optimizer)
             else:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -182,7 +177,7 @@ class RunState:
             torch.set_rng_state(state["random"]["torch"])
         except OSError:
             raise
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             _logger.debug("taking up '%s'", path, exc_info=error)
             raise checkpoint.DamagedError("its tensors are not those of this run") from error
         self.progress = progress
