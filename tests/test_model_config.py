@@ -140,6 +140,7 @@ VALUES = {
     "tag a number": (dict(pretrained_cfg=dict(tag=3)), "tag must be text, got 3"),
     "label offset": (dict(pretrained_cfg=dict(label_offset=-1)), "label_offset must be a whole number from 0"),
     "fixed size in words": (dict(pretrained_cfg=dict(fixed_input_size="no")), "fixed_input_size must be true or false"),
+    "fixed size": (dict(pretrained_cfg=dict(fixed_input_size=True)), "fixed_input_size must be false"),
     "features": (dict(model_args=dict(features_only=True)), "'features_only', which InternImage does not take"),
     "averages": (dict(model_args=dict(use_ema="yes")), "use_ema of model_args must be true or false, got 'yes'"),
     "head": (dict(model_args=dict(head_from_22k=[1])), "head_from_22k of model_args must be true, false or a list"),

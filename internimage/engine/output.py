@@ -123,9 +123,9 @@ def _is_run(output: Path) -> bool:
             len(values) >= 48
             and list(values) == [name for name in known if name in values]
             and yaml.safe_dump(values, sort_keys=False) == text
-            and Path(os.path.abspath(values["output"])).name == output.resolve().name
+            and Path(os.path.abspath(values.get("output"))).name == output.resolve().name
         )
-    except (ConfigError, TypeError):  # as a path, of an output that is no text
+    except (ConfigError, TypeError):  # of an output that is no path, or is not there
         return False
 
 

@@ -159,8 +159,8 @@ def _cast(key: str, entry: Entry, dtype: torch.dtype | None) -> Entry:
         tensor = whole.to(dtype)
         if bool((tensor.isinf() & whole.isfinite()).any()):
             raise ConvertError(
-                f"'{key}' has values that {name_of(dtype)} cannot hold (up to {torch.finfo(dtype).max:g}); convert to "
-                f"bfloat16 or float32, which can, or leave dtype out"
+                f"'{key}' has values that {name_of(dtype)} cannot hold (up to {torch.finfo(dtype).max:g}); name a type "
+                f"of a larger range, or leave dtype out"
             )
         return tensor
 

@@ -100,7 +100,7 @@ def check_given(architecture: str, cfg: Any, model_args: Any) -> None:
         check_model_args(architecture, model_args)
         if not isinstance(cfg.get("state_dict", {}), (Mapping, type(None))):
             raise ValueError(f"state_dict must hold weights, got {repr(cfg['state_dict'])}")
-        check_cfg(cfg)
+        check_cfg(architecture, cfg)
     except ValueError as error:
         source = cfg.get("file") or cfg.get("hf_hub_id")
         what = f"the {CONFIG} of '{source}'" if isinstance(source, str) else "the pretrained_cfg"
@@ -215,7 +215,7 @@ def _check(content: dict[str, Any]) -> ModelConfig:
     for key in ("num_classes", "label_names", "label_descriptions"):
         if key in content:
             cfg[key] = content[key]
-    check_cfg(cfg)
+    check_cfg(architecture, cfg)
     return ModelConfig(architecture, model_args, cfg)
 
 
@@ -276,7 +276,7 @@ _TEXTS = ("file", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag
 _TEXTS_OR_LISTS = ("url", "first_conv", "classifier", "paper_ids", "notes")
 
 
-def check_cfg(cfg: dict[str, Any]) -> None:
+def check_cfg(architecture: str, cfg: dict[str, Any]) -> None:
     """timm's pretrained cfg as a config.json has it; ValueError, which names the first value that is wrong."""
     fields = {field.name: field.default for field in dataclasses.fields(PretrainedCfg)}
     unknown = [key for key in cfg if key not in fields]
@@ -316,6 +316,8 @@ def check_cfg(cfg: dict[str, Any]) -> None:
         raise ValueError(f"custom_load must be true, false or text, got {repr(cfg['custom_load'])}")
     if not isinstance(cfg.get("fixed_input_size", False), bool):
         raise ValueError(f"fixed_input_size must be true or false, got {repr(cfg['fixed_input_size'])}")
+    if cfg.get("fixed_input_size") and is_ours(architecture):  # timm would give them an img_size
+        raise ValueError("fixed_input_size must be false: InternImage takes images of any size")
     if "label_offset" in cfg:
         check_whole_number("label_offset", cfg["label_offset"], 0, MOST_CLASSES)
     for key in ("pool_size", "test_pool_size"):
