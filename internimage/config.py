@@ -3,7 +3,6 @@
 
 import dataclasses
 import difflib
-import re
 import types
 import typing
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .values import shown
 
 Config = TypeVar("Config")
 
-_MOST_BYTES = 1 << 20  # of a recipe; what is larger is another file
+_MOST_BYTES = 1 << 16  # of a recipe; what is larger is another file, and PyYAML takes seconds for a megabyte
+_MOST_DIGITS = 1000  # of a number: PyYAML's time grows with their square, to minutes
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -52,7 +52,7 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: li
         ConfigError: A key is unknown (the nearest is named), a value is not of its type, or a field is missing.
     """
     kinds = typing.get_type_hints(cls)
-    values = {} if path is None else _read(Path(path), kinds)
+    values = {} if path is None else parse_settings(read_text(path), f"'{path}'", cls)
     for override in overrides or []:
         key, equals, text = override.partition("=")
         key = key.strip()
@@ -104,8 +104,13 @@ def read_value(text: str, what: str, depth: int = 0) -> Any:
 # ---- YAML
 
 
-def _read(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe and their values."""
+def read_text(path: str | Path) -> str:
+    """A file of settings as text, of bounded size.
+
+    Raises:
+        ConfigError: It is not there, no regular file, too large, unreadable or not UTF-8.
+    """
+    path = Path(path)
     if path.is_dir():
         raise ConfigError(f"'{path}' is a folder; a recipe is a YAML file")
     if not path.exists():
@@ -113,31 +118,53 @@ def _read(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():  # a pipe, which could make this wait forever
         raise ConfigError(f"'{path}' is not a regular file; a recipe is a YAML file")
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
             raise ConfigError(f"'{path}' is too large for a recipe, which is a YAML file of some settings")
-        text = path.read_text(encoding="utf-8")
+        return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path}' is not YAML: it is not text in UTF-8") from error
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror}") from error
-    root = _compose(text, f"'{path}'", 1)
+
+
+def parse_settings(text: str, what: str, cls: type) -> dict[str, Any]:
+    """The keys of a YAML text and their values, in their order.
+
+    Args:
+        text: A mapping of names to single values.
+        what: It, for messages.
+        cls: Dataclass whose fields of type `str` keep their values as they are written: 007 and on are texts.
+
+    Raises:
+        ConfigError: It is something else, or has a key twice.
+    """
+    kinds = typing.get_type_hints(cls)
+    root = _compose(text, what, 1)
     if not isinstance(root, yaml.MappingNode):
         found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}.get(type(root), "nothing")
-        raise ConfigError(f"'{path}' must hold a mapping of keys to values, got {found}")
+        raise ConfigError(f"{what} must hold a mapping of keys to values, got {found}")
     values = {}
     for key, node in root.value:  # a key may look like a number or like truth: 1, on
         name = key.value
         if name in values:
-            raise ConfigError(f"'{path}' has '{name}' twice")
+            raise ConfigError(f"{what} has {shown(name)} twice")
         if _is_text(kinds.get(name)) and isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
             values[name] = node.value
         else:
-            values[name] = _construct(node, f"the value of '{name}' in '{path}'")
+            values[name] = _construct(node, f"the value of {shown(name)} in {what}")
     return values
 
 
 # tags of what may as well be text
-_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "timestamp")}
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = {_TAG + name for name in ("str", "int", "float", "bool", "timestamp")}
+# tags that PyYAML trusts -> what a value has to look like
+_TRUSTED = {
+    _TAG + name: {_TAG + looks for looks in (name, *others)}
+    for name, *others in (("int",), ("float", "int"), ("bool",), ("null",), ("timestamp",))
+}
 
 
 def _compose(text: str, what: str, depth: int) -> yaml.Node | None:
@@ -155,29 +182,52 @@ def _compose(text: str, what: str, depth: int) -> yaml.Node | None:
             elif isinstance(event, yaml.CollectionEndEvent):
                 level -= 1
             elif isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:  # they multiply without end
-                raise ConfigError(f"{what} has the alias *{event.anchor}, which does not stand for a single value")
+                raise ConfigError(f"{what} has the alias *{event.anchor[:80]}, which does not stand for a single value")
         return yaml.compose(text, Loader=yaml.SafeLoader)
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         raise ConfigError(f"{what} is not YAML: {_reason(error)}") from error
+    except (ValueError, OverflowError) as error:  # of int() and chr(): a version, the number of a character
+        raise ConfigError(f"{what} is not YAML: it has a number that is out of range") from error
 
 
 def _construct(node: yaml.Node, what: str) -> Any:
+    _check_scalars(node, what)
     try:
         return yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
         raise ConfigError(f"{what} is not YAML: {_reason(error)}") from error
     except (ValueError, OverflowError, TypeError) as error:  # a date of month 13, a list as a key
-        long = isinstance(node, yaml.ScalarNode) and len(node.value) > 1000
-        raise ConfigError(f"{what} cannot be read: {'it has too many digits' if long else error}") from error
+        raise ConfigError(f"{what} cannot be read: {one_line(error)}") from error
+
+
+def _check_scalars(node: yaml.Node, what: str) -> None:
+    """Refuse what PyYAML's constructors would fail on in any way, or not end: they trust the tag of a value."""
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif node.tag in _TRUSTED:
+        if len(node.value) > _MOST_DIGITS:
+            raise ConfigError(f"{what} cannot be read: it has too many digits")
+        if yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, (True, False)) not in _TRUSTED[node.tag]:
+            name = node.tag.removeprefix(_TAG)
+            raise ConfigError(f"{what} cannot be read: {shown(node.value)} is not what its tag !!{name} says")
+        return
+    else:
+        return
+    for child in children:
+        _check_scalars(child, what)
 
 
 def _reason(error: yaml.YAMLError) -> str:
     """PyYAML's message without its picture of the place, which takes several lines."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return re.sub(r"\s+", " ", str(error))
+        return one_line(error, 200)
     mark = error.problem_mark or error.context_mark
     place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-    return f"{error.problem or error.context}{place}"
+    return f"{one_line(ValueError(error.problem or error.context), 200)}{place}"
 
 
 # ---- types

@@ -2,9 +2,13 @@
 """A model folder's config.json may come from anywhere: whatever is wrong in it is one line, on every path."""
 
 import copy
+import dataclasses
 import json
 import os
+import random
 import shutil
+import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -13,8 +17,9 @@ import torch
 from timm.models import save_for_hf
 
 from internimage.cli import main
-from internimage.engine.model import create_model
-from internimage.errors import CheckpointError
+from internimage.engine.model import create_model, data_config, label_names
+from internimage.errors import CheckpointError, UserError
+from internimage.models import model_config
 from internimage.models.convert import check_folder
 from internimage.models.model_config import ModelConfigError, has_model_config, read_model_config
 
@@ -60,11 +65,18 @@ FILES = {
     "list": (b"[1, 2]", "must hold a JSON object, got a list"),
     "string": (b'"internimage_atto"', "must hold a JSON object, got a str"),
     "null": (b"null", "must hold a JSON object, got a NoneType"),
-    "number": (b"1" * 5000, "is not JSON"),
+    "number": (b"1" * 5000, "a number of 400 digits or more"),
     "NaN": (b'{"architecture": "internimage_atto", "x": NaN}', "NaN is not a number of JSON"),
     "nested deeply": (b'{"architecture": ' + b"[" * 100_000, "nested too deeply"),
     "nested deeply, and closed": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-    "too large": (b" " * (64 * 2**20 + 1), "a model's configuration has less"),
+    "nested less deeply": (b'{"architecture": ' + b"[" * 40 + b"]" * 40 + b"}", "nested too deeply"),
+    "lists without end": (b'{"x": [' + b"[]," * 10**6 + b"0]}", "too many lists and objects"),
+    "byte order mark": (b'\xef\xbb\xbf{"architecture": "internimage_atto"}', "begins with a byte order mark"),
+    "a key twice": (
+        b'{"architecture": "internimage_atto", "num_classes": 3, "num_classes": 4}',
+        "the key 'num_classes' stands twice in an object",
+    ),
+    "too large": (b" " * (16 * 2**20 + 1), "a model's configuration has less"),
 }
 
 # changed values: None removes one, ... is for null
@@ -121,6 +133,18 @@ VALUES = {
     "interpolation": (dict(pretrained_cfg=dict(interpolation="best")), "interpolation must be such as 'bicubic'"),
     "interpolation a list": (dict(pretrained_cfg=dict(interpolation=[1])), "interpolation must be such as 'bicubic'"),
     "classifier a number": (dict(pretrained_cfg=dict(classifier=5)), "classifier must be a layer's name, got 5"),
+    "classifier a list of numbers": (dict(pretrained_cfg=dict(classifier=[5])), "classifier must be a layer's name"),
+    "size null": (dict(pretrained_cfg=dict(input_size=None)), "input_size must not be null; it may be left out"),
+    "pooling size": (dict(pretrained_cfg=dict(pool_size=["a", 1])), "height and width of pool_size must be"),
+    "license a list": (dict(pretrained_cfg=dict(license=["mit"])), "license must be text"),
+    "tag a number": (dict(pretrained_cfg=dict(tag=3)), "tag must be text, got 3"),
+    "label offset": (dict(pretrained_cfg=dict(label_offset=-1)), "label_offset must be a whole number from 0"),
+    "fixed size in words": (dict(pretrained_cfg=dict(fixed_input_size="no")), "fixed_input_size must be true or false"),
+    "fixed size": (dict(pretrained_cfg=dict(fixed_input_size=True)), "fixed_input_size must be false"),
+    "features": (dict(model_args=dict(features_only=True)), "'features_only', which InternImage does not take"),
+    "averages": (dict(model_args=dict(use_ema="yes")), "use_ema of model_args must be true or false, got 'yes'"),
+    "head": (dict(model_args=dict(head_from_22k=[1])), "head_from_22k of model_args must be true, false or a list"),
+    "argument of an unreadable name": (dict(model_args={"\x1b[2J": 1}), r"'\x1b[2J', which InternImage does not take"),
 }  # fmt: skip
 
 # of a type and size that the reader lets through, and the model does not
@@ -130,6 +154,11 @@ ARGUMENTS = {
     "activation": (dict(SMALL, act_layer="nope"), "act_layer must be timm's name of an activation"),
     "kernel": (dict(SMALL, dw_kernel_size="x"), "dw_kernel_size"),
     "pooling": (dict(SMALL, global_pool={}), "global_pool must be one of"),
+    "blocks of all stages": (dict(SMALL, depths=[999, 999, 1, 1]), "depths must be at most 1000 blocks together"),
+    "norms": (
+        dict(SMALL, depths=[1, 1, 9, 1], stage3_post_norm_blocks=[3, 3]),
+        "stage3_post_norm_blocks must name each block once",
+    ),
 }
 
 
@@ -275,3 +304,136 @@ def test_folder_of_another_architecture_is_neither_converted_nor_pushed(tmp_path
     torch.save(timm.create_model("internimage_atto", **SMALL).state_dict(), tmp_path / "w.pth")
     assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "out"), "--model", "resnet18"]) == 2
     assert "only InternImage can be converted" in capsys.readouterr().err
+
+
+# ---- every value everywhere
+
+
+def nested(depth: int, value: object = 0) -> object:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+HOSTILE = [
+    None, True, False, 0, -1, 2, 1.5, 1e300, -1e300, 1e-320, 10**9, -(10**9), 10**30, 10**399, "", "x", "a\nb\x1b[31m",
+    "\ud800", "\0", "nan", "x" * 10**5, [], [1], [1] * 3, [1] * 4, [-1] * 4, [10**9] * 4, [True] * 4, ["x"] * 4,
+    [1e300] * 4, [None] * 3, [0] * 10**5, {}, {"a": 1}, {"0": "a", "1": "b", "2": "c"}, [{}], nested(20), nested(300),
+]  # fmt: skip
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """The paths of all values of a JSON document."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in parts for place in places(part, (*path, key)))]
+
+
+def replaced(content: dict, path: tuple, value: object) -> object:
+    if not path:
+        return value
+    content = copy.deepcopy(content)
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return content
+
+
+def corpus(content: dict) -> list[tuple]:
+    """Everywhere in a config.json, and where it has nothing."""
+    more = [("labels",), ("model_args", "device"), ("model_args", "x"), ("pretrained_cfg", "x")]
+    more += [("model_args", name) for name in model_config._our_arguments()]
+    more += [("pretrained_cfg", field.name) for field in dataclasses.fields(timm.models.PretrainedCfg)]
+    return sorted({*places(content), *more}, key=str)
+
+
+def write_json(folder: Path, content: object) -> None:
+    limits = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    try:
+        (folder / "config.json").write_text(json.dumps(content))
+    finally:
+        sys.setrecursionlimit(limits)
+
+
+def loads(folder: Path) -> None:
+    model = create_model(str(folder))
+    data_config(model)
+    label_names(model)
+
+
+def assert_loads_or_is_refused(folder: Path, path: tuple, value: object) -> None:
+    """Also where timm has read the file, as far as it can."""
+    before = ascii((path, value))[:200]
+    try:
+        loads(folder)
+        return
+    except UserError as error:
+        message = str(error)
+        assert len(message) < 700 or "nothing was loaded" in message, before
+        assert message.replace("\n", "").isprintable(), before
+    if value == nested(300):
+        return  # of which timm's own copies make a RecursionError
+    try:
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except ValueError as error:  # of the constructor or our reader's checks, which are ValueErrors as well
+        assert "\n" not in str(error), before
+    except CheckpointError as error:
+        assert "does not fit the model" in str(error) or "\n" not in str(error), before
+    except (RuntimeError, TypeError, AttributeError, AssertionError, KeyError, IndexError) as error:  # timm's own
+        frames = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+        assert not any("internimage" in parts for parts in frames[1:] if "tests" not in parts), before
+
+
+def check_corpus(folder: Path, share: int) -> int:
+    content = json.loads((folder / "config.json").read_text())
+    cases = [(path, value) for path in corpus(content) for value in HOSTILE]
+    random.Random(0).shuffle(cases)
+    for path, value in cases[::share]:
+        write_json(folder, replaced(content, path, value))
+        assert_loads_or_is_refused(folder, path, value)
+    return len(cases)
+
+
+def test_some_values_somewhere(folder):
+    assert check_corpus(folder, 20) > 2000
+
+
+@pytest.mark.slow
+def test_every_value_everywhere(folder):
+    check_corpus(folder, 1)
+
+
+def test_what_timm_has_read_is_checked_too(folder):
+    """timm.create_model("local-dir:...") and transformers read the file themselves and call this package."""
+    for values, message in (
+        (dict(pretrained_cfg=dict(mean=[float("nan")] * 3)), "mean must be a list of numbers"),
+        (dict(pretrained_cfg=dict(colour=1)), "pretrained_cfg has 'colour'"),
+        (dict(label_names={"a": "b"}), "the keys of label_names must be indices"),
+        (dict(model_args=dict(SMALL, device=[1])), "'device', which is no argument of a model"),
+        (dict(model_args=dict(SMALL, features_only=True)), "'features_only', which InternImage does not take"),
+        (dict(model_args=dict(SMALL, depths=[10**9, 1, 1, 1])), "'depths' of model_args is too large"),
+    ):
+        before = (folder / "config.json").read_text()
+        change(folder, values)
+        for pretrained in (True, False):
+            with pytest.raises(ModelConfigError) as error:
+                timm.create_model(f"local-dir:{folder}", pretrained=pretrained)
+            assert_one_line(error.value, message)
+            assert str(folder) in str(error.value)
+        (folder / "config.json").write_text(before)
+
+
+def test_building_on_meta_computes_no_initial_values():
+    """So that what a config.json asks for is soon compared with the weights, however deep it is."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        calls = []
+
+        class Count(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                calls.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        with Count():
+            timm.create_model("internimage_atto", device="meta")
+    assert not [name for name in calls if "erfinv" in name or "clamp" in name]

@@ -145,12 +145,12 @@ def test_damaged_checkpoints_get_a_reason_of_ours(data, copy, caplog, content):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (b"{[", "it is damaged"),
-        (b"\xff\xfe\0", "it is damaged"),
-        (b"", "it holds no settings"),
-        (b"- 1\n", "it holds no settings"),
-        (b"2020-99-99", "it is damaged"),
-        (b"[" * 5000, "it is damaged"),
+        (b"{[", "it must be flat"),
+        (b"\xff\xfe\0", "not text in UTF-8"),
+        (b"", "it must hold a mapping of keys to values, got nothing"),
+        (b"- 1\n", "got a list"),
+        (b"2020-99-99", "got a single value"),
+        (b"[" * 5000, "it must be flat"),
         (b"lr: many\n", "'lr' must be a number"),
     ],
     ids=range(7),

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The tables of a run, read again after whatever happened to them."""
 
+import itertools
 import math
+import os
 
 import pytest
 from runs import epochs, same_weights, steps, write_noise
 from test_training import settings, stop_at
 
 from internimage.cli import main
+from internimage.engine.curves import curve
 from internimage.engine.finetune import finetune
 from internimage.engine.training_log import TrainingLog, read_steps
 from internimage.files import WriteError
@@ -50,6 +53,12 @@ def test_a_half_written_last_line_is_nothing_to_warn_of(tmp_path, caplog, half):
         b"-4,2,1.2,0.003,2.0,790\n",
         b"4,2,1.2,0.003,2.0,nan\n",
         b'"4,2\n',
+        b"9" * 400 + b",2,1.2,0.003,2.0,790\n",
+        b"4_0,2,1.2,0.003,2.0,790\n",
+        b"4,2,1_2,0.003,2.0,790\n",
+        "٤,2,1.2,0.003,2.0,790\n".encode(),
+        b"4,2,1.2,1e999,2.0,790\n",
+        b"4,2,1.\x002,0.003,2.0,790\n",
         b"x" * 200_000 + b"\n",  # more than the csv module takes in a field
     ],
     ids=lambda odd: odd[:12].decode("latin-1"),
@@ -101,6 +110,27 @@ def test_a_log_line_of_each_epoch(tmp_path, capsys):
         "epoch 3/30: train loss 0.4312, 812 images/s\n"
         "epoch 3/30: train loss 0.4312, val loss 0.3901, val top-1 91.25 %, 812 images/s\n",
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+@pytest.mark.parametrize("name", ["log.csv", "steps.csv"])
+def test_a_pipe_in_a_tables_place_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(WriteError, match=f"{name}' is a pipe.*move the pipe away"):
+        TrainingLog(tmp_path, [], 0, 4, 8, progress=False)
+
+
+EXTREME = [0.0, -0.0, 1.0, 5e-324, 1e-320, -1e-300, 1e308, -1e308, 1.7e308, 3.4e38, 1e16, 1e16 + 2, 100.0, math.inf,
+           -math.inf, math.nan]  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [math.inf, 100.0])
+def test_any_numbers_make_a_curve_or_none(most):
+    """A diverged run, or a table that was edited, costs no report."""
+    for values in itertools.product(EXTREME, repeat=2):
+        for points in (list(zip((1.0, 2.0), values)), list(zip(values, (1.0, 2.0))), [values]):
+            drawn = curve("loss", "step", "nats", [("", "main", points)], most=most)
+            assert "nan" not in drawn and "inf" not in drawn.replace("info", "")
 
 
 @pytest.mark.parametrize("name", ["log.csv", "steps.csv"])

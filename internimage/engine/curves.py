@@ -9,10 +9,13 @@ Points = list[tuple[float, float]]
 _WIDTH, _HEIGHT = 460, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 10, 42  # room for the tick labels and the names of the axes
 _MOST_POINTS = 1000  # of a line; more cannot be seen
+_LARGEST, _SMALLEST = 1e100, 1e-300  # of values and of their differences: what is beyond would overflow on the way
 
 
 def curve(title: str, x_name: str, y_name: str, series: list[tuple[str, str, Points]], most: float = math.inf) -> str:
-    """A figure with one or several lines over the same axes, or nothing if there is no finite point.
+    """A figure with one or several lines over the same axes, or nothing if there is no point to draw.
+
+    Points that are not finite, beyond 1e100 or above `most` are left out.
 
     Args:
         title: Above the plot.
@@ -20,7 +23,14 @@ def curve(title: str, x_name: str, y_name: str, series: list[tuple[str, str, Poi
         series: Name (empty: not in the legend), color (main, faint or other, of the page's style) and points of each.
         most: The y axis does not go beyond.
     """
-    series = [(name, color, [p for p in points if math.isfinite(p[1])]) for name, color, points in series]
+    series = [
+        (
+            name,
+            color,
+            [(x, y) for x, y in points if max(abs(x), abs(y)) <= _LARGEST and y <= most and x == x and y == y],
+        )
+        for name, color, points in series
+    ]
     series = [(name, color, p[:: math.ceil(len(p) / _MOST_POINTS)]) for name, color, p in series if p]
     if not series:
         return ""
@@ -69,9 +79,9 @@ def curve(title: str, x_name: str, y_name: str, series: list[tuple[str, str, Poi
 def _span(values: list[float]) -> tuple[float, float]:
     """The least and the largest, apart from each other."""
     low, high = min(values), max(values)
-    if high - low > 1e-9 * max(abs(low), abs(high)):
+    if high - low > max(1e-9 * max(abs(low), abs(high)), _SMALLEST):
         return low, high
-    half = abs(low) / 10 or 0.5
+    half = abs(low) / 10 if abs(low) > _SMALLEST else 0.5
     return low - half, high + half
 
 

@@ -18,7 +18,7 @@ from ..dtypes import NAMES
 from ..errors import CheckpointError, UserError, one_line, some
 from ..models.arguments import check_num_classes, check_whole_number, is_number
 from ..models.backbone import InternImage, check_fusable
-from ..models.checkpoints import count_classes
+from ..models.checkpoints import check_plain, count_classes
 from ..models.containers import existing_path, open_checkpoint
 from ..models.model_config import CONFIG, LARGEST_SIDE, ModelConfig, has_model_config, is_ours, read_model_config
 
@@ -179,9 +179,7 @@ def _create_foreign(
     if weights is None:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     entries = open_checkpoint(weights, use_ema)
-    odd = next((f"{key}' is {entry.problem}" for key, entry in entries.items() if entry.problem), None)
-    if odd:
-        raise CheckpointError(f"'{weights}' cannot be used, and nothing was loaded: its tensor '{odd}")
+    check_plain(entries, entries, f"'{weights}'")
     entries = clean_state_dict(entries)  # of the prefixes that parallel and compiled training leaves
     overlay = dict(state_dict={key: entry.read() for key, entry in entries.items()}, source="", custom_load=False)
     classifier = cfg.get("classifier")

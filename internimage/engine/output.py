@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..config import ConfigError, dump, from_dict
+from ..config import ConfigError, dump, from_dict, parse_settings, read_text
 from ..files import check_writable, is_partial, remove_partial, write_text
 from ..locks import LOCK_FILE, hold
 from ..settings import FinetuneConfig
@@ -113,39 +113,30 @@ def _mark(output: Path) -> str:
 def _is_run(output: Path) -> bool:
     """Whether a folder's settings prove that `finetune` made it."""
     try:
-        text = (output / CONFIG_FILE).read_text(encoding="utf-8")
+        text = read_text(output / CONFIG_FILE)
         if text.startswith(_mark(output) + "\n"):
             return True
         # before there was that line: as yaml writes all the settings that there were, which no recipe is
-        values = yaml.safe_load(text)
+        values = parse_settings(text, "it", FinetuneConfig)
         known = [field.name for field in fields(FinetuneConfig)]
         return (
-            isinstance(values, dict)
-            and len(values) >= 48
+            len(values) >= 48
             and list(values) == [name for name in known if name in values]
             and yaml.safe_dump(values, sort_keys=False) == text
-            and Path(os.path.abspath(values["output"])).name == output.resolve().name
+            and Path(os.path.abspath(values.get("output"))).name == output.resolve().name
         )
-    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError):
+    except (ConfigError, TypeError):  # of an output that is no path, or is not there
         return False
 
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ConfigError("it holds no settings")
-        return asdict(from_dict(FinetuneConfig, values))
+        return asdict(from_dict(FinetuneConfig, parse_settings(read_text(path), "it", FinetuneConfig)))
     except ConfigError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = error.strerror
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
-        reason = "it is damaged"
-    raise ConfigError(
-        f"'{path}' cannot be read ({reason}), so the run cannot go on: put the file back as it was, or name another "
-        f"output"
-    )
+        raise ConfigError(
+            f"'{path}' cannot be read ({error}), so the run cannot go on: put the file back as it was, or name another "
+            f"output"
+        ) from error
 
 
 def _check_same(config: FinetuneConfig, output: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ from ..progress import progress_bar
 from .output import LOG_FILE, STEPS_FILE
 
 _logger = logging.getLogger(__name__)
+# as Python and spreadsheets write them; int() and float() also take 1_0, the digits of other scripts and, of a step,
+# more digits than a float has room for
+_COUNT = re.compile(r"0*[1-9][0-9]{0,14}")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|nan|[-+]?inf", re.IGNORECASE)
 _STEP_FIELDS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second")
 
 
@@ -72,8 +77,10 @@ class TrainingLog:
         if not writes:
             return
         for path in (output / LOG_FILE, output / STEPS_FILE):
-            if path.is_dir():  # before an epoch's work
-                raise WriteError(f"'{path}' is a folder, and the run writes a file of that name: move the folder away")
+            kind = "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else ""
+            if kind:  # before an epoch's work; opening a pipe would wait for its reader
+                what = kind.split()[1]
+                raise WriteError(f"'{path}' is {kind}, and the run writes a file of that name: move the {what} away")
         with self._writing(path, raises=True):
             kept = read_steps(output, step) if step else []
             write_text(path, _csv(kept, _STEP_FIELDS))
@@ -222,12 +229,16 @@ def _step(header: tuple[str, ...], line: str) -> dict[str, str] | None:
     cells = [cell.strip() for cell in line.split(",")]
     row = dict(zip(header, cells))
     try:
-        if len(cells) != len(header) or int(row["step"]) < 1 or int(row["epoch"]) < 1:
-            return None
-        if not all(math.isfinite(float(row[name])) for name in ("lr", "images_per_second")):
-            return None
-        float(row["loss"]), float(row["grad_norm"])  # which need not be finite
-    except (KeyError, ValueError):
+        good = (
+            len(cells) == len(header)
+            and all(_COUNT.fullmatch(row[name]) for name in ("step", "epoch"))
+            and all(_NUMBER.fullmatch(row[name]) for name in _STEP_FIELDS[2:])
+            # loss and norm of the gradient need not be finite
+            and all(math.isfinite(float(row[name])) for name in ("lr", "images_per_second"))
+        )
+    except KeyError:
+        return None
+    if not good:
         return None
     return {name: row[name] for name in _STEP_FIELDS}
 

@@ -16,7 +16,7 @@ from timm.layers import get_act_layer
 
 MOST_CLASSES = 10_000_000
 _MOST_CHANNELS = 8192  # of the first stage; giant has 512
-_MOST_BLOCKS = 1000  # of a stage; giant has 48
+_MOST_BLOCKS = 1000  # of a stage, and of all four; giant has 48 and 56
 _MOST_IMAGE_CHANNELS = 65536
 _LARGEST_KERNEL = 255
 _LARGEST_RATIO = 256
@@ -95,6 +95,8 @@ def check_arguments(
     _whole_numbers("groups", groups, 1, 8 * _MOST_CHANNELS)
     if len(depths) != 4 or len(groups) != 4:
         raise ValueError(f"depths and groups must name four stages, got {repr(depths)} and {repr(groups)}")
+    if sum(depths) > _MOST_BLOCKS:
+        raise ValueError(f"depths must be at most {_MOST_BLOCKS} blocks together, got {repr(depths)}")
     for i, count in enumerate(groups):
         if channels * 2**i % count:
             raise ValueError(
@@ -114,6 +116,8 @@ def check_arguments(
         sides = dw_kernel_size if isinstance(dw_kernel_size, (tuple, list)) else (dw_kernel_size,)
         _whole_numbers("dw_kernel_size", sides, 1, _LARGEST_KERNEL)
     _whole_numbers("stage3_post_norm_blocks", stage3_post_norm_blocks, 0, depths[2] - 1)
+    if len(set(stage3_post_norm_blocks)) < len(tuple(stage3_post_norm_blocks)):
+        raise ValueError(f"stage3_post_norm_blocks must name each block once, got {repr(stage3_post_norm_blocks)}")
     check_act_layer(act_layer)
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not is_number(rate) or not 0 <= rate <= 1:

@@ -215,6 +215,8 @@ class InternImage(nn.Module):
     @staticmethod
     def _init_module(module: nn.Module) -> None:
         """Initial values of one module's own parameters, as upstream: convolutions keep torch's defaults."""
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            return  # torch would take most of the time that building a model takes to compute nothing
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:

@@ -8,7 +8,8 @@
 | mmdetection, mmsegmentation | `backbone.` + ours, without the classifier's head |
 | ours | ours |
 
-The whole key set and every shape are compared before a single parameter is written.
+The whole key set and every tensor's kind, shape and dtype are compared, and what is in files is read, before a single
+parameter is written.
 """
 
 import logging
@@ -24,9 +25,9 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor
 
 from ..errors import CheckpointError, some
-from ..ops.arguments import FLOATING
 from . import imagenet22k
 from .containers import Entry, from_state_dict, open_checkpoint
+from .dtypes import name_of, problem_of, same_kind
 
 if TYPE_CHECKING:
     from .backbone import InternImage
@@ -90,7 +91,10 @@ def load_pretrained(
     head_from_22k: bool | Sequence[str] = False,
     device: torch.device | str | None = None,
 ) -> None:
-    """Load weights into a model, whole or not at all.
+    """Load weights into a model, whole or not at all: whatever is refused or cannot be read leaves it as it was.
+
+    For that, a model that is not on the meta device has the weights of a file in memory beside its own for a moment.
+    One on the meta device has them once.
 
     The classifier may be new, with a warning, if the model was asked for another number of classes than the weights'
     cfg names; the first convolution is adapted if it was asked for another number of image channels (timm's rule). All
@@ -104,39 +108,48 @@ def load_pretrained(
         pretrained_cfg: What the weights were made for (`num_classes`, `input_size`); the model's own cfg if None.
         head_from_22k: Make the classifier of the rows that an ImageNet-22k one has for these synsets, one a class; True
             stands for ImageNet-1k's.
-        device: Where a model that was built on the meta device goes: each tensor is read and put in its place, so that
-            the weights exist once.
+        device: Where a model that was built on the meta device goes.
 
     Raises:
-        CheckpointError: The file cannot be read or does not fit; the message lists the first ten differences.
+        CheckpointError: The file cannot be read or does not fit, with the first ten differences; or a tensor of the
+            model cannot be filled. Nothing was written.
         FileNotFoundError: There is no such file.
     """
     target = model.state_dict()
+    _check_fillable(target)
     on_meta = any(value.is_meta for value in target.values())
     if on_meta and (device is None or torch.device(device).type == "meta"):
         raise CheckpointError("a model on the meta device cannot hold weights; call its to_empty(device=...) first")
     origin, found = match(model, source, backbone_only, use_ema, pretrained_cfg, head_from_22k)
     odd: list[str] = []
+    beyond: dict[str, list[str]] = {}
 
     def read(key: str) -> Tensor:
-        tensor = found[key].read()
+        whole, dtype = found[key].read(), target[key].dtype
+        tensor = whole.to(dtype)
         if _is_odd(tensor):
-            odd.append(key)
+            (odd if tensor is whole or _is_odd(whole) else beyond.setdefault(name_of(dtype), [])).append(key)
         return tensor
 
     with torch.no_grad():
         if on_meta:
-            # what the file lacks belongs to a child of the model (the head) that gets initial values first
+            filled = {key: read(key).to(device) for key in found}
+            # what the file lacks belongs to a child of the model (the head) that gets initial values
             model.materialize({key.partition(".")[0] for key in target if key not in found}, device)
-            dtypes = {key: value.dtype for key, value in target.items()}
-            filled = {key: read(key).to(device=device, dtype=dtypes[key]) for key in target if key in found}
             model.load_state_dict(filled, strict=False, assign=True)
         else:
-            for key, value in target.items():
-                if key in found:
-                    value.copy_(read(key))
+            tensors: Iterable[tuple[str, Tensor]] = ((key, read(key)) for key in found)
+            if not isinstance(source, Mapping):  # reading a file can fail at any of them
+                tensors = list(tensors)
+            for key, tensor in tensors:
+                target[key].copy_(tensor)
     if odd:
         _logger.warning("%s: NaN or infinity in %d tensors: %s", origin, len(odd), some(odd))
+    for name, keys in beyond.items():
+        _logger.warning(
+            "%s: %d tensors have values that %s cannot hold, which are infinite now: %s",
+            origin, len(keys), name, some(keys),
+        )  # fmt: skip
 
 
 def match(
@@ -169,12 +182,12 @@ def match(
         _reduce_head(model.num_classes, synsets, origin, found)
     _drop_head(model, origin, found, expected, cfg, backbone_only)
     _adapt_first_conv(model.in_chans, (cfg.get("input_size") or (3,))[0], origin, found)
-    _check_plain(found, expected, origin)
+    check_plain(found, expected, origin)
     differences = _differences(found, expected)
     differences += [
         f"dtype: {key} holds {found[key].dtype} in the file, and numbers of a {value.dtype} are needed"
         for key, value in target.items()
-        if key in found and found[key].dtype.is_floating_point != value.is_floating_point()
+        if key in found and not same_kind(found[key].dtype, value.dtype)
     ]
     if differences:
         listed = "\n".join(f"  {line}" for line in differences[:10])
@@ -187,21 +200,30 @@ def match(
     return origin, {key: found[key] for key in target if key in found}
 
 
-def _check_plain(found: dict[str, Entry], expected: Iterable[str], origin: str) -> None:
-    """Refuse tensors that cannot be read as numbers, or whose numbers are no weights.
+def problem_with(entry: Entry) -> str:
+    """Why a tensor cannot be read as numbers, or its numbers are no weights; empty if it is well."""
+    return entry.problem or problem_of(entry.dtype)
 
-    float8 is among them: such weights go with scales, which no InternImage checkpoint has.
-    """
+
+def check_plain(found: dict[str, Entry], expected: Iterable[str], origin: str) -> None:
+    """CheckpointError if one of the tensors expected cannot be used."""
     for key in expected:
-        entry = found.get(key)
-        if entry is None:
-            continue
-        problem = entry.problem
-        if not problem and entry.dtype not in FLOATING and (entry.dtype.is_floating_point or entry.dtype.is_complex):
-            name = str(entry.dtype).removeprefix("torch.")
-            problem = f"{name}; weights are float64, float32, bfloat16 or float16"
+        problem = problem_with(found[key]) if key in found else ""
         if problem:
             raise CheckpointError(f"{origin} cannot be used, and nothing was loaded: its tensor '{key}' is {problem}")
+
+
+def _check_fillable(target: Mapping[str, Tensor]) -> None:
+    """Refuse a model with tensors that cannot be written to, or only with other values than the weights'."""
+    for key, entry in from_state_dict(target, "the model").items():
+        value = target[key]
+        problem = problem_of(entry.dtype) if value.is_meta else problem_with(entry)
+        if not problem and value.is_inference() and not torch.is_inference_mode_enabled():
+            problem = "made in torch.inference_mode(), which allows no change outside of it"
+        if not problem and any(side > 1 and not step for side, step in zip(value.shape, value.stride())):
+            problem = "expanded, with several elements in one place in memory"
+        if problem:
+            raise CheckpointError(f"the model cannot be filled, and nothing was loaded: its '{key}' is {problem}")
 
 
 def _is_odd(tensor: Tensor) -> bool:

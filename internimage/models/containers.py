@@ -86,6 +86,9 @@ def _problem(tensor: Tensor) -> str:
         return f"sparse ({str(tensor.layout).removeprefix('torch.')}); save it after .to_dense()"
     if tensor.is_meta:
         return "on the meta device, so it holds no numbers"
+    extent = tensor.storage_offset() + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) + 1
+    if tensor.numel() and tensor.untyped_storage().nbytes() < extent * tensor.itemsize:  # as FSDP leaves what it shards
+        return "without its memory, which was freed"
     return ""
 
 

@@ -23,9 +23,12 @@ from torch import Tensor
 from .. import hub
 from ..errors import CheckpointError, UserError, one_line
 from ..files import write_text
+from ..ops.arguments import FLOATING
+from ..values import shown
 from . import checkpoints
 from .card import model_card
 from .containers import Entry, open_checkpoint
+from .dtypes import is_weights, name_of
 from .folder import CARD, check_destination, check_source, mark, place, staging
 from .identify import ConvertError, find_source, model_of
 from .model_config import CONFIG, has_model_config, read_model_config
@@ -71,7 +74,8 @@ def convert(
         destination: Folder to make.
         model: timm's name of the model, with or without a tag; found out if None.
         model_kwargs: Arguments of the model where it differs from that name.
-        dtype: Of all floating-point tensors; None keeps each as it is.
+        dtype: Of all floating-point tensors, as models have them: float64, float32, bfloat16 or float16; None keeps
+            each as it is.
         shard_size: Largest file of weights, in bytes or as in "5GB"; more are split, with an index.
         head: "22k-to-1k" keeps ImageNet-1k's rows of an ImageNet-22k classifier.
         use_ema: Take the averaged weights of a source that has both.
@@ -82,9 +86,11 @@ def convert(
         progress: Called with the bytes of each tensor written.
 
     Raises:
-        ConvertError: See there.
+        ConvertError: See there; or `dtype` is another, or cannot hold a value of the weights.
         CheckpointError: The weights cannot be read, or do not fit the model.
     """
+    if dtype is not None and not is_weights(dtype):
+        raise ConvertError(f"dtype must be {', '.join(map(name_of, FLOATING))} or None, got {shown(dtype)}")
     destination = Path(destination).expanduser()
     if head not in (None, HEAD_22K_TO_1K):
         raise ConvertError(f"head must be '{HEAD_22K_TO_1K}' or None, got '{head}'")
@@ -99,7 +105,7 @@ def convert(
     )
     if headless:
         _logger.warning("%s has no head: the folder is for features_only=True and num_classes=0", origin)
-    entries = {key: _cast(entry, dtype) for key, entry in found.items()}
+    entries = {key: _cast(key, entry, dtype) for key, entry in found.items()}
     # other classes under a released name are somebody's own weights, of which nothing is known
     own = built.num_classes != built.pretrained_cfg["num_classes"] and not reduce_head
     published = None if own else found_source.published
@@ -144,10 +150,21 @@ def convert(
     return result
 
 
-def _cast(entry: Entry, dtype: torch.dtype | None) -> Entry:
+def _cast(key: str, entry: Entry, dtype: torch.dtype | None) -> Entry:
     if dtype is None or not entry.dtype.is_floating_point or entry.dtype == dtype:
         return entry
-    return Entry(entry.shape, dtype, lambda: entry.read().to(dtype))
+
+    def read() -> Tensor:
+        whole = entry.read()
+        tensor = whole.to(dtype)
+        if bool((tensor.isinf() & whole.isfinite()).any()):
+            raise ConvertError(
+                f"'{key}' has values that {name_of(dtype)} cannot hold (up to {torch.finfo(dtype).max:g}); name a type "
+                f"of a larger range, or leave dtype out"
+            )
+        return tensor
+
+    return Entry(entry.shape, dtype, read)
 
 
 def _check_room(folder: Path, entries: dict[str, Entry]) -> None:

@@ -8,6 +8,7 @@ from timm.models._builder import resolve_pretrained_cfg
 
 from . import checkpoints, imagenet22k
 from .backbone import InternImage
+from .model_config import check_given
 from .published import PUBLISHED
 from .sources import resolve_source
 
@@ -29,6 +30,7 @@ def _create_internimage(
     timm's reader would unpickle before any check, read one shard only and load non-strictly where the number of classes
     differs, so timm is asked for a model without weights, built by a function that loads them.
     """
+    check_given(variant, pretrained_cfg, kwargs.get("pretrained_model_args") or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     features_only = kwargs.get("features_only", False)
     if "head_from_22k" in (kwargs.get("pretrained_model_args") or {}):

@@ -9,7 +9,10 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
+import re
 import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +31,11 @@ CONFIG = "config.json"
 LARGEST_SIDE = 16384  # of an image; one of this size takes 3 GB as float32
 _MOST_CHANNELS = 65536
 _MOST_BLOCKS = 1000
-_LARGEST_FILE = 64 * 2**20
+# of the file; what is refused would take more than a second or a gigabyte to read
+_LARGEST_FILE = 16 * 2**20  # a million classes with names of ten letters
+_MOST_CONTAINERS = 10**6  # lists and objects: each takes 60 bytes, and two in the file
+_DEEPEST = 32
+_LONG_NUMBER = re.compile(rb"[0-9]{400}")  # more than the largest float has; Python's limit is 4300
 
 # arguments of `timm.create_model` that say where weights come from and go to, and nothing about the model
 NOT_OF_A_MODEL = (
@@ -36,7 +43,7 @@ NOT_OF_A_MODEL = (
     "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "file", "url", "state_dict",
 )  # fmt: skip
 # what our registered functions take beside the arguments of the model
-_OUR_OPTIONS = ("head_from_22k", "use_ema", "features_only", "out_indices", "feature_cls")
+_OUR_OPTIONS = ("head_from_22k", "use_ema")
 
 
 class ModelConfigError(CheckpointError, ValueError):
@@ -77,6 +84,29 @@ def has_model_config(folder: Path) -> bool:
     return path.exists() and "architecture" in _read_object(path)
 
 
+def check_given(architecture: str, cfg: Any, model_args: Any) -> None:
+    """The same for what timm has read of a config.json itself and gives to the function that builds one of our models.
+
+    Args:
+        architecture: Of this package.
+        cfg: timm's pretrained cfg; looked at if it is a dict.
+        model_args: Of the file; empty without one.
+
+    Raises:
+        ModelConfigError: A value is wrong.
+    """
+    cfg = cfg if isinstance(cfg, dict) else {}
+    try:
+        check_model_args(architecture, model_args)
+        if not isinstance(cfg.get("state_dict", {}), (Mapping, type(None))):
+            raise ValueError(f"state_dict must hold weights, got {repr(cfg['state_dict'])}")
+        check_cfg(architecture, cfg)
+    except ValueError as error:
+        source = cfg.get("file") or cfg.get("hf_hub_id")
+        what = f"the {CONFIG} of '{source}'" if isinstance(source, str) else "the pretrained_cfg"
+        raise ModelConfigError(f"{what} cannot be used: {error}") from error
+
+
 def read_model_config(folder: str | Path) -> ModelConfig:
     """The config.json of a model folder, with every value checked that timm or this package will use.
 
@@ -107,26 +137,53 @@ def _read_object(path: Path) -> dict[str, Any]:
             raise ModelConfigError(f"'{path}' is not a regular file")
         if status.st_size > _LARGEST_FILE:
             raise ModelConfigError(f"'{path}' has {status.st_size / 1e6:.0f} MB; a model's configuration has less")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ModelConfigError(f"the folder '{path.parent}' has no {CONFIG}, so it holds no model") from error
     except OSError as error:
         raise ModelConfigError(f"'{path}' cannot be read: {error.strerror}") from error
+    if data.startswith(b"\xef\xbb\xbf"):  # timm and transformers do not read it either
+        raise ModelConfigError(f"'{path}' is not JSON: it begins with a byte order mark; save it as UTF-8 without one")
+    if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
+        raise ModelConfigError(f"'{path}' has too many lists and objects for a model's configuration")
+    if _LONG_NUMBER.search(data):
+        raise ModelConfigError(f"'{path}' is not a model's configuration: it has a number of 400 digits or more")
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ModelConfigError(f"'{path}' is not JSON: it is not UTF-8 text") from error
     except RecursionError as error:
         raise ModelConfigError(f"'{path}' is not a model's configuration: it is nested too deeply") from error
     except ValueError as error:
-        if isinstance(error, ModelConfigError):
-            raise
         raise ModelConfigError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelConfigError(f"'{path}' must hold a JSON object, got a {type(content).__name__}")
+    if _is_deep(content):  # what copies it, timm among others, recurses
+        raise ModelConfigError(f"'{path}' is not a model's configuration: it is nested too deeply")
     return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # one reader would take the first, another the last
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {repr(twice)} stands twice in an object")
+    return found
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_DEEPEST):
+        parts = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [part for values in parts for part in values if isinstance(part, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 # ---- values
@@ -143,27 +200,27 @@ def _check(content: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"neither this package nor timm has an architecture {repr(architecture)}{hint}")
     architecture = architecture.partition(".")[0]
     model_args = content.get("model_args", {})
-    _check_model_args(architecture, model_args)
+    check_model_args(architecture, model_args)
     if "pretrained_cfg" in content:
         cfg = content["pretrained_cfg"]
     else:  # as older versions of timm wrote it: one object with everything in it
         cfg = {key: value for key, value in content.items() if key not in ("architecture", "num_features", "labels")}
+        if "labels" in content:
+            cfg["label_names"] = content["labels"]
     if not isinstance(cfg, dict):
         raise ValueError(f"pretrained_cfg must be an object, got {repr(cfg)}")
-    unknown = set(cfg) - {field.name for field in dataclasses.fields(PretrainedCfg)}
-    if unknown:
-        raise ValueError(f"pretrained_cfg has {repr(sorted(unknown)[0])}, which timm {timm.__version__} does not know")
     if "state_dict" in cfg:
         raise ValueError("pretrained_cfg holds a state_dict; weights belong in a file beside it")
     cfg = dict(cfg)
     for key in ("num_classes", "label_names", "label_descriptions"):
         if key in content:
             cfg[key] = content[key]
-    _check_cfg(cfg)
+    check_cfg(architecture, cfg)
     return ModelConfig(architecture, model_args, cfg)
 
 
-def _check_model_args(architecture: str, model_args: Any) -> None:
+def check_model_args(architecture: str, model_args: Any) -> None:
+    """Arguments of a model as a config.json has them; ValueError, which names the first that is wrong."""
     if not isinstance(model_args, dict):
         raise ValueError(f"model_args must be an object, got {repr(model_args)}")
     for key, value in model_args.items():
@@ -175,8 +232,10 @@ def _check_model_args(architecture: str, model_args: Any) -> None:
             raise ValueError(f"model_args has {repr(key)}, which InternImage does not take{hint}")
         blocks = "depth" in key or "layers" in key
         for number in _numbers(value):
-            if number > (_MOST_BLOCKS if blocks else MOST_CLASSES):
-                raise ValueError(f"'{key}' of model_args is too large: {repr(value)}")
+            if not -math.inf < number <= (_MOST_BLOCKS if blocks else MOST_CLASSES):  # 1e999 is infinite in JSON
+                raise ValueError(f"{repr(key)} of model_args is too large: {repr(value)}")
+    if is_ours(architecture):
+        _check_our_options(model_args)
     if "num_classes" in model_args:
         check_whole_number("num_classes of model_args", model_args["num_classes"], 0, MOST_CLASSES)
     if model_args.get("in_chans") is not None:
@@ -192,16 +251,41 @@ def _our_arguments() -> tuple[str, ...]:
     return (*inspect.signature(InternImage).parameters, *_OUR_OPTIONS)
 
 
-def _numbers(value: Any) -> list[float]:
+def _check_our_options(model_args: dict[str, Any]) -> None:
+    if model_args.get("use_ema") not in (None, True, False):
+        raise ValueError(f"use_ema of model_args must be true or false, got {repr(model_args['use_ema'])}")
+    head = model_args.get("head_from_22k", False)
+    if not isinstance(head, bool) and not (isinstance(head, list) and all(isinstance(name, str) for name in head)):
+        raise ValueError(f"head_from_22k of model_args must be true, false or a list of synsets, got {repr(head)}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
     """The numbers in a value of JSON, however deep."""
-    if isinstance(value, (list, dict)):
-        parts = value.values() if isinstance(value, dict) else value
-        return [number for part in parts for number in _numbers(part)]
-    return [value] if isinstance(value, (int, float)) else []
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, (list, dict)):
+            left += part.values() if isinstance(part, dict) else part
+        elif isinstance(part, (int, float)):
+            yield part
 
 
-def _check_cfg(cfg: dict[str, Any]) -> None:
-    cfg = {key: value for key, value in cfg.items() if value is not None}  # timm takes null as not given
+# fields of timm's pretrained cfg that are texts; some may also be a list of them
+_TEXTS = ("file", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "license", "description",
+          "origin_url", "paper_name")  # fmt: skip
+_TEXTS_OR_LISTS = ("url", "first_conv", "classifier", "paper_ids", "notes")
+
+
+def check_cfg(architecture: str, cfg: dict[str, Any]) -> None:
+    """timm's pretrained cfg as a config.json has it; ValueError, which names the first value that is wrong."""
+    fields = {field.name: field.default for field in dataclasses.fields(PretrainedCfg)}
+    unknown = [key for key in cfg if key not in fields]
+    if unknown:
+        raise ValueError(f"pretrained_cfg has {repr(unknown[0])}, which timm {timm.__version__} does not know")
+    missing = [key for key, value in cfg.items() if value is None and fields[key] is not None]
+    if missing:
+        raise ValueError(f"{missing[0]} must not be null; it may be left out")
+    cfg = {key: value for key, value in cfg.items() if value is not None}
     classes = cfg.get("num_classes")
     if classes is not None:
         check_whole_number("num_classes", classes, 0, MOST_CLASSES)
@@ -222,15 +306,31 @@ def _check_cfg(cfg: dict[str, Any]) -> None:
             raise ValueError(f"interpolation must be such as 'bicubic', got {repr(cfg['interpolation'])}") from None
     if cfg.get("crop_mode", "center") not in ("center", "squash", "border"):
         raise ValueError(f"crop_mode must be center, squash or border, got {repr(cfg['crop_mode'])}")
-    for key in ("first_conv", "classifier"):
-        names = cfg.get(key, [])
-        if not all(isinstance(name, str) for name in (names if isinstance(names, list) else [names])):
-            raise ValueError(f"{key} must be a layer's name, got {repr(names)}")
+    for key in (*_TEXTS, *_TEXTS_OR_LISTS):
+        texts = cfg.get(key, "")
+        listed = key in _TEXTS_OR_LISTS and isinstance(texts, (list, tuple))
+        if not all(isinstance(text, str) for text in (texts if listed else [texts])):
+            what = "a layer's name" if key in ("first_conv", "classifier") else "text"
+            raise ValueError(f"{key} must be {what}, got {repr(texts)}")
+    if not isinstance(cfg.get("custom_load", False), (bool, str)):
+        raise ValueError(f"custom_load must be true, false or text, got {repr(cfg['custom_load'])}")
+    if not isinstance(cfg.get("fixed_input_size", False), bool):
+        raise ValueError(f"fixed_input_size must be true or false, got {repr(cfg['fixed_input_size'])}")
+    if cfg.get("fixed_input_size") and is_ours(architecture):  # timm would give them an img_size
+        raise ValueError("fixed_input_size must be false: InternImage takes images of any size")
+    if "label_offset" in cfg:
+        check_whole_number("label_offset", cfg["label_offset"], 0, MOST_CLASSES)
+    for key in ("pool_size", "test_pool_size"):
+        sides = cfg.get(key, [1, 1])
+        if not isinstance(sides, (list, tuple)) or len(sides) != 2:
+            raise ValueError(f"{key} must be [height, width], got {repr(sides)}")
+        for side in sides:
+            check_whole_number(f"height and width of {key}", side, 1, LARGEST_SIDE)
     _check_labels(cfg, classes)
 
 
 def _check_input_size(key: str, size: Any) -> None:
-    if not isinstance(size, list) or len(size) != 3:
+    if not isinstance(size, (list, tuple)) or len(size) != 3:
         raise ValueError(f"{key} must be [channels, height, width], got {repr(size)}")
     check_whole_number(f"channels of {key}", size[0], 1, _MOST_CHANNELS)
     for side in size[1:]:
@@ -238,7 +338,7 @@ def _check_input_size(key: str, size: Any) -> None:
 
 
 def _check_per_channel(key: str, values: Any, channels: int) -> None:
-    if not isinstance(values, list) or not all(map(is_number, values)):
+    if not isinstance(values, (list, tuple)) or not all(map(is_number, values)):
         raise ValueError(f"{key} must be a list of numbers, got {repr(values)}")
     if len(values) not in (1, 3, channels):  # 3 also for grey images: the mean of them is taken
         raise ValueError(f"{key} must have a number for each of {channels} channels, got {repr(values)}")
@@ -249,12 +349,12 @@ def _check_per_channel(key: str, values: Any, channels: int) -> None:
 def _check_labels(cfg: dict[str, Any], classes: int | None) -> None:
     names = cfg.get("label_names")
     if isinstance(names, dict):  # index -> name, where some have none
-        if not all(key.isdecimal() for key in names):
+        if not all(isinstance(key, int) or key.isdecimal() for key in names):
             raise ValueError(f"the keys of label_names must be indices of classes, got {repr(list(names))}")
         names = list(names.values())
-    elif names is not None and classes is not None and isinstance(names, list) and len(names) != classes:
+    elif names is not None and classes is not None and isinstance(names, (list, tuple)) and len(names) != classes:
         raise ValueError(f"label_names has {len(names)} names, and num_classes is {classes}")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"label_names must be a list of names, got {repr(names)}")
     texts = cfg.get("label_descriptions", {})
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
