@@ -87,8 +87,8 @@ def copy(stopped, tmp_path):
 # Files of more than half a minute. With several processes each file is given to one of them; these are given first, the
 # longest one at the beginning, so that none is left over at the end for one process while others wait.
 LONG = [
-    "test_faults", "test_training", "test_cuda_compile", "test_cuda_host", "test_cpu_kernels", "test_distributed",
-    "test_models", "test_hub", "test_convert", "test_checkpoints", "test_resume", "test_unfinished", "test_cuda_build",
+    "test_faults", "test_training", "test_cuda_host", "test_models_goldens", "test_cuda_compile", "test_cpu_kernels",
+    "test_hub", "test_models", "test_convert", "test_checkpoints", "test_setup", "test_distributed", "test_start",
 ]  # fmt: skip
 
 
