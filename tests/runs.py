@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 def torchrun(processes: int, *arguments, check: bool = True) -> subprocess.CompletedProcess:
     """A script, or `-m` and a module, in several processes as torchrun starts them."""
-    result = launch(processes, list(map(str, arguments)), environment(), timeout=500)
+    result = launch(processes, list(map(str, arguments)), environment(), timeout=1000)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
 
