@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing import connection
 from pathlib import Path
@@ -103,8 +104,15 @@ def _context():
     return context
 
 
+def _end_with(parent: int) -> None:
+    """Nobody waits for this process any more: pytest was stopped."""
+    connection.wait([parent])
+    os._exit(1)
+
+
 def _run(arguments: list[str], variables: dict[str, str], streams: list[Path]) -> None:
     """What `python ARGUMENTS` does in a process of its own."""
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(Path(internimage.__file__).parent.parent)
