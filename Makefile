@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# processes of `make test`: one a core, at most four, as each holds torch and what its tests make (1.5 GB); 0: no others
+WORKERS ?= auto
 BENCH_ARGS ?=
 CHECK_ARGS ?=
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # the tests under the arithmetic of other processors, with 1, 2 and 4 threads, in random order, and not as root
 test-machines: $(VENV)/.installed-dev

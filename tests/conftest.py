@@ -84,7 +84,17 @@ def copy(stopped, tmp_path):
     return tmp_path / "run"
 
 
-def pytest_collection_modifyitems(items) -> None:
+# Files of more than half a minute. With several processes each file is given to one of them; these are given first, the
+# longest one at the beginning, so that none is left over at the end for one process while others wait.
+LONG = [
+    "test_faults", "test_training", "test_cuda_host", "test_models_goldens", "test_cuda_compile", "test_cpu_kernels",
+    "test_hub", "test_models", "test_convert", "test_checkpoints", "test_setup", "test_distributed", "test_start",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if hasattr(config, "workerinput") and not config.pluginmanager.hasplugin("randomly"):
+        items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

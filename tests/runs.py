@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import launch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -44,10 +45,8 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(processes: int, *arguments, check: bool = True) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        torchrun_command(processes, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env=environment(),
-    )  # fmt: skip
+    """A script, or `-m` and a module, in several processes as torchrun starts them."""
+    result = launch(processes, list(map(str, arguments)), environment(), timeout=1000)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
 

@@ -6,6 +6,7 @@ The operators beneath the public function are called here, with whatever strides
 
 import itertools
 import math
+import os
 
 import numpy as np
 import oracle
@@ -22,6 +23,7 @@ from internimage.ops import reference
 OP, OP_BACKWARD = torch.ops.internimage.dcnv3, torch.ops.internimage.dcnv3_backward
 NAMES = ("grad_input", "grad_offset", "grad_mask")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EXAMPLES = int(os.environ.get("INTERNIMAGE_TEST_EXAMPLES", 200))  # that hypothesis draws
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -119,7 +121,7 @@ def run(tensors, arguments, device="cpu") -> list[torch.Tensor]:
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_formula_in_any_layout(dtype, device):
-    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(problem=problems(dtype))
     def check(problem):
         assert_right(run(*problem, device), *problem)

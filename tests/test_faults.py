@@ -180,13 +180,13 @@ def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):
         )
         wait_for_checkpoint(tmp_path / "run", process, done)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == status, out + err
         assert out.count("asked to stop: saved after step") == 1, out + err
         done = int(re.search(r"saved after step (\d+) of 90", out)[1])
         assert "error:" not in err and "DataLoader" not in err, err
     assert done < 90
-    subprocess.run(commands[0], cwd=ROOT, check=True, capture_output=True, env=env, timeout=240)
+    subprocess.run(commands[0], cwd=ROOT, check=True, capture_output=True, env=env, timeout=500)
     assert losses(tmp_path / "run") == losses(faults[0] / "long")
     assert same_weights(tmp_path / "run", faults[0] / "long")
 
@@ -200,7 +200,7 @@ def test_sigterm_to_the_whole_group_of_processes(data, tmp_path):
     )  # fmt: skip
     wait_for_checkpoint(tmp_path, process)
     os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "asked to stop: saved after step" in out, out + err
 
 
@@ -219,7 +219,7 @@ def test_a_bug_does_not_leave_the_process_waiting_for_its_workers(data, tmp_path
     """The traceback keeps the loader alive to the end, and its workers must go when they are told to."""
     arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path, epochs=20, workers=2)).items() if v is not None]
     result = subprocess.run(
-        [sys.executable, "-c", FAILING, "finetune", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", FAILING, "finetune", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env=environment(),
     )  # fmt: skip
     assert result.returncode == 1 and "RuntimeError: a bug" in result.stderr
@@ -270,7 +270,7 @@ print(step, *problems, sep="\\n")
 def test_logs_on_a_full_disk(tmp_path, kind):
     """The log tells its run, and neither it nor TensorBoard's thread prints a traceback."""
     result = subprocess.run(
-        [sys.executable, "-c", LOGGING, str(tmp_path), kind], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LOGGING, str(tmp_path), kind], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     step, *problems = result.stdout.splitlines()

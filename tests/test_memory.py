@@ -32,19 +32,24 @@ import json, sys, time, timm, torch, internimage
 from internimage.models.convert import convert
 def resident(what):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
-before = resident("VmRSS")
+before, libraries = resident("VmRSS"), resident("RssFile")
 start = time.perf_counter()
 """
+# Pages of libraries are mapped as they are used, and a busy system takes them back and loads them again: how many there
+# were before says nothing, and those that came since are not the script's.
 EPILOGUE = """
+before += max(0, resident("RssFile") - libraries)
 print(json.dumps(dict(seconds=time.perf_counter() - start, before=before, peak=resident("VmHWM"))))
 """
 
 
 def measure(script: str, *arguments) -> dict[str, float]:
-    """Run a script in a fresh process: its seconds, and bytes resident before it and at its peak."""
+    """Run a script in a fresh process: its seconds, and bytes resident without what it allocates and at its peak."""
     code = PRELUDE + textwrap.dedent(script) + EPILOGUE
     root = Path(__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
+    # glibc keeps what is freed for itself more and more, up to tensors of 32 MiB, unless its threshold is given
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr

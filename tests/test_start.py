@@ -23,7 +23,7 @@ sys.exit(main(sys.argv[1:]))
 
 def python(*arguments, **more):
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env=environment() | more,
     )  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_ctrl_c_with_loader_workers_is_one_line(data, tmp_path):
     )  # fmt: skip
     wait_for_checkpoint(tmp_path, process)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, out + err
     last = int(checkpoint.checkpoints(tmp_path / "checkpoints")[0].stem[5:])
     assert f"interrupted; the same command resumes after step {last} of 1500" in err and "Traceback" not in err, err
