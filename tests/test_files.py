@@ -18,6 +18,7 @@ from PIL import Image
 from runs import write_noise
 
 from internimage import files
+from internimage.atomic import partial_folder
 from internimage.benchmark.timing import append_csv, check_csv
 from internimage.cli import main
 from internimage.engine.finetune import save_model
@@ -248,7 +249,7 @@ def umask():
 
 def test_modes_are_the_umask_s_and_an_owner_s_stay(tmp_path, umask):
     write_text(tmp_path / "new" / "text", "text")
-    with files.partial_folder(tmp_path) as folder:
+    with partial_folder(tmp_path) as folder:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o750
     assert not folder.exists()
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750

@@ -4,7 +4,6 @@
 import csv
 import io
 import json
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -16,13 +15,13 @@ import pytest
 import torch
 from runs import listing
 
-from internimage.engine import checkpoint
 from internimage.errors import CheckpointError
 from internimage.files import PARTIAL
-from internimage.locks import LOCK_FILE
 from internimage.models.convert import check_folder
 
-pytestmark = pytest.mark.skipif(kills.COMPILER is None, reason="needs a C compiler (cc, or CC) for a library to preload")
+pytestmark = pytest.mark.skipif(
+    kills.COMPILER is None, reason="needs a C compiler (cc, or CC) for a library to preload"
+)
 SPEEDS = ("images_per_second", "model_images_per_second", "peak_memory")
 
 
@@ -102,9 +101,12 @@ def whole_model(here, old, new):
 
 
 def whole_rows(here, old, new):
-    pass
+    """Of a table that others write to as well."""
+    rows = (here / "rows.csv").read_text().splitlines() if (here / "rows.csv").exists() else []
+    assert rows in [["a,b", *ROWS * n][: 2 * n + 1] for n in range(5)] + [[]]
 
 
+ROWS = ["0,xxxxxxxxx", "0,yyyyyyyyy", "1,xxxxxxxxx", "-1,yyyyyyyyy"]
 CASES = {
     "finetune": Case("finetune", check=whole_model),
     "finetune, anew": Case("finetune again", ("finetune",), whole_model),

@@ -170,6 +170,18 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def recover(folder: Path, found: Path | None) -> None:
+    """Finish what a killed run had left to do, once a checkpoint of it is taken up.
+
+    Args:
+        folder: Of the run's checkpoints.
+        found: The one that was taken up. If that is not the newest, older ones may be all that is good, and stay.
+    """
+    remove_partial(folder)
+    if found is not None and found == checkpoints(folder)[0]:
+        _remove_old(folder)
+
+
 def _make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)

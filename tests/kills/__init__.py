@@ -53,7 +53,9 @@ class Server:
             n: It is killed instead of its n-th system call that changes something below the folder; 0: it is not.
             torn: If that call is a write, half of it is done.
         """
-        print(json.dumps({"name": name, "folder": str(folder), "n": n, "torn": torn}), file=self.process.stdin, flush=True)
+        print(
+            json.dumps({"name": name, "folder": str(folder), "n": n, "torn": torn}), file=self.process.stdin, flush=True
+        )
         return Run(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:

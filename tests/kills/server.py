@@ -23,7 +23,6 @@ from torch import nn  # noqa: E402
 from internimage import files, locks  # noqa: E402, F401
 from internimage.benchmark.timing import append_csv  # noqa: E402
 from internimage.cli import convert, evaluate, finetune, main  # noqa: E402, F401
-from internimage.engine import checkpoint, parallel  # noqa: E402
 from internimage.engine.distributed import World  # noqa: E402
 from internimage.engine.finetune import save_model  # noqa: E402
 from internimage.engine.model import data_config  # noqa: E402
