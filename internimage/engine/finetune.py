@@ -207,11 +207,11 @@ class _Stage:
         if not self.began:
             return "interrupted before training began; nothing was changed"
         again = "the same command" if config.resume else "the same command with resume=true"
+        if self.saved:
+            return f"interrupted; the model is in '{config.output}', and {again} finishes the run"
         kept = checkpoints(Path(config.output) / CHECKPOINTS)
         if not kept:
             return "interrupted before the first checkpoint; the same command begins anew"
-        if self.saved:
-            return f"interrupted; the model is in '{config.output}', and {again} finishes the run"
         steps = f"step {step_of(kept[0])} of {self.total}"
         return f"interrupted; {again} resumes after {steps}"
 

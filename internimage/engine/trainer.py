@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The loop of a training run."""
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..config import ConfigError
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import WriteError, save_tensors, writing
 from ..progress import message
 from ..settings import FinetuneConfig
@@ -32,6 +33,8 @@ from .run_state import Progress, RunState
 from .training_data import TrainingBatch, training_loader, training_transform
 from .training_log import TrainingLog
 from .workers import signals_for_us
+
+_logger = logging.getLogger(__name__)
 
 
 class TrainingError(UserError, RuntimeError):
@@ -229,11 +232,13 @@ class Trainer:
         with self.world.together():
             self._raise_noted()
             self.log.flush()
+        self.close()
 
     def close(self) -> None:
-        """Close the files of the log."""
-        if self.log is not None:
-            self.log.close()
+        """End the bar, and close the files of the log."""
+        log, self.log = self.log, None
+        if log is not None:
+            log.close()
 
     def _epoch_is_open(self) -> bool:
         """Whether all steps of an epoch are done and its row is not written yet."""
@@ -426,6 +431,12 @@ class Trainer:
         except DataError as error:
             if self.world.first:
                 message(f"the validation images were not evaluated: {error}")
+            return None
+        except Exception as error:  # a killed worker, a full GPU, whatever it is: the model is saved
+            if self.world.size > 1:  # the others wait for this process
+                raise
+            _logger.debug("evaluating", exc_info=error)
+            message(f"the validation images were not evaluated: {type(error).__name__}: {one_line(error)}")
             return None
 
     def evaluate(self, **kwargs):
