@@ -23,6 +23,7 @@ from torch import nn  # noqa: E402
 from internimage import files, locks  # noqa: E402, F401
 from internimage.benchmark.timing import append_csv  # noqa: E402
 from internimage.cli import convert, evaluate, finetune, main  # noqa: E402, F401
+from internimage.engine import checkpoint  # noqa: E402
 from internimage.engine.distributed import World  # noqa: E402
 from internimage.engine.finetune import save_model  # noqa: E402
 from internimage.engine.model import data_config  # noqa: E402
@@ -88,7 +89,7 @@ def run_shards(folder: Path) -> int:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     data = {"samples": 8, "classes": ["0", "1"], "images": None}
     state = RunState(World(), model, None, optimizer, None, torch.amp.GradScaler("cpu", enabled=False), True, data)
-    state.load(folder)
+    checkpoint.recover(folder, state.load(folder))
     while state.progress.step < 4:
         optimizer.zero_grad()
         model(torch.ones(2, 3, 8, 8) * state.progress.step).square().sum().backward()
