@@ -114,13 +114,19 @@ def test_an_interrupt_says_what_the_same_command_does(data, tmp_path, monkeypatc
 # ---- what comes after the last step
 
 
-@pytest.mark.parametrize("where", ["evaluation", "report"])
 @pytest.mark.parametrize(
-    "error",
-    [KeyboardInterrupt(), SystemExit(3), MemoryError(), RecursionError("deep"), RuntimeError("a worker was killed"),
-     UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")],
-    ids=lambda error: type(error).__name__,
-)  # fmt: skip
+    "where, error",
+    [
+        ("evaluation", KeyboardInterrupt()),
+        ("evaluation", RuntimeError("a worker was killed")),
+        ("evaluation", MemoryError()),
+        ("report", KeyboardInterrupt()),
+        ("report", SystemExit(3)),
+        ("report", MemoryError()),
+        ("report", UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_nothing_after_the_last_step_costs_the_model(data, whole, tmp_path, monkeypatch, capsys, where, error):
     run, config = tmp_path / "run", settings(data, tmp_path / "run", report=True)
     shutil.copytree(whole, run)  # a run that stands before its last evaluation

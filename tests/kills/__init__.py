@@ -60,4 +60,4 @@ class Server:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(20)
+        self.process.wait(300)
