@@ -193,6 +193,7 @@ def test_killed_at_some_calls_the_same_command_ends_the_same(server, tmp_path, n
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_any_call_the_same_command_ends_the_same(server, tmp_path, name):
     calls, old, new = prepare(server, CASES[name], tmp_path)
@@ -202,6 +203,7 @@ def test_killed_at_any_call_the_same_command_ends_the_same(server, tmp_path, nam
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_killed_again_while_the_first_kill_is_mended(server, tmp_path, name):
     calls, old, new = prepare(server, CASES[name], tmp_path)
