@@ -5,43 +5,23 @@ Names are made by the system's own calls, so that a file's and a folder's mode i
 safetensors would make files that their owner alone can read.
 """
 
-import errno
 import os
-import re
-import secrets
-import shutil
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from .atomic import replacing
 from .errors import UserError
+from .locks import turn
 
 STDOUT = "-"  # as the name of a file
-PARTIAL = ".partial-"  # begins the names of what is half written; no reader looks at these
-
-_PARTIAL_NAME = re.compile(re.escape(PARTIAL) + r"(.+-)?[0-9a-f]{8}")
 
 
 class WriteError(UserError, OSError):
     """A file could not be written; what was there before is as it was."""
-
-
-def save_tensors(path: Path, thing: Any) -> None:
-    """`torch.save` to the disk itself.
-
-    Raises:
-        OSError: The disk is full, or the like.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    import torch  # the command line checks names of files before it loads torch
-
-    with archive_errors(), path.open("wb") as file:  # not by torch, which keeps the cause for itself
-        torch.save(thing, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -84,7 +64,7 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     there = None if descriptor is not None else _mode(path)
     if descriptor is None and (there is None or stat.S_ISREG(there)):
-        with _replacing(target, there) as file:
+        with replacing(target, there) as file:
             yield file
         return
     _check_kind(path, there)
@@ -104,7 +84,10 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def appending(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to append to, which others may do at the same time; what is not a regular file is written to."""
+    """A file to append lines to, which others may do at the same time: all of them appear at once, or none.
+
+    It stands at its end, after the end of a line. What is not a regular file is written to as by `writing`.
+    """
     mode = _mode(path)
     if str(path) == STDOUT or _descriptor(path) is not None or (mode is not None and not stat.S_ISREG(mode)):
         with writing(path) as file:
@@ -112,67 +95,17 @@ def appending(path: str | Path) -> Iterator[BinaryIO]:
         return
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("ab") as file:
-        yield file
-
-
-@contextmanager
-def _replacing(target: Path, mode: int | None) -> Iterator[BinaryIO]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = beside(target)
-    try:
-        file = partial.open("xb")
-    except OSError as error:
-        if mode is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        with target.open("wb") as file:  # of this folder, this file alone may be written to
+    if not os.access(target.parent, os.W_OK | os.X_OK):  # of this folder, this file alone may be written to
+        with target.open("ab") as file:
             yield file
         return
-    try:
-        with file:
-            if mode is not None:
-                os.chmod(partial, stat.S_IMODE(mode))  # what its owner gave it
+    with turn(target) as there:
+        content = there.read()
+        with replacing(target, os.fstat(there.fileno()).st_mode) as file:
+            file.write(content)
+            if content and not content.endswith(b"\n"):
+                file.write(b"\n")
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.replace(partial, target)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            shutil.copyfile(partial, target)  # mounted on its own, as a single file of a container is
-            partial.unlink()
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def beside(path: Path) -> Path:
-    """A name in the same folder that nobody has and no reader looks for."""
-    return path.with_name(f"{PARTIAL}{path.name[:40]}-{secrets.token_hex(4)}")
-
-
-def is_partial(name: str) -> bool:
-    """Whether a name is one of those of `beside` and `partial_folder`, which only a killed process leaves."""
-    return _PARTIAL_NAME.fullmatch(name) is not None
-
-
-def remove_partial(folder: Path, but: Path | None = None) -> None:
-    """Remove what killed processes left half written in a folder; to be called where no other process writes to it."""
-    for path in list(folder.iterdir()):
-        if is_partial(path.name) and path != but:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-@contextmanager
-def partial_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in another, to write files in before they get their names; is removed at the end."""
-    folder = parent / f"{PARTIAL}{secrets.token_hex(4)}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- before hours of work

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""One writer to a folder: a lock that dies with its process."""
+"""One writer to a folder or a file: locks that die with their process, and so tell what a killed one left."""
 
 import datetime
 import errno
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import UserError
 
@@ -26,8 +28,8 @@ LOCK_FILE = ".internimage.lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _FAR = 1 << 30  # on Windows a locked byte cannot be read, so it is one behind the text
 
-# The system's locks are of a process: it would give this one the same lock again, and take it away as soon as this
-# process closes the file anywhere.
+# Folders of `hold` and files of `hold_file`. The system's locks are of a process: it would give this one the same lock
+# again, and take it away as soon as this process closes the file anywhere. So these are not even opened.
 _held: set[str] = set()
 _held_lock = threading.Lock()
 
@@ -37,55 +39,138 @@ class LockedError(UserError, OSError):
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, warn: bool = True) -> Iterator[None]:
     """Be the only one that writes to a folder, which is there. Elsewhere than in `hold` the folder is free to all.
 
     The lock is a POSIX record lock (not flock, which a loader's workers inherit, and would keep after a kill), so the
-    system releases it however the process ends. A file system without locks gets a warning.
+    system releases it however the process ends.
+
+    Args:
+        folder: The folder.
+        warn: Where the file system has no locks; another run could write there too.
 
     Raises:
         LockedError: Another run holds it; the message says which.
         OSError: The lock file cannot be written.
     """
-    key = os.path.realpath(folder)
-    with _held_lock:
-        if key in _held:
+    with _noted(folder) as free:
+        if not free:
             raise LockedError(_refusal(folder, f"this process ({os.getpid()})"))
-        _held.add(key)
-    try:
-        file = _acquire(folder)
+        file = _acquire(folder, warn)
         try:
             yield
         finally:
             if file is not None:
                 _release(folder / LOCK_FILE, file)
-    finally:
-        with _held_lock:
-            _held.discard(key)
+
+
+@contextmanager
+def hold_file(file: int, path: Path) -> Iterator[bool]:
+    """Hold an open file while it is written to, under the name that it has; closing it anywhere ends that.
+
+    Yields:
+        Whether the name is still this file's: another process may have taken it for one that a killed process left.
+    """
+    with _noted(path):
+        yield _try_lock(file) is not False and _is_at(file, path)
+
+
+@contextmanager
+def taken_over(path: Path) -> Iterator[bool | None]:
+    """Hold a file that another process has made, unless that one lives.
+
+    Yields:
+        Whether the file's writer is dead. None where that cannot be known, since the file system has no locks.
+
+    Raises:
+        OSError: The file is not there, or may not be written to.
+    """
+    with _looking(path.parent if path.name == LOCK_FILE else path) as free:
+        if not free:
+            yield False
+            return
+        file = _open(path, os.O_RDWR)
+        try:
+            locked = _try_lock(file)
+            yield locked and _is_at(file, path)
+        finally:
+            os.close(file)
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[BinaryIO]:
+    """Wait for the turn to replace a file, which is made if there is none. Elsewhere than in `turn` it is free to all.
+
+    Yields:
+        The file, to read: opened once more, it would be free as soon as that is closed.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
+            while _try_lock(file.fileno()) is False:
+                time.sleep(0.01)
+            if _is_at(file.fileno(), path):  # else another one was put in its place meanwhile
+                yield file
+                return
 
 
 def check_free(folder: Path) -> None:
     """A look at the lock, which makes nothing: LockedError where another run holds it."""
-    if os.path.realpath(folder) in _held:
-        raise LockedError(_refusal(folder, f"this process ({os.getpid()})"))
+    with _looking(folder) as free:
+        if not free:
+            raise LockedError(_refusal(folder, f"this process ({os.getpid()})"))
+        try:
+            file = _open(folder / LOCK_FILE, os.O_RDWR)
+        except OSError:  # there is none, or `hold` will say what is wrong
+            return
+        try:
+            if _try_lock(file) is False:
+                raise LockedError(_refusal(folder, _owner(file)))
+        finally:
+            os.close(file)
+
+
+@contextmanager
+def _noted(path: Path) -> Iterator[bool]:
+    """Note what this process holds; yields whether it was free, as far as this process goes."""
+    key = os.path.realpath(path)
+    with _held_lock:
+        free = key not in _held
+        _held.add(key)
     try:
-        file = os.open(folder / LOCK_FILE, os.O_RDWR)
-    except OSError:  # there is none, or `hold` will say what is wrong
-        return
-    try:
-        if _try_lock(file) is False:
-            raise LockedError(_refusal(folder, _owner(file)))
+        yield free
     finally:
+        if free:
+            with _held_lock:
+                _held.discard(key)
+
+
+@contextmanager
+def _looking(path: Path) -> Iterator[bool]:
+    """Yields whether it is free, as far as this process goes, and keeps it so: no other thread begins to hold it."""
+    with _held_lock:
+        yield os.path.realpath(path) not in _held
+
+
+def _open(path: Path, flags: int) -> int:
+    """A link of that name leads to somebody's file, which is not to be emptied; a pipe would be waited for."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    file = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
-def _acquire(folder: Path) -> int | None:
+def _acquire(folder: Path, warn: bool) -> int | None:
     """The locked file's descriptor; None where the file system has no locks."""
     path, owner = folder / LOCK_FILE, ""
     for attempt in range(20):
         if attempt:  # it may be a look of `check_free`, or a killed process that is not gone yet
             time.sleep(0.05)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = _open(path, os.O_RDWR | os.O_CREAT)
         try:
             locked = _try_lock(file)
             # whoever held it may have removed it meanwhile: the next one would lock another file of this name
@@ -100,9 +185,10 @@ def _acquire(folder: Path) -> int | None:
             raise
         os.close(file)
         if locked is None:
-            _logger.warning(
-                "the file system of '%s' has no locks: nothing keeps a second run from writing there", folder
-            )
+            if warn:
+                _logger.warning(
+                    "the file system of '%s' has no locks: nothing keeps a second run from writing there", folder
+                )
             path.unlink(missing_ok=True)
             return None
     raise LockedError(_refusal(folder, owner))

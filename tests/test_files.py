@@ -18,12 +18,14 @@ from PIL import Image
 from runs import write_noise
 
 from internimage import files
+from internimage.atomic import partial_folder
 from internimage.benchmark.timing import append_csv, check_csv
 from internimage.cli import main
+from internimage.engine import integrity
 from internimage.engine.finetune import save_model
 from internimage.engine.model import data_config
 from internimage.errors import UserError
-from internimage.files import WriteError, appending, check_writable, is_stdout, save_tensors, write_text, writing
+from internimage.files import WriteError, appending, check_writable, is_stdout, write_text, writing
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes and devices with names")
 pytestmark = posix
@@ -248,7 +250,7 @@ def umask():
 
 def test_modes_are_the_umask_s_and_an_owner_s_stay(tmp_path, umask):
     write_text(tmp_path / "new" / "text", "text")
-    with files.partial_folder(tmp_path) as folder:
+    with partial_folder(tmp_path) as folder:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o750
     assert not folder.exists()
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
@@ -279,7 +281,7 @@ def test_what_stopped_torch_s_writer_is_what_is_raised(tmp_path, monkeypatch, fa
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda thing, file: save(thing, Failing(failure)))
     with pytest.raises(type(failure)):
-        save_tensors(tmp_path / "x.pt", {"a": torch.ones(10), "b": torch.ones(1000)})
+        integrity.save(tmp_path / "x.pt", {"a": torch.ones(10), "b": torch.ones(1000)})
 
 
 def test_a_signal_in_torch_s_writer(tmp_path, monkeypatch):
@@ -291,7 +293,7 @@ def test_a_signal_in_torch_s_writer(tmp_path, monkeypatch):
         for delay in (0.0005, 0.001, 0.002, 0.004, 0.008):
             signal.setitimer(signal.ITIMER_REAL, delay)
             try:
-                save_tensors(tmp_path / "x.pt", tensors)
+                integrity.save(tmp_path / "x.pt", tensors)
             except KeyboardInterrupt:
                 interrupted += 1
             finally:

@@ -14,6 +14,7 @@ import timm
 import torch
 from runs import same_weights
 
+from internimage.atomic import JOURNAL
 from internimage.cli import main
 from internimage.errors import CheckpointError
 from internimage.locks import LOCK_FILE, LockedError, hold
@@ -216,7 +217,7 @@ def test_what_fails_in_between_is_taken_back(source, out, monkeypatch, failure, 
 
 def test_a_failure_after_a_kill_leaves_the_folder_ours(source, out, monkeypatch):
     """config.json had gone already, and the journal alone says whose the folder is."""
-    (out / folders._JOURNAL).write_text('{"cards": []}')
+    (out / JOURNAL).write_text('{"cards": []}')
     (out / "config.json").unlink()
     (out / "notes.txt").write_text("mine")
     before = contents(out)
@@ -258,27 +259,26 @@ def dying(count):
 
 @posix
 @pytest.mark.parametrize("start, end", [("whole", "shards"), ("shards", "whole")])
-def test_killed_at_any_place_it_is_the_old_one_the_new_one_or_none(converted, tmp_path, start, end, caplog):
+def test_killed_at_any_place_the_next_command_ends_it(converted, tmp_path, start, end, caplog):
+    """Also one that is refused. Until then it is the old one, the new one, or none that loads."""
     caplog.set_level(logging.ERROR)
     old, new = loads(converted / start), loads(converted / end)
     states = []
+
+    def convert_to(here, count=1000):
+        with folders.staging(here, overwrite=True) as staged:
+            shutil.copytree(converted / end, staged, dirs_exist_ok=True)
+            os.replace = dying(count)
+            folders.place(staged, here)
+
     for count in range(30):
         here = tmp_path / str(count)
         shutil.copytree(converted / start, here)
         (here / "notes.txt").write_text("mine")
-
-        def stage(here=here):
-            staged = here / ".partial-0123abcd"
-            shutil.rmtree(staged, ignore_errors=True)
-            shutil.copytree(converted / end, staged)
-            return staged
-
-        staged = stage()
         child = os.fork()
         if not child:
             try:
-                os.replace = dying(count)
-                folders.place(staged, here)
+                convert_to(here, count)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -301,11 +301,26 @@ def test_killed_at_any_place_it_is_the_old_one_the_new_one_or_none(converted, tm
         if os.waitstatus_to_exitcode(status) == 0:
             break
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-        # the same command makes it whole, and leaves nothing of the killed one
-        folders.check_destination(here, overwrite=True)
-        folders.place(stage(), here)
-        shutil.rmtree(here / ".partial-0123abcd")
-        assert set(os.listdir(here)) == set(os.listdir(converted / end)) | {"notes.txt"}
-        assert equal(loads(here), new)
+        with pytest.raises(ConvertError, match="holds a model; overwrite replaces it"):
+            folders.check_destination(here, overwrite=False)
+        mended = "old" if count == 0 else "new"  # what it was going to do is noted by the first rename
+        assert equal(loads(here), old if mended == "old" else new)
+        files = os.listdir(converted / (start if mended == "old" else end))
+        assert set(os.listdir(here)) == {*files, "notes.txt"}
     assert states[0] == "old" and states[-1] == "new" and "none" in states
     assert states == sorted(states, key=["old", "none", "new"].index)
+
+
+def test_a_folder_of_an_older_version_that_was_killed_is_made_whole(source, out):
+    """Its journal says whose the folder is, and not what was going to be done."""
+    (out / JOURNAL).write_text(
+        json.dumps({"cards": [json.loads((out / "config.json").read_text())["internimage"]["card"]]})
+    )
+    (out / ".partial-replaced-01234567").mkdir()
+    (out / "config.json").rename(out / ".partial-replaced-01234567" / "config.json")
+    with pytest.raises(ConvertError, match="overwrite replaces it"):
+        folders.check_destination(out, overwrite=False)
+    assert (out / ".partial-replaced-01234567" / "config.json").exists()
+    overwrite(source / "b.pth", out)
+    assert set(os.listdir(out)) == FILES
+    check_folder(out)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Runs that end before their end: Ctrl-C, training that diverges, data that does not do."""
 
+import contextlib
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,13 +14,15 @@ from multiprocessing import resource_sharer
 
 import pytest
 import torch
-from runs import ROOT, environment, settings, wait_for_checkpoint, write_noise
+from runs import ROOT, environment, listing, same_weights, settings, wait_for_checkpoint, write_noise
 
 from internimage import locks
 from internimage.cli import main
 from internimage.engine import checkpoint, trainer
 from internimage.engine.data import DataError
 from internimage.engine.finetune import finetune, open_data
+from internimage.engine.finite import NotFiniteError
+from internimage.engine.output import UNFINISHED, is_finished, prepare_output
 from internimage.engine.workers import worker_signals
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX locks")
@@ -55,7 +59,8 @@ def interrupt_in(monkeypatch, owner, name, when=lambda *_: True):
         ("step 2", "interrupted before the first checkpoint; the same command begins anew"),
         ("step 5", "interrupted; the same command resumes after step 3 of 9"),
         ("checkpoint", "interrupted; the same command resumes after step 3 of 9"),
-        ("report", "interrupted; the same command resumes after step 9 of 9"),
+        ("model's file", "interrupted; the same command resumes after step 9 of 9"),
+        ("report", "interrupted; the model is in '{run}', and the same command finishes the run"),
         ("end", "interrupted; training is done, and the result is in"),
     ],
 )
@@ -87,19 +92,101 @@ def test_an_interrupt_says_what_the_same_command_does(data, tmp_path, monkeypatc
             save(state, Interrupted(file))
 
         monkeypatch.setattr(torch, "save", patched)
-    elif place == "report":
+    elif place == "model's file":
         interrupt_in(monkeypatch, module, "save_model")
+    elif place == "report":
+        interrupt_in(monkeypatch, module, "write_report")
     else:
-        interrupt_in(monkeypatch, locks, "_release")
-    assert main(arguments(settings(data, run))) == 130
+        interrupt_in(monkeypatch, locks, "_release", lambda path, _: path.parent == run)
+    config = settings(data, run, report=True)
+    assert main(arguments(config)) == 130
     err = capsys.readouterr().err.strip().splitlines()
-    assert err[-1].startswith(message), err
+    assert err[-1].startswith(message.format(run=run)), err
     assert not [line for line in err if "error" in line or "Traceback" in line]
     if run.exists():
         assert not list((run / "checkpoints").glob(".partial*"))
-    if place in ("checkpoint", "report"):
+    if place in ("checkpoint", "model's file", "report"):
         monkeypatch.undo()
-        assert main(arguments(settings(data, run))) == 0
+        assert main(arguments(config)) == 0
+        assert (run / "report.html").is_file()
+
+
+# ---- what comes after the last step
+
+
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("evaluation", KeyboardInterrupt()),
+        ("evaluation", RuntimeError("a worker was killed")),
+        ("evaluation", MemoryError()),
+        ("report", KeyboardInterrupt()),
+        ("report", SystemExit(3)),
+        ("report", MemoryError()),
+        ("report", UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_nothing_after_the_last_step_costs_the_model(data, whole, tmp_path, monkeypatch, capsys, where, error):
+    run, config = tmp_path / "run", settings(data, tmp_path / "run", report=True)
+    shutil.copytree(whole, run)  # a run that stands before its last evaluation
+    (run / "finetune.yaml").write_text((run / "finetune.yaml").read_text().replace(str(whole), str(run)))
+    for name in ("model.safetensors", "config.json"):
+        (run / name).unlink()
+
+    def fail(*_, **__):
+        assert same_weights(run, whole) and not is_finished(run)
+        raise error
+
+    monkeypatch.setattr(trainer.Trainer, "_step", lambda *_: pytest.fail("trained"))
+    with monkeypatch.context() as patch:
+        owner = (
+            (trainer, "evaluate")
+            if where == "evaluation"
+            else (sys.modules["internimage.engine.finetune"], "write_report")
+        )
+        patch.setattr(*owner, fail)
+        if isinstance(error, Exception):  # told, and that was it
+            assert main(arguments(config)) == 1
+            what = "the validation images were not evaluated" if where == "evaluation" else "could not be written"
+            err = capsys.readouterr().err
+            assert what in err and "Traceback" not in err and is_finished(run)
+        else:
+            with contextlib.suppress(SystemExit):
+                assert main(arguments(config)) == 130
+            assert same_weights(run, whole) and not is_finished(run)
+    assert same_weights(run, whole)
+    if not is_finished(run):  # the same command does what is left
+        assert main(arguments(settings(data, run, report=True, lr=0.5))) == 2
+        assert "holds an unfinished run of other settings" in capsys.readouterr().err
+        assert main(arguments(config)) == 0
+        assert (run / "report.html").is_file() and is_finished(run) and not (run / UNFINISHED).exists()
+    assert main(arguments(config)) == 2
+    assert "holds an earlier result; overwrite=true replaces it" in capsys.readouterr().err
+
+
+def test_a_model_that_turns_out_to_be_none_goes_again(data, whole, tmp_path, monkeypatch, capsys):
+    """Its weights are finite, and its outputs are not."""
+
+    def fail(*_, **__):
+        assert (tmp_path / "run" / "model.safetensors").exists()
+        raise NotFiniteError("an output is nan")
+
+    monkeypatch.setattr(trainer, "evaluate", fail)
+    assert main(arguments(settings(data, tmp_path / "run", epochs=1))) == 2
+    assert "No model was written; the checkpoints stay" in capsys.readouterr().err
+    assert listing(tmp_path / "run") == ["checkpoints", "checkpoints/step-000000003.pt", "finetune.yaml", "steps.csv"]
+
+
+def test_an_unfinished_result_without_checkpoints_is_a_result(data, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints")
+    (run / UNFINISHED).touch()
+    assert main(arguments(settings(data, run))) == 2
+    assert "holds an earlier result; overwrite=true replaces it" in capsys.readouterr().err
+    prepare_output(settings(data, run, overwrite=True))
+    assert listing(run) == ["finetune.yaml"]
 
 
 @posix

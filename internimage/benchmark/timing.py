@@ -200,11 +200,11 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     check_csv(path, columns)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if not path.is_file() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerows(rows)
     try:
         with appending(path) as file:
+            if not path.is_file() or file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
             file.write(text.getvalue().encode())
     except OSError as error:
         raise BenchmarkError(f"'{path}' cannot be written ({error.strerror or error})") from error

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from ..atomic import PARTIAL, sync_folder
 from ..config import ConfigError
 from ..errors import CheckpointError, UserError
-from ..files import PARTIAL, WriteError
+from ..files import WriteError
 from . import integrity
 from .distributed import World
 from .integrity import DamagedError
@@ -98,7 +99,7 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
             for file in partial.iterdir():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-            _sync_folder(partial)
+            sync_folder(partial)
             _publish(partial, final)
 
     for work in (prepare, lambda: write(partial), finish):
@@ -230,6 +231,18 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def recover(folder: Path, found: Path | None) -> None:
+    """Finish what a killed run had left to do, once a checkpoint of it is taken up.
+
+    Args:
+        folder: Of the run's checkpoints.
+        found: The one that was taken up. If that is not the newest, older ones may be all that is good, and stay.
+    """
+    remove_partial(folder)
+    if found is not None and found == checkpoints(folder)[0]:
+        _remove_old(folder)
+
+
 def _make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
@@ -263,7 +276,7 @@ def _publish(partial: Path, final: Path) -> None:
         if path.is_dir() or (path != final and os.path.lexists(path)):  # a file is replaced by a file all the same
             _remove(path)
     os.replace(partial, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _remove_old(folder: Path, step: int) -> None:
@@ -309,13 +322,3 @@ def _remove(path: Path) -> None:
         if _PART.fullmatch(file.name):
             file.unlink()
     remove_if_empty(gone)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,8 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..files import WriteError, partial_folder
+from ..atomic import partial_folder, recover, sync_folder
+from ..files import WriteError
 from ..locks import check_free
 from ..models.safetensors_file import write_safetensors
 from ..progress import message
@@ -24,7 +25,17 @@ from .data import DataError, class_difference, class_names, find_split, open_dat
 from .distributed import World, join, leave
 from .evaluate import Evaluation
 from .model import create_model, data_config, pick_device
-from .output import CHECKPOINTS, LOG_FILE, REPORT_FILE, WEIGHTS_FILE, check_output, own_output
+from .output import (
+    CHECKPOINTS,
+    LOG_FILE,
+    REPORT_FILE,
+    WEIGHTS_FILE,
+    begin_result,
+    check_output,
+    end_result,
+    own_output,
+    remove_result,
+)
 from .parallel import full_weights
 from .randomness import seed_run
 from .report import write_report
@@ -77,6 +88,7 @@ def save_model(
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(file, folder / file.name)
+        sync_folder(folder)
 
 
 def _create_model(config: FinetuneConfig, names: list[str]) -> nn.Module:
@@ -183,7 +195,8 @@ class _Stage:
     """How far `_finetune` has come, for who interrupts it."""
 
     began: bool = False  # the output folder is this run's
-    done: bool = False  # the result is written
+    saved: bool = False  # the model is written
+    done: bool = False  # and so is all else
     total: int = 0  # steps
 
     def after_interrupt(self, config: FinetuneConfig) -> str:
@@ -192,13 +205,14 @@ class _Stage:
             return f"interrupted; training is done, and the result is in '{config.output}'"
         if not self.began:
             return "interrupted before training began; nothing was changed"
+        again = "the same command" if config.resume else "the same command with resume=true"
+        if self.saved:
+            return f"interrupted; the model is in '{config.output}', and {again} finishes the run"
         kept = checkpoints(Path(config.output) / CHECKPOINTS)
         if not kept:
             return "interrupted before the first checkpoint; the same command begins anew"
         steps = f"step {step_of(kept[0])} of {self.total}"
-        if config.resume:
-            return f"interrupted; the same command resumes after {steps}"
-        return f"interrupted; the same command with resume=true resumes after {steps}"
+        return f"interrupted; {again} resumes after {steps}"
 
 
 def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage: _Stage, held: ExitStack) -> Outcome:
@@ -210,6 +224,7 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage:
         if world.first:
             if output.is_dir():
                 check_free(output)
+                recover(output)
             check_output(config)
         train_set, val_set, names = open_data(config)
     seed_run(config.seed)
@@ -229,36 +244,52 @@ def _finetune(config: FinetuneConfig, world: World, stop, progress: bool, stage:
     resumed = trainer.resume()
     if resumed is not None and world.first and progress:
         message(f"going on from {resumed}, step {trainer.progress.step} of {trainer.total}")
+    held.callback(trainer.close)
     if not trainer.run(stop, progress):
         raise Preempted(
             f"asked to stop: saved after step {trainer.progress.step} of {trainer.total} in '{output / CHECKPOINTS}'; "
             f"the same command goes on from there"
         )
     trainer.check_finite()
+    # the model comes first: whatever happens in what follows must not cost it
     weights = full_weights(trainer.result)
+    with world.together():
+        if world.first:
+            _save_result(trainer.result, output, names, preprocessing, weights)
+    stage.saved = True
     report = None
+    try:
+        trainer.finish()
+    except TrainingError:
+        if world.first:
+            remove_result(output)
+        raise
     with world.together():
         if world.first:
             if config.report and trainer.final is not None:
                 report = _write_report(config, trainer, val_set, names, preprocessing)
-            try:
-                # last: it marks the run as finished. A run that is killed in its report writes it when it resumes
-                save_model(trainer.result, output, names, preprocessing, weights)
-            except OSError as error:
-                raise WriteError(
-                    f"training is done, and the result could not be written to '{output}' ({error}). Make room and run "
-                    f"the same command again: it goes on from the last checkpoint"
-                ) from error
+            end_result(output)
     stage.done = True
     due = val_set is not None
     complete = not due or (trainer.final is not None and (report is not None or not config.report or not world.first))
     return Outcome(output, trainer.final, report, complete)
 
 
+def _save_result(model: nn.Module, output: Path, names: list[str], preprocessing: dict, weights: dict) -> None:
+    try:
+        begin_result(output)
+        save_model(model, output, names, preprocessing, weights)
+    except OSError as error:
+        raise WriteError(
+            f"training is done, and the result could not be written to '{output}' ({error}). Make room and run "
+            f"the same command again: it goes on from the last checkpoint"
+        ) from error
+
+
 def _write_report(
     config: FinetuneConfig, trainer: Trainer, val_set: Dataset, names: list[str], preprocessing: dict
 ) -> Path | None:
-    """Write the report; None, and a message, if that fails: the model, which is to be saved next, is worth more."""
+    """Write the report; None, and a message, if that fails: the model is there already."""
     path = Path(config.output) / REPORT_FILE
     model = None if trainer.sharded else trainer.result
     try:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The folder of a run: the names of its files, and when it may be written to.
 
+A run is finished if its folder has the model and not the file UNFINISHED: the model comes as soon as training is done,
+and a run that is killed in its last evaluation or its report goes on there.
+
 Nothing in it is removed but what a run has written, by name, and only where the folder is known to be a run's.
 """
 
@@ -15,14 +18,16 @@ from typing import Any
 
 import yaml
 
+from ..atomic import is_leftover, recover
 from ..config import ConfigError, dump, from_dict, parse_settings, read_text
-from ..files import check_writable, is_partial, remove_partial, write_text
+from ..files import check_writable, write_text
 from ..locks import LOCK_FILE, hold
 from ..settings import FinetuneConfig
 from .checkpoint import checkpoints, remove_all, remove_if_empty
 
 CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"
 LOG_FILE, STEPS_FILE = "log.csv", "steps.csv"
+UNFINISHED = ".internimage-unfinished"  # beside a model: of its run, the last evaluation or the report is to be done
 CHECKPOINTS, BAD_BATCHES, TENSORBOARD = "checkpoints", "bad-batches", "tensorboard"
 _OURS = {BAD_BATCHES: r"step-\d{9}-process-\d+\.pt", TENSORBOARD: r"events\.out\.tfevents\..+"}
 
@@ -50,14 +55,15 @@ def check_output(config: FinetuneConfig) -> bool:
         return False
     if not (output / CONFIG_FILE).is_file():
         raise ConfigError(f"the folder '{output}' is not empty and not ours")
-    if (output / WEIGHTS_FILE).is_file() and not config.overwrite:
+    resumes = not is_finished(output) and config.resume and bool(checkpoints(output / CHECKPOINTS))
+    if (output / WEIGHTS_FILE).is_file() and not config.overwrite and not resumes:
         raise ConfigError(f"the folder '{output}' holds an earlier result; overwrite=true replaces it")
     for name in ("model", "checkpoint"):
         start = getattr(config, name)
         start = start and Path(start.removeprefix("local-dir:")).resolve()
         if start and start.exists() and output.resolve() in (start, *start.parents):
             raise ConfigError(f"'{name}' stands in '{output}', which this run would replace: set another output")
-    if not (output / WEIGHTS_FILE).is_file() and config.resume and checkpoints(output / CHECKPOINTS):
+    if resumes:
         _check_same(config, output)
         return True
     if not _is_run(output):
@@ -93,7 +99,8 @@ def prepare_output(config: FinetuneConfig) -> None:
     output = Path(config.output)
     resumes = check_output(config)
     if output.is_dir():
-        remove_partial(output)
+        for folder in (output, output / BAD_BATCHES):
+            recover(folder, ours=True)
         if resumes:
             return
         _clear(output)
@@ -102,7 +109,28 @@ def prepare_output(config: FinetuneConfig) -> None:
 
 def _entries(output: Path) -> list[str]:
     """Names in a folder, without what a killed process can leave."""
-    return [name for name in os.listdir(output) if name != LOCK_FILE and not is_partial(name)]
+    return [name for name in os.listdir(output) if not is_leftover(name)]
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a folder holds the result of a run that came to its end."""
+    return (output / WEIGHTS_FILE).is_file() and not (output / UNFINISHED).exists()
+
+
+def begin_result(output: Path) -> None:
+    """To be called before the model is written."""
+    write_text(output / UNFINISHED, "Training is done. The same command does what is left to be done after it.\n")
+
+
+def end_result(output: Path) -> None:
+    """To be called when nothing is left to be done: the run is finished."""
+    (output / UNFINISHED).unlink(missing_ok=True)
+
+
+def remove_result(output: Path) -> None:
+    """Remove the model, which turned out to be none, and what says that there is one."""
+    for file in (WEIGHTS_FILE, "config.json", UNFINISHED):
+        (output / file).unlink(missing_ok=True)
 
 
 def _mark(output: Path) -> str:
@@ -158,5 +186,6 @@ def _clear(output: Path) -> None:
                 if re.fullmatch(names, file.name):
                     file.unlink()
             remove_if_empty(output / folder)
-    for file in (LOG_FILE, STEPS_FILE, REPORT_FILE, "config.json", WEIGHTS_FILE):
+    for file in (LOG_FILE, STEPS_FILE, REPORT_FILE):
         (output / file).unlink(missing_ok=True)
+    remove_result(output)

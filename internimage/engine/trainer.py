@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The loop of a training run."""
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..config import ConfigError
-from ..errors import UserError
-from ..files import WriteError, save_tensors
+from ..errors import UserError, one_line
+from ..files import WriteError, archive_errors, writing
 from ..progress import message
 from ..settings import FinetuneConfig
-from . import parallel
+from . import checkpoint, parallel
 from .data import DataError
 from .distributed import World, synchronise_batch_norm
 from .evaluate import Evaluation, evaluate
@@ -31,6 +32,8 @@ from .run_state import Progress, RunState
 from .training_data import TrainingBatch, training_loader, training_transform
 from .training_log import TrainingLog
 from .workers import signals_for_us
+
+_logger = logging.getLogger(__name__)
 
 
 class TrainingError(UserError, RuntimeError):
@@ -82,6 +85,7 @@ class Trainer:
         self.plan = BatchPlan(len(train_set), config.batch_size, world.size * config.accumulate, config.seed)
         self.parts = [world.rank * config.accumulate + i for i in range(config.accumulate)]
         self.total = config.epochs * self.plan.steps_per_epoch
+        self.log: TrainingLog | None = None
         self._noted: Exception | None = None
         self._unreadable: set[str] = set()  # files that were named already
         self._to_tell: list[tuple[str, str]] = []  # others, by the first process at the end of the epoch, and why
@@ -153,7 +157,11 @@ class Trainer:
 
     def resume(self) -> Path | None:
         """Take up the newest checkpoint of the output folder; returns it, None if there is none."""
-        return self.state.load(self.output / CHECKPOINTS)
+        folder = self.output / CHECKPOINTS
+        found = self.state.load(folder)
+        if self.world.first:
+            checkpoint.recover(folder, found)
+        return found
 
     @property
     def progress(self) -> Progress:
@@ -170,14 +178,14 @@ class Trainer:
     # ---- the loop
 
     def run(self, stop, progress: bool = True) -> bool:
-        """Train to the end, or until `stop` asks to leave.
+        """Train to the end, or until `stop` asks to leave. `finish` comes next, and `close` in any case.
 
         Args:
             stop: Called between steps; true where this process was asked to stop.
             progress: Show a bar on stderr.
 
         Returns:
-            Whether the end was reached. A checkpoint of where it stands has been written either way.
+            Whether the last step was done. A checkpoint of where it stands has been written either way.
 
         Raises:
             TrainingError: Too many steps had no finite loss, or training diverged.
@@ -195,7 +203,7 @@ class Trainer:
             loader = iter(training_loader(self.train_set, sampler, config, self.preprocessing, pin))
         self._train_mode()
         try:
-            while state.step < self.total or self._epoch_is_open():
+            while state.step < self.total:
                 if self._epoch_is_open():  # the checkpoint comes first: nothing is lost if validating is interrupted
                     self._end_epoch()
                     continue
@@ -207,13 +215,29 @@ class Trainer:
                     self.save()
                 if stopping:
                     return False
-            with self.world.together():
-                self._raise_noted()
-                self.log.flush()
             return True
         finally:
-            self.log.close()
             del loader
+
+    def finish(self) -> None:
+        """What comes after the last step, once the model is safe: the last evaluation, and the last epoch's row.
+
+        Raises:
+            TrainingError: The outputs are not finite.
+            UserError: The disk is full, or the like.
+        """
+        if self._epoch_is_open():
+            self._end_epoch()
+        with self.world.together():
+            self._raise_noted()
+            self.log.flush()
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, and close the files of the log."""
+        log, self.log = self.log, None
+        if log is not None:
+            log.close()
 
     def _epoch_is_open(self) -> bool:
         """Whether all steps of an epoch are done and its row is not written yet."""
@@ -334,10 +358,9 @@ class Trainer:
             "grad_norm": norm,
         }
         try:
-            file.parent.mkdir(exist_ok=True)
-            save_tensors(file, batch)
+            with archive_errors(), writing(file) as handle:
+                torch.save(batch, handle)
         except OSError as error:
-            file.unlink(missing_ok=True)
             raise WriteError(
                 f"the batch of step {self.progress.step + 1}, whose loss or gradient was not finite, could not be "
                 f"written to '{file}' ({error.strerror or error}). Make room and run the same command again to go on "
@@ -407,6 +430,12 @@ class Trainer:
         except DataError as error:
             if self.world.first:
                 message(f"the validation images were not evaluated: {error}")
+            return None
+        except Exception as error:  # a killed worker, a full GPU, whatever it is: the model is saved
+            if self.world.size > 1:  # the others wait for this process
+                raise
+            _logger.debug("evaluating", exc_info=error)
+            message(f"the validation images were not evaluated: {type(error).__name__}: {one_line(error)}")
             return None
 
     def evaluate(self, **kwargs):

@@ -131,7 +131,7 @@ def convert(
     )
     try:
         with staging(destination, overwrite) as staged:
-            _check_room(staged, entries)
+            _check_room(destination.parent, staged, entries)
             _write_weights(staged, entries, shard_size, progress)
             _write_config(staged / CONFIG, built, card, known=published is not None)
             write_text(staged / CARD, card)
@@ -167,13 +167,11 @@ def _cast(key: str, entry: Entry, dtype: torch.dtype | None) -> Entry:
     return Entry(entry.shape, dtype, read)
 
 
-def _check_room(folder: Path, entries: dict[str, Entry]) -> None:
+def _check_room(folder: Path, staged: Path, entries: dict[str, Entry]) -> None:
     needed = sum(nbytes(entry.shape, entry.dtype) for entry in entries.values())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(staged).free
     if needed > free:
-        raise ConvertError(
-            f"'{folder.parent}' has {free / 1e9:.2f} GB of room, and the result takes {needed / 1e9:.2f} GB"
-        )
+        raise ConvertError(f"'{folder}' has {free / 1e9:.2f} GB of room, and the result takes {needed / 1e9:.2f} GB")
 
 
 def _write_weights(

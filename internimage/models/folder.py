@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import beside, is_partial, partial_folder, remove_partial, write_text
+from ..atomic import exchange, is_leftover, noted, partial_folder, recover, sync_folder
 from ..hub import INDEX_SUFFIX
-from ..locks import LOCK_FILE, hold
+from ..locks import hold
 from .identify import ConvertError
 from .model_config import CONFIG
 
@@ -25,7 +25,6 @@ _logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 MARK = "internimage"  # key of config.json; timm and transformers pass it over
-_JOURNAL = ".internimage-replacing"  # is there while files are exchanged: instead of config.json it says whose they are
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -35,13 +34,16 @@ def mark(config: dict[str, Any], card: str) -> None:
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Whether a model may be written to a folder.
+    """Whether a model may be written to a folder, once what a killed conversion left there is mended.
 
     Raises:
         ConvertError: It is no folder; it holds a model, and `overwrite` is false; or it holds what is not ours.
     """
     if folder.exists() and not folder.is_dir():
         raise ConvertError(f"'{folder}' is not a folder; the result is one")
+    real = Path(os.path.realpath(folder))
+    for place in (real.parent, real):
+        recover(place)
     if not folder.is_dir() or not _entries(folder):
         return
     if _cards(folder) is not None:
@@ -75,29 +77,37 @@ def staging(folder: Path, overwrite: bool) -> Iterator[Path]:
     real = Path(os.path.realpath(folder))  # a link stays a link
     if not real.exists():
         real.parent.mkdir(parents=True, exist_ok=True)
-        with partial_folder(real.parent) as staged:
-            yield staged
+        with partial_folder(real.parent) as partial:
+            yield _new(partial)
         return
     with ExitStack() as stack:
         if real.is_dir():
             stack.enter_context(hold(real))
         check_destination(folder, overwrite)
-        yield stack.enter_context(partial_folder(real))
+        yield _new(stack.enter_context(partial_folder(real)))
+
+
+def _new(partial: Path) -> Path:
+    folder = partial / "model"
+    folder.mkdir()
+    return folder
 
 
 def place(staged: Path, folder: Path) -> list[str]:
     """Give a staged model its name, in place of an older one if there is one.
 
     Whenever this ends, the folder holds the old model, the new one, or none that loads: config.json goes first and
-    comes last. After a kill `overwrite` makes it whole.
+    comes last. After a kill the next command that writes there ends it; until then nothing loads.
 
     Returns:
         The names of the files that were placed.
     """
     real = Path(os.path.realpath(folder))
     new = sorted(os.listdir(staged), key=_order)
+    sync_folder(staged)
     if real not in staged.parents:
         os.rename(staged, real)  # refuses a folder that somebody has put something into meanwhile
+        sync_folder(real.parent)
         return sorted(new)
     cards = _cards(real) or []
     old = sorted((name for name in os.listdir(real) if _is_ours(name)), key=_order, reverse=True)
@@ -107,25 +117,8 @@ def place(staged: Path, folder: Path) -> list[str]:
         new.remove(CARD)
     else:
         cards.append(_digest((staged / CARD).read_bytes()))
-    journal = real / _JOURNAL
-    again = journal.exists()  # after a kill: nothing else says that the folder is ours
-    write_text(journal, json.dumps({"cards": cards}))
-    away = beside(real / "replaced")
-    away.mkdir()
-    moves = [(real / name, away / name) for name in old] + [(staged / name, real / name) for name in new]
-    try:
-        for source, target in moves:
-            os.replace(source, target)
-    except BaseException:
-        for source, target in reversed(moves):
-            if target.exists() and not source.exists():
-                os.replace(target, source)
-        away.rmdir()
-        if not again:
-            journal.unlink()
-        raise
-    journal.unlink()
-    remove_partial(real, but=staged)  # with the old model, and what killed conversions left
+    exchange(real, staged, old, new, cards=cards)
+    recover(real, ours=True)
     return sorted(new)
 
 
@@ -140,19 +133,21 @@ def _order(name: str) -> int:
 
 def _entries(folder: Path) -> list[str]:
     """Names in a folder, without what a killed process can leave."""
-    return [name for name in os.listdir(folder) if name != LOCK_FILE and not is_partial(name)]
+    return [name for name in os.listdir(folder) if not is_leftover(name)]
 
 
 def _cards(folder: Path) -> list[str] | None:
     """Digests of the cards that `convert` has written to a folder; None where nothing proves that it is ours."""
-    for file in (_JOURNAL, CONFIG):
+    for read in (lambda: noted(folder)["cards"], lambda: [_config(folder)[MARK]["card"]]):
         try:
-            found = json.loads((folder / file).read_text(encoding="utf-8"))
-            found = found if file == _JOURNAL else {"cards": [found[MARK]["card"]]}
-            return [str(card) for card in found["cards"]]
+            return [str(card) for card in read()]
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             continue
     return None
+
+
+def _config(folder: Path) -> Any:
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def _digest(data: bytes) -> str:
