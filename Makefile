@@ -77,6 +77,6 @@ $(VENV)/.installed-torch:
 	touch $@
 
 # without build isolation, so that the torch above is built against and none is downloaded twice
-$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.py csrc/cpu/* csrc/cuda/*)
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard $(addprefix csrc/,* */* */*/*))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@

@@ -54,13 +54,14 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
   p.dilation_h = dilation[0];
   p.dilation_w = dilation[1];
   STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0, "internimage::dcnv3: groups must divide the channels");
-  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
-                      p.dilation_w > 0,
-                  "internimage::dcnv3: kernel_size, stride and dilation must be positive");
+  STD_TORCH_CHECK(
+      p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0,
+      "internimage::dcnv3: kernel_size, stride and dilation must be positive");
   STD_TORCH_CHECK(p.pad_h >= 0 && p.pad_w >= 0, "internimage::dcnv3: padding must not be negative");
   for (const auto* pair : {&kernel, &stride, &padding, &dilation})
     for (const int64_t value : *pair)
-      STD_TORCH_CHECK(value < kLargest, "internimage::dcnv3: kernel_size, stride, padding and dilation must be below 2^30");
+      STD_TORCH_CHECK(value < kLargest,
+                      "internimage::dcnv3: kernel_size, stride, padding and dilation must be below 2^30");
   STD_TORCH_CHECK(std::isfinite(offset_scale), "internimage::dcnv3: offset_scale must be finite");
   p.groups = groups;
   p.group_channels = p.channels / groups;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Types in memory and in registers: loads, stores and atomic additions of several values at once, with what CUDA has for
-// them.
+// Types in memory and in registers: loads, stores and atomic additions of several values at once, with what CUDA has
+// for them.
 #pragma once
 
 #include <cstdint>
@@ -174,8 +174,8 @@ __device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
 
 // ---- addresses
 
-// The same pointer to global memory, as one number. Else the compiler takes the sum apart that it was made from and adds
-// it up again for each access: six instructions instead of one.
+// The same pointer to global memory, as one number. Else the compiler takes the sum apart that it was made from and
+// adds it up again for each access: six instructions instead of one.
 template <typename T>
 __device__ __forceinline__ T* as_one(T* pointer) {
 #ifdef __CUDA_ARCH__
