@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// From torch to the kernels: tensors as they want them, torch's stream. LibTorch stable ABI only.
+// From torch to the kernels: aligned tensors, dtypes, torch's stream. LibTorch stable ABI only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@
 namespace internimage {
 namespace cuda {
 
-// Runs kernels on torch's current stream of the current device; nothing waits for them.
+// Runs kernels on torch's current stream of a device, asynchronously.
 struct Launch {
   cudaStream_t stream;
 
@@ -43,13 +43,13 @@ struct Launch {
   }
 };
 
-// As the kernels want a tensor: contiguous, and aligned to what a thread takes of a pixel. New memory always is.
-inline torch::stable::Tensor prepare(const torch::stable::Tensor& tensor) {
+// The tensor, contiguous and aligned to what a thread loads of a pixel; a copy where it is not. New memory is aligned.
+inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
   const torch::stable::Tensor t = torch::stable::contiguous(tensor);
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kForwardBytes == 0 ? t : torch::stable::clone(t);
 }
 
-// Calls run with a value of the storage type.
+// Calls run with a value of the dtype's storage type.
 template <typename Run>
 void with_dtype(torch::headeronly::ScalarType dtype, const Run& run) {
   using torch::headeronly::ScalarType;

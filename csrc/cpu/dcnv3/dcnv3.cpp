@@ -21,7 +21,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Places are kept in 32 bits: the pixels of an image with its padding.
+// Pixels of the padded image are indexed with 32 bits.
 void check_size(const Problem& p) {
   STD_TORCH_CHECK((p.height + 3) * (p.width + 2) < std::numeric_limits<int32_t>::max(),
                   "internimage::dcnv3: an image of ", p.height, " x ", p.width, " pixels is too large");

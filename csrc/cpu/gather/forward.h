@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The forward pass: weighted sums of the corners of every group's points, vectorised over channels.
+// The forward pass: weighted sums of the corners of every group's points, vectorized over channels.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +17,13 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// M vectors of N channels of one group at one output pixel. kPoints and kChannels are compile-time copies of `points`
-// and `channels`, or 0.
+// M vectors of N channels of one unit, whose points begin at t. kPoints and kChannels are compile-time copies of
+// `points` and `channels`, or 0.
 template <typename S, typename T, int N, int M, int kPoints, int kChannels>
-INTERNIMAGE_INLINE void gather_block(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
-                                     int64_t channels, S* out) {
+INTERNIMAGE_INLINE void gather_channels(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
+                                        int64_t channels, S* out) {
   using V = Vector<T, N>;
-  // one sum a corner where registers allow, since each waits for its own last addition
+  // a sum for each corner where registers allow: shorter chains of dependent additions
   constexpr int kSums = M <= 2 ? 4 : 2;
   V sum[kSums][M];
   for (int i = 0; i < kSums; ++i)
@@ -32,7 +32,7 @@ INTERNIMAGE_INLINE void gather_block(const Points<T>& s, int64_t t, int64_t poin
   const int32_t* pixel = s.pixel + t;
   const int64_t step = kChannels > 0 ? kChannels : channels;
   const T* plane_below = plane + row;
-  asm("" : "+r"(plane_below));  // keeps the sum in a register; GCC would add `row` anew for every point
+  asm("" : "+r"(plane_below));  // keeps the pointer in a register; GCC would add `row` again for every point
   const auto point = [&](int64_t k) __attribute__((always_inline)) {
     const int64_t at = pixel[k] * step;
     const T *upper = plane + at, *lower = plane_below + at;
@@ -56,35 +56,37 @@ INTERNIMAGE_INLINE void gather_block(const Points<T>& s, int64_t t, int64_t poin
   }
 }
 
-// All `width` channels: blocks of 16 first, then whole vectors, halves of them, down to single channels.
+// All `width` channels: 16 at a time, then whole vectors, halves of them, down to single channels.
 template <typename S, typename T, int N, int kPoints>
-INTERNIMAGE_INLINE void gather(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
-                               int64_t channels, int64_t width, S* out) {
+INTERNIMAGE_INLINE void gather_unit(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
+                                    int64_t channels, int64_t width, S* out) {
   int64_t c = 0;
   if constexpr (N == kLanes<T> && N < 16) {
     for (; c + 16 <= width; c += 16)
-      gather_block<S, T, N, 16 / N, kPoints, 0>(s, t, points, plane + c, row, channels, out + c);
+      gather_channels<S, T, N, 16 / N, kPoints, 0>(s, t, points, plane + c, row, channels, out + c);
   }
-  for (; c + N <= width; c += N) gather_block<S, T, N, 1, kPoints, 0>(s, t, points, plane + c, row, channels, out + c);
+  for (; c + N <= width; c += N)
+    gather_channels<S, T, N, 1, kPoints, 0>(s, t, points, plane + c, row, channels, out + c);
   if constexpr (N > 1) {
-    if (c < width) gather<S, T, N / 2, 0>(s, t, points, plane + c, row, channels, width - c, out + c);
+    if (c < width) gather_unit<S, T, N / 2, 0>(s, t, points, plane + c, row, channels, width - c, out + c);
   }
 }
 
-// Fetches into the cache what the next strip will read, a little with every unit of this one: the strips follow each
-// other in memory. An address behind a tensor's end is no fault.
+// Prefetches what the next strip will read, a little with every unit of this one: strips are consecutive in memory. An
+// address past a tensor's end does not fault.
 template <typename S>
-struct Ahead {
+struct Prefetch {
   uintptr_t offset, mask, input;
 
-  Ahead(const Problem& p, const S* input_tensor, const S* offset_tensor, const S* mask_tensor, int64_t pixel,
-        int64_t g0)
-      : offset((uintptr_t)offset_tensor + 2 * (pixel * p.groups + g0) * p.points * sizeof(S)),
-        mask((uintptr_t)mask_tensor + (pixel * p.groups + g0) * p.points * sizeof(S)),
+  Prefetch(const Problem& p, const S* input_tensor, const S* offset_tensor, const S* mask_tensor, int64_t pixel,
+           int64_t first_group)
+      : offset((uintptr_t)offset_tensor + 2 * (pixel * p.groups + first_group) * p.points * sizeof(S)),
+        mask((uintptr_t)mask_tensor + (pixel * p.groups + first_group) * p.points * sizeof(S)),
         // a guess, right for an output of the input's size: the row that the next strip is the first to reach
-        input((uintptr_t)input_tensor + ((pixel + 3 * p.width) * p.channels + g0 * p.group_channels) * sizeof(S)) {}
+        input((uintptr_t)input_tensor +
+              ((pixel + 3 * p.width) * p.channels + first_group * p.group_channels) * sizeof(S)) {}
 
-  INTERNIMAGE_INLINE void fetch(const Problem& p) {
+  INTERNIMAGE_INLINE void next_unit(const Problem& p) {
     __builtin_prefetch((const void*)offset);
     __builtin_prefetch((const void*)(offset + 64));
     __builtin_prefetch((const void*)mask);
@@ -95,7 +97,7 @@ struct Ahead {
   }
 };
 
-// The forward pass as a row of tasks: strips of blocks of groups of images. Any range of them may be run by itself.
+// The forward pass as a sequence of tasks: the strips of each block of each image. Ranges of them are independent.
 template <typename S, typename T>
 struct Forward {
   const Problem& p;
@@ -103,7 +105,7 @@ struct Forward {
   StripShape shape;
 
   explicit Forward(const Problem& problem)
-      : p(problem), blocks(problem, groups_near<T>(problem, 1)), shape(problem, blocks.size) {}
+      : p(problem), blocks(problem, groups_in_cache<T>(problem, 1)), shape(problem, blocks.size) {}
 
   int64_t tasks() const { return p.batch * blocks.count * shape.count(); }
   int64_t scratch_bytes() const { return Points<T>::bytes(shape) + Plane<T>::bytes(p, blocks.size); }
@@ -114,32 +116,33 @@ struct Forward {
     const Points<T> s(scratch, shape);
     InputPlane<S, T> plane(p, (char*)scratch + Points<T>::bytes(shape));
     const int64_t image_size = p.height * p.width * p.channels, row = plane.pitch * p.group_channels;
-    int64_t current = -1, g0 = 0, count = 0;  // of image and block
+    int64_t current = -1, first_group = 0, group_count = 0;  // of image and block
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image_and_block = task / shape.count(), n = image_and_block / blocks.count;
       if (image_and_block != current) {
-        const bool other_count = count != blocks.groups(image_and_block % blocks.count);
-        g0 = blocks.begin(image_and_block % blocks.count);
-        count = blocks.groups(image_and_block % blocks.count);
-        plane.start(input + n * image_size + g0 * p.group_channels, count);
-        if (other_count) lay_grid(p, shape, s, count);
+        const int64_t block = image_and_block % blocks.count;
+        const bool other_count = group_count != blocks.groups(block);
+        first_group = blocks.begin(block);
+        group_count = blocks.groups(block);
+        plane.reset(input + n * image_size + first_group * p.group_channels, group_count);
+        if (other_count) fill_grid(p, shape, s, group_count);
         current = image_and_block;
       }
-      const StripPlace place(p, shape, task % shape.count(), n);
-      load_points(p, place, s, offset, mask, g0, count);
-      plane.require(locate<T, false>(p, place, s, place.pixels * count * p.points, plane.pitch));
-      Ahead<S> ahead(p, input, offset, mask, place.first + place.pixels, g0);
+      const Strip strip(p, shape, task % shape.count(), n);
+      load_points(p, strip, s, offset, mask, first_group, group_count);
+      plane.ensure(locate<T, false>(p, strip, s, strip.pixels * group_count * p.points, plane.pitch));
+      Prefetch<S> prefetch(p, input, offset, mask, strip.first_pixel + strip.pixels, first_group);
       int64_t t = 0;
-      for (int64_t i = 0; i < place.pixels; ++i) {
-        S* out = output + (place.first + i) * p.channels + g0 * p.group_channels;
+      for (int64_t i = 0; i < strip.pixels; ++i) {
+        S* out = output + (strip.first_pixel + i) * p.channels + first_group * p.group_channels;
         const T* group = plane.data;
-        for (int64_t g = 0; g < count; ++g, t += p.points, out += p.group_channels, group += plane.size) {
-          ahead.fetch(p);
+        for (int64_t g = 0; g < group_count; ++g, t += p.points, out += p.group_channels, group += plane.size) {
+          prefetch.next_unit(p);
           if constexpr (kChannels == 16) {
             constexpr int N = kLanes<T> < 16 ? kLanes<T> : 16;
-            gather_block<S, T, N, 16 / N, kPoints, 16>(s, t, p.points, group, row, 16, out);
+            gather_channels<S, T, N, 16 / N, kPoints, 16>(s, t, p.points, group, row, 16, out);
           } else {
-            gather<S, T, kLanes<T>, kPoints>(s, t, p.points, group, row, p.group_channels, p.group_channels, out);
+            gather_unit<S, T, kLanes<T>, kPoints>(s, t, p.points, group, row, p.group_channels, p.group_channels, out);
           }
         }
       }
@@ -147,10 +150,11 @@ struct Forward {
   }
 
   void run(const S* input, const S* offset, const S* mask, S* output, void* scratch, int64_t begin, int64_t end) const {
-    if (kIsFast<S> && p.points == 9 && p.group_channels == 16)
-      run_tasks<kIsFast<S> ? 9 : 0, kIsFast<S> ? 16 : 0>(input, offset, mask, output, scratch, begin, end);
-    else if (kIsFast<S> && p.points == 9)
-      run_tasks<kIsFast<S> ? 9 : 0, 0>(input, offset, mask, output, scratch, begin, end);
+    if (kIsSpecialized<S> && p.points == 9 && p.group_channels == 16)
+      run_tasks<kIsSpecialized<S> ? 9 : 0, kIsSpecialized<S> ? 16 : 0>(input, offset, mask, output, scratch, begin,
+                                                                       end);
+    else if (kIsSpecialized<S> && p.points == 9)
+      run_tasks<kIsSpecialized<S> ? 9 : 0, 0>(input, offset, mask, output, scratch, begin, end);
     else
       run_tasks<0, 0>(input, offset, mask, output, scratch, begin, end);
   }

@@ -1,13 +1,36 @@
 // SPDX-License-Identifier: MIT
-// The gather kernels of one instruction set.
+// The gather kernels on the CPU, for one instruction set.
 //
-// Work is cut into strips of some 600 sampling points, for which everything fits the first-level cache:
-//   1. points.h   offsets and mask of the strip to the compute type, softmax; then, vectorised over points, where each
-//                 samples and the weights of its four corners;
-//   2. plane.h    the rows of the image that these points sample, copied to where borders need no care;
-//   3. forward.h  vectorised over channels: weighted sums of the corners;
-//      backward.h vectorised over channels: gradients to the corners, and four dot products a point, from which follow,
-//                 vectorised over points, the gradients of offset and mask.
+//   output[unit] = sum over its points of factor[point] * bilinear(input, location[point])
+//   location[point] = center[unit] + (kernel[point] + offset[point]) * offset_scale
+//
+// Loop nest:
+//
+//   for image, for block of groups:                                  backward: one task
+//     for strip of output pixels:                                    forward: one task    strips.h
+//       offsets and mask to the compute type, softmax                SIMD over points     load.h, softmax.h
+//       locations, weights of the corners                            SIMD over points     locate.h
+//       rows of the image that are sampled: copied to the plane      SIMD over channels   plane.h
+//       for output pixel of the strip, for group of the block:       one unit
+//         for point of the unit, for corner:
+//           forward: sums += weight * corner                         SIMD over channels   forward.h
+//           backward: grad_corner += weight * grad_output,           SIMD over channels   backward.h
+//                     dots[corner] = <grad_output, corner>
+//       backward: dots -> gradients of offset and mask               SIMD over points     backward.h, softmax.h
+//     backward: gradients of the corners -> grad_input               SIMD over channels   plane.h
+//
+// Glossary:
+//   unit    one output pixel of one group: it has P sampling points and group_channels channels
+//   factor  what a point is multiplied with: its mask, or the softmax of it over the unit
+//   corner  one of the four pixels around a point; share: its bilinear weight; weight: share * factor
+//   block   groups that are taken together, as many as let the rows in use stay in the L2 cache
+//   strip   output pixels that are taken together: some 600 points, whose arrays fit the L1 cache
+//   plane   a group's channels of one image, dense and surrounded by zeros, so that no corner is a special case
+//   lane    one element of a SIMD vector
+//   task    the unit of parallel work; plan: how many tasks a pass has, and their scratch memory
+//   S, T    storage type, in tensors; compute type, in registers: float, or double for double
+//
+// DCNv3's own are the order of the points (grid.h), the pairs (x, y) of the offsets (locate.h) and the softmax.
 #pragma once
 
 #include <cstdint>

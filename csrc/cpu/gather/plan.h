@@ -6,7 +6,7 @@
 
 namespace internimage {
 
-// A pass as a row of tasks: any ranges of them may be run at once, each with scratch memory of its own.
+// A pass as a sequence of tasks: disjoint ranges of them may run in parallel, each with its own scratch memory.
 struct Plan {
   int64_t tasks, scratch_bytes;
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// One image's channels of a few groups, copied to where they lie dense and surrounded by zeros.
+// One image's channels of a block of groups, copied dense and padded with zeros.
 //
 // Why a copy: with zeros around, border and interior are one case, so a point is one index and four loads at fixed
-// distances; a group's pixels are neighbours in memory instead of one every C numbers, which would map to few sets of
-// the first-level cache; and the half types are widened once a pixel instead of 36 times. A 3x3 kernel reads every
+// distances; a group's pixels are adjacent in memory instead of C elements apart, which would map to few sets of
+// the L1 cache; and the half types are widened once a pixel instead of 36 times. A 3x3 kernel reads every
 // pixel some 36 times, so the copy is cheap. Rows are copied when a strip first needs them.
 #pragma once
 
@@ -23,13 +23,13 @@ template <typename T>
 struct Plane {
   int64_t height, width, channels;  // of the image; channels of one group
   int64_t pitch;  // pixels from one row to the next
-  int64_t size;  // numbers from one group to the next
+  int64_t size;  // elements from one group to the next
   T* data;
 
-  static int64_t numbers(const Problem& p) { return ((p.height + 3) * (p.width + 2) + 1) * p.group_channels; }
+  static int64_t elements(const Problem& p) { return ((p.height + 3) * (p.width + 2) + 1) * p.group_channels; }
   // Bytes that planes of `groups` groups take, with room for a whole vector behind.
   static int64_t bytes(const Problem& p, int64_t groups) {
-    return (groups * numbers(p) + 16) * (int64_t)sizeof(T) + 64;
+    return (groups * elements(p) + 16) * (int64_t)sizeof(T) + 64;
   }
 
   Plane(const Problem& p, void* memory)
@@ -37,7 +37,7 @@ struct Plane {
         width(p.width),
         channels(p.group_channels),
         pitch(p.width + 2),
-        size(numbers(p)),
+        size(elements(p)),
         data((T*)(((uintptr_t)memory + 63) / 64 * 64)) {}
 
   // Start of a row's first pixel; -2 to height are rows.
@@ -51,10 +51,10 @@ struct Plane {
   }
 };
 
-// How many groups to take at once, so that the rows of `planes` planes around an output row stay in the second-level
-// cache. As many as possible: offsets and mask are then read in one go.
+// How many groups a block has, so that the rows of `planes` planes around an output row stay in the L2 cache. As many
+// as possible: offsets and mask are then read in one go.
 template <typename T>
-inline int64_t groups_near(const Problem& p, int64_t planes) {
+inline int64_t groups_in_cache(const Problem& p, int64_t planes) {
   constexpr int64_t kCacheBytes = 256 * 1024;
   const int64_t reach = p.kernel_h * p.dilation_h + 4;
   const int64_t rows = reach < p.height ? reach : p.height;
@@ -72,7 +72,7 @@ struct InputPlane : Plane<T> {
 
   InputPlane(const Problem& p, void* memory) : Plane<T>(p, memory), all_channels(p.channels) {}
 
-  void start(const S* first, int64_t group_count) {
+  void reset(const S* first, int64_t group_count) {
     image = first;
     groups = group_count;
     begin = end = 0;
@@ -82,15 +82,15 @@ struct InputPlane : Plane<T> {
     }
   }
 
-  void require(RowRange rows) {
+  void ensure(RowRange rows) {
     // after a jump (a large stride) the rows between are not wanted
     if (begin == end || rows.begin > end || rows.end < begin) begin = end = rows.begin;
-    while (begin > rows.begin) copy(--begin);
-    while (end < rows.end) copy(end++);
+    while (begin > rows.begin) copy_row(--begin);
+    while (end < rows.end) copy_row(end++);
   }
 
  private:
-  INTERNIMAGE_NOINLINE void copy(int64_t y) {
+  INTERNIMAGE_NOINLINE void copy_row(int64_t y) {
     const S* from = image + y * this->width * all_channels;
     for (int64_t g = 0; g < groups; ++g, from += this->channels) {
       T* to = this->row(g, y);
@@ -102,26 +102,26 @@ struct InputPlane : Plane<T> {
           for (int c = 0; c < 16; c += N) store(to + x * 16 + c, Convert<S, T, N>::load(from + x * all_channels + c));
       } else {
         for (int64_t x = 0; x < this->width; ++x)
-          copy_in(to + x * this->channels, from + x * all_channels, this->channels);
+          copy_widened(to + x * this->channels, from + x * all_channels, this->channels);
       }
     }
   }
 };
 
-// A gradient of the input in the making. What falls outside the image gathers in the padding and is dropped.
+// Sums for the gradient of the input. What is added outside the image ends up in the padding and is dropped.
 template <typename S, typename T>
 struct GradientPlane : Plane<T> {
   GradientPlane(const Problem& p, void* memory) : Plane<T>(p, memory) {}
 
-  void start(int64_t groups) { __builtin_memset(this->data, 0, groups * this->size * sizeof(T)); }
+  void reset(int64_t groups) { __builtin_memset(this->data, 0, groups * this->size * sizeof(T)); }
 
   // The image's channels of these groups: `image` is the first channel of the first group.
   INTERNIMAGE_NOINLINE void write(S* image, int64_t all_channels, int64_t groups) const {
     for (int64_t y = 0; y < this->height; ++y)
       for (int64_t x = 0; x < this->width; ++x)
         for (int64_t g = 0; g < groups; ++g)
-          copy_out(image + (y * this->width + x) * all_channels + g * this->channels,
-                   this->row(g, y) + x * this->channels, this->channels);
+          copy_narrowed(image + (y * this->width + x) * all_channels + g * this->channels,
+                        this->row(g, y) + x * this->channels, this->channels);
   }
 };
 

@@ -10,22 +10,29 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Scratch for one strip: arrays over its points, in order of pixel, group and point, with room for whole vectors
-// behind.
+// Scratch memory for one strip: arrays over its points, in order of output pixel, group and kernel point, with room for
+// whole vectors behind.
 template <typename T>
 struct Points {
   T* offset;  // 2 a point: x, y
-  T* logits;
-  T* factor;  // mask, or softmax(logits)
-  T *kernel_x, *kernel_y, *centre_x, *centre_y;  // the regular grid of the strip at the image's upper left corner
+  T* logits;  // the mask, where there is a softmax
+  T* factor;  // the mask, or softmax(logits)
+  T *kernel_x, *kernel_y, *center_x, *center_y;  // the regular grid of a strip at the image's upper left corner
   T* weight[4];  // bilinear share times factor: upper left, upper right, lower left, lower right
   int32_t* pixel;  // upper left corner, counted in the padded plane
   // backward only
-  T *right, *below;  // shares of the right and of the lower pixels
-  T* dots;  // 4 a point: <grad, corner>
-  T* own;  // the factor where the point is inside the image, else 0
+  T *right, *below;  // bilinear shares of the right and of the lower pixels
+  T* dots;  // 4 a point: <grad_output, corner>
+  T* inside_factor;  // the factor where the point is inside the image, else 0
 
-  // Numbers in an array: room for whole vectors behind, and for the units that `softmax` fills a block of four with.
+  // The gradients take the memory of what is no longer needed when they are computed, so that a strip stays in the
+  // cache: grad_offset after the weights are known, grad_logits after grad_offset.
+  T* grad_offset() const { return offset; }  // 2 a point: x, y
+  T* grad_factor() const { return logits; }
+  T* grad_logits() const { return below; }
+  T* softmax_scratch() const { return right; }
+
+  // Elements of an array, with room for whole vectors behind and for the units that fill up the last four in `softmax`.
   static int64_t padded(const StripShape& shape) { return (shape.size() + 4 * shape.points + 143) / 16 * 16; }
 
   static int64_t bytes(const StripShape& shape) {
@@ -42,8 +49,8 @@ struct Points {
     };
     offset = take(2 * n);
     dots = take(4 * n);
-    T** arrays[] = {&logits,    &factor,    &kernel_x,  &kernel_y, &centre_x, &centre_y, &weight[0],
-                    &weight[1], &weight[2], &weight[3], &right,    &below,    &own};
+    T** arrays[] = {&logits,    &factor,    &kernel_x,  &kernel_y, &center_x, &center_y,     &weight[0],
+                    &weight[1], &weight[2], &weight[3], &right,    &below,    &inside_factor};
     for (T** array : arrays) *array = take(n);
     pixel = (int32_t*)next;
   }

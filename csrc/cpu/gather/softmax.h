@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The softmax over the points of every unit (one pixel's group), and its gradient.
+// The softmax over the points of every unit, and its gradient.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Sums over the points of four units (a unit is one pixel's group), by whole vectors and one by one behind them.
+// Sums over the points of four units, by whole vectors and one by one behind them.
 template <typename T>
 INTERNIMAGE_INLINE void sum_units(T* sum, const T* from, int64_t points) {
   constexpr int N = kLanes<T>;
@@ -20,16 +20,16 @@ INTERNIMAGE_INLINE void sum_units(T* sum, const T* from, int64_t points) {
   if (points < N) {
     V lane{};
     for (int i = 0; i < N; ++i) lane[i] = (T)i;
-    const auto own = lane < broadcast<T, N>((T)points);
-    const auto part = [&](int i) { return own ? load<V>(from + i * points) : V{}; };
-    sum4<T, N>(sum, part(0), part(1), part(2), part(3));
+    const auto in_unit = lane < broadcast<T, N>((T)points);
+    const auto part = [&](int i) { return in_unit ? load<V>(from + i * points) : V{}; };
+    sum_lanes_4<T, N>(sum, part(0), part(1), part(2), part(3));
   } else {
     V part[4];
     int64_t k = N;
     for (int i = 0; i < 4; ++i) part[i] = load<V>(from + i * points);
     for (; k + N <= points; k += N)
       for (int i = 0; i < 4; ++i) part[i] += load<V>(from + i * points + k);
-    sum4<T, N>(sum, part[0], part[1], part[2], part[3]);
+    sum_lanes_4<T, N>(sum, part[0], part[1], part[2], part[3]);
     for (; k < points; ++k)
       for (int i = 0; i < 4; ++i) sum[i] += from[i * points + k];
   }
@@ -52,7 +52,7 @@ INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t poi
   const int64_t total = units * points;
   auto moderate = V{} == V{};
   for (int64_t t = 0; t < total; t += N) {
-    const V v = load<V>(s.logits + t);  // behind the end stand zeros
+    const V v = load<V>(s.logits + t);  // zeros behind the end
     moderate &= (v < kModerate) & (v > -kModerate);
   }
   bool all_moderate = true;
@@ -61,12 +61,12 @@ INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t poi
     for (int64_t u = 0; u < units; ++u) {
       T* of = s.logits + u * points;
       T top = of[0];
-      bool own_moderate = true;
+      bool unit_moderate = true;
       for (int64_t k = 0; k < points; ++k) {
         top = of[k] > top ? of[k] : top;
-        own_moderate &= of[k] < kModerate && of[k] > -kModerate;
+        unit_moderate &= of[k] < kModerate && of[k] > -kModerate;
       }
-      for (int64_t k = 0; k < points && !own_moderate; ++k) of[k] -= top;
+      for (int64_t k = 0; k < points && !unit_moderate; ++k) of[k] -= top;
     }
   }
   constexpr int K = 4;
@@ -76,7 +76,7 @@ INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t poi
     exponential<N, K>(v);
     for (int k = 0; k < K; ++k) store(s.logits + t + k * N, v[k]);
   }
-  // Four units at a time, and always so, also where fewer are left: a sum must not depend on where its unit stands.
+  // Four units at a time, and always so, also where fewer are left: a sum must not depend on where its unit is.
   for (int64_t u = 0; u < units; u += 4) {
     T sum[4];
     sum_units(sum, s.logits + u * points, points);
@@ -88,21 +88,21 @@ INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t poi
   }
 }
 
-// Gradient of the logits from that of the factors, one a point: grad <- factor * (grad - sum(factor * grad)), with
-// `product` for scratch.
+// grad_logits <- factor * (grad_factor - sum(factor * grad_factor)) over each unit's points; `product` is scratch.
 template <typename T>
-INTERNIMAGE_NOINLINE void softmax_backward(const T* factor, const T* grad, T* product, T* to, int64_t units,
-                                           int64_t points) {
+INTERNIMAGE_NOINLINE void softmax_backward(const T* factor, const T* grad_factor, T* product, T* grad_logits,
+                                           int64_t units, int64_t points) {
   constexpr int N = kLanes<T>;
   using V = Vector<T, N>;
-  for (int64_t t = 0; t < units * points; t += N) store(product + t, load<V>(factor + t) * load<V>(grad + t));
+  for (int64_t t = 0; t < units * points; t += N) store(product + t, load<V>(factor + t) * load<V>(grad_factor + t));
   for (int64_t u = 0; u < units; u += 4) {
     T sum[4];
     sum_units(sum, product + u * points, points);
     for (int i = 0; i < 4; ++i) {
       const int64_t at = (u + i) * points;
       const V mean = broadcast<T, N>(sum[i]);
-      map_unit(to + at, points, [&](int64_t k) { return load<V>(factor + at + k) * (load<V>(grad + at + k) - mean); });
+      map_unit(grad_logits + at, points,
+               [&](int64_t k) { return load<V>(factor + at + k) * (load<V>(grad_factor + at + k) - mean); });
     }
   }
 }

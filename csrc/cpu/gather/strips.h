@@ -10,21 +10,24 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-constexpr int64_t kStripPoints = 576;  // all that is kept of a strip fits the first-level cache
+constexpr int64_t kStripPoints = 576;  // the arrays of a strip fit the L1 cache
 
-// The groups of an image, cut into blocks that are taken together.
+// The groups of an image, cut into blocks of at most `limit` groups.
 struct Blocks {
-  int64_t all, size, count;
+  int64_t total;  // groups of an image
+  int64_t size;  // groups of a block; the last one may have fewer
+  int64_t count;  // blocks
 
-  Blocks(const Problem& p, int64_t most)
-      : all(p.groups), size(most < all ? most : all), count((all + size - 1) / size) {}
+  Blocks(const Problem& p, int64_t limit)
+      : total(p.groups), size(limit < total ? limit : total), count((total + size - 1) / size) {}
   int64_t begin(int64_t block) const { return block * size; }
-  int64_t groups(int64_t block) const { return block + 1 < count ? size : all - block * size; }
+  int64_t groups(int64_t block) const { return block + 1 < count ? size : total - block * size; }
 };
 
-// Which output pixels a strip covers: whole rows, or a part of one row.
+// The size of all strips of a block: whole rows of output pixels, or a part of one row. Those at the edges may be
+// smaller.
 struct StripShape {
-  int64_t groups;  // most groups of a strip
+  int64_t groups;  // of a block
   int64_t points;  // sampling points of a group
   int64_t rows, columns;  // output pixels of a strip
   int64_t strips_down, strips_across;
@@ -42,19 +45,19 @@ struct StripShape {
   int64_t count() const { return strips_down * strips_across; }
 };
 
-// Where one strip lies.
-struct StripPlace {
+// One strip: where it is, and how many output pixels it has.
+struct Strip {
   int64_t y, x;  // of its first output pixel
   int64_t pixels;
-  int64_t first;  // index of the first pixel in the batch; the others follow it
+  int64_t first_pixel;  // its index in the batch; the others follow it
 
-  StripPlace(const Problem& p, const StripShape& shape, int64_t strip, int64_t image) {
-    y = strip / shape.strips_across * shape.rows;
-    x = strip % shape.strips_across * shape.columns;
+  Strip(const Problem& p, const StripShape& shape, int64_t index, int64_t image) {
+    y = index / shape.strips_across * shape.rows;
+    x = index % shape.strips_across * shape.columns;
     const int64_t rows = y + shape.rows <= p.out_height ? shape.rows : p.out_height - y;
     const int64_t columns = x + shape.columns <= p.out_width ? shape.columns : p.out_width - x;
     pixels = rows * columns;
-    first = (image * p.out_height + y) * p.out_width + x;
+    first_pixel = (image * p.out_height + y) * p.out_width + x;
   }
 };
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // All kernels of one instruction set.
 //
-// Included once by each source of this folder, which sets the compiler's target and defines what simd/target.h lists.
-// Nothing of the C++ library may be instantiated here: its code would be compiled for this instruction set, and the
-// linker could keep that copy for all.
+// Included by each source of this folder, which sets the compiler's target and defines what simd/target.h lists. No
+// kernel may instantiate anything of the C++ library: it would be compiled for this instruction set, and the linker
+// could keep that copy for all.
 #pragma once
 
 #include "../gather/kernels.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The choice of instruction set.
+// The choice of the instruction set at run time.
 #include "dispatch.h"
 
 #include <torch/csrc/stable/library.h>
@@ -22,9 +22,9 @@ const CpuBuild& choose_build() {
   if (level == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     level = 2;
-  if (const char* wish = std::getenv("INTERNIMAGE_CPU_CAPABILITY")) {
-    if (std::strcmp(wish, "default") == 0) level = 0;
-    if (std::strcmp(wish, "avx2") == 0 && level > 1) level = 1;
+  if (const char* requested = std::getenv("INTERNIMAGE_CPU_CAPABILITY")) {
+    if (std::strcmp(requested, "default") == 0) level = 0;
+    if (std::strcmp(requested, "avx2") == 0 && level > 1) level = 1;
   }
   if (level == 2) return build_avx512;
   if (level == 1) return build_avx2;

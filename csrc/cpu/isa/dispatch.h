@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The kernels in use.
+// The kernels of the instruction set in use.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -8,8 +8,8 @@
 
 namespace internimage {
 
-// Those of a dtype, in the best build that this processor runs. INTERNIMAGE_CPU_CAPABILITY=default|avx2|avx512 lowers
-// it.
+// The kernels for a dtype, of the best instruction set that this processor has;
+// INTERNIMAGE_CPU_CAPABILITY=default|avx2|avx512 lowers it.
 const Kernels& kernels_of(torch::headeronly::ScalarType dtype);
 
 }  // namespace internimage

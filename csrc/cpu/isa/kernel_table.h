@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The kernels of each instruction set, as the registration sees them.
+// The kernels of each instruction set, as the registrations call them.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Kernels {
   void (*backward)(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
                    const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
                    int64_t end);
-  void (*layer_norm)(const NormArguments&, int64_t begin_row, int64_t end_row);
+  void (*layer_norm)(const LayerNormArguments&, int64_t begin_row, int64_t end_row);
 };
 
 struct CpuBuild {

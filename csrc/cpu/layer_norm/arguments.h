@@ -6,8 +6,8 @@
 
 namespace internimage {
 
-// output = residual + scale * (layer norm of input), in rows of `channels` numbers; residual and scale may be null.
-struct NormArguments {
+// output = residual + scale * (layer norm of input), in rows of `channels` elements; residual and scale may be null.
+struct LayerNormArguments {
   const void *input, *weight, *bias, *residual, *scale;
   void* output;
   int64_t channels;

@@ -45,14 +45,14 @@ Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias,
   Tensor output = torch::stable::empty_like(in);
   if (output.numel() == 0) return output;
   const int64_t channels = w.size(0);
-  const NormArguments norm{in.const_data_ptr(),
-                           w.const_data_ptr(),
-                           b.const_data_ptr(),
-                           residual ? r.const_data_ptr() : nullptr,
-                           scale ? s.const_data_ptr() : nullptr,
-                           output.mutable_data_ptr(),
-                           channels,
-                           eps};
+  const LayerNormArguments norm{in.const_data_ptr(),
+                                w.const_data_ptr(),
+                                b.const_data_ptr(),
+                                residual ? r.const_data_ptr() : nullptr,
+                                scale ? s.const_data_ptr() : nullptr,
+                                output.mutable_data_ptr(),
+                                channels,
+                                eps};
   torch::stable::parallel_for(0, in.numel() / channels, 1 + 16384 / channels,
                               [&](int64_t begin, int64_t end) { kernels.layer_norm(norm, begin, end); });
   return output;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Layer norm over the last axis, for inference, and what follows it there. The rows of a feature map are short; taken
-// one by one, each is a chain of sums that wait for each other.
+// Layer norm over the last axis, for inference, with the layer scale and the residual sum that follow it. Rows are
+// short: one at a time would be one chain of dependent additions, so there are four.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Sums of four rows of n numbers: each(row, index, lanes as a constant) gives a vector of that many of them.
+// Sums of four rows of n elements: each(row, index, lanes as a constant) gives a vector of that many of them.
 template <typename T, typename Each>
 INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
   constexpr int N = kLanes<T>;
@@ -24,14 +24,14 @@ INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
     for (int r = 0; r < 4; ++r) part[r] += each(r, c, Constant<N>{});
   for (; c < n; ++c)
     for (int r = 0; r < 4; ++r) rest[r] += each(r, c, Constant<1>{})[0];
-  sum4<T, N>(sums, part[0], part[1], part[2], part[3]);
+  sum_lanes_4<T, N>(sums, part[0], part[1], part[2], part[3]);
   for (int r = 0; r < 4; ++r) sums[r] += rest[r];
 }
 
-// v, which the compiler must not contract with what is done next: a product that is added then rounds twice, as it does
-// in two operators, and not once, as in a fused multiply-add.
+// v, hidden from the compiler, which must not contract a product and the sum that follows it to a fused multiply-add:
+// both round, as they do in two operators.
 template <typename T, int N>
-INTERNIMAGE_INLINE Vector<T, N> rounded(Vector<T, N> v) {
+INTERNIMAGE_INLINE Vector<T, N> uncontracted(Vector<T, N> v) {
   if constexpr (N == 1) {
     T number = v[0];
 #if defined(__x86_64__)
@@ -54,13 +54,13 @@ INTERNIMAGE_INLINE Vector<T, N> rounded(Vector<T, N> v) {
   return v;
 }
 
-// Of a row of a half type, this many numbers are converted once, for all three passes.
+// Of a row of a half type, this many elements are converted once, for all three passes.
 constexpr int kNormBuffer = 1024;
 
-// Four rows, which may be the same one: `at` says where they begin. Scaling and adding round as they do in operators of
-// their own, so that in float32 and float64 the result has the bits of norm, product and sum computed one by one.
+// Four rows that begin at `at`, which may be the same one. Scale and residual round as separate operators do: in
+// float32 and float64 the result is bit for bit that of norm, product and sum one by one.
 template <typename S, typename T, bool Residual, bool Buffered>
-INTERNIMAGE_INLINE void norm_rows(const NormArguments& norm, const int64_t (&at)[4]) {
+INTERNIMAGE_INLINE void norm_rows(const LayerNormArguments& norm, const int64_t (&at)[4]) {
   const int64_t channels = norm.channels;
   const S *input = (const S*)norm.input, *residual = (const S*)norm.residual;
   const S *weight = (const S*)norm.weight, *bias = (const S*)norm.bias, *scale = (const S*)norm.scale;
@@ -94,7 +94,7 @@ INTERNIMAGE_INLINE void norm_rows(const NormArguments& norm, const int64_t (&at)
     for (int r = 0; r < 4; ++r) v[r] = (value(r, c, lanes) - mean[r]) * factor[r] * w + b;
     if (scale != nullptr) {
       const Vector<T, N> s = C::load(scale + c);
-      for (int r = 0; r < 4; ++r) v[r] = rounded<T, N>(v[r] * s);
+      for (int r = 0; r < 4; ++r) v[r] = uncontracted<T, N>(v[r] * s);
     }
     if constexpr (Residual)
       for (int r = 0; r < 4; ++r) v[r] += C::load(residual + at[r] + c);
@@ -108,7 +108,7 @@ INTERNIMAGE_INLINE void norm_rows(const NormArguments& norm, const int64_t (&at)
 
 // Rows [begin, end), four at a time; the last of them fills the last four up.
 template <typename S, typename T>
-void layer_norm(const NormArguments& norm, int64_t begin, int64_t end) {
+void layer_norm(const LayerNormArguments& norm, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += 4) {
     int64_t at[4];
     for (int r = 0; r < 4; ++r) at[r] = (row + r < end ? row + r : end - 1) * norm.channels;

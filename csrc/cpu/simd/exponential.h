@@ -9,16 +9,13 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Several vectors at once, here and elsewhere, where each alone is one long chain of operations that wait for each
-// other.
-
-// x[...] <- exp(x[...]), in float to about one unit in the last place (Cephes' polynomial). NaN stays NaN. Asks for
-// x <= 88; below -87 the result is 0.
+// x[...] <- exp(x[...]), in float to about one unit in the last place (Cephes' polynomial). NaN stays NaN. Requires
+// x <= 88; below -87 the result is 0. K vectors at once, as one alone is a long chain of dependent operations.
 template <int N, int K>
 INTERNIMAGE_INLINE void exponential(Vector<float, N> (&x)[K]) {
   using F = Vector<float, N>;
   using I = Vector<int32_t, N>;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it has no room for a fraction
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kCoefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                      4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   F r[K], e[K];

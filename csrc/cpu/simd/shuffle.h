@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Lanes that change places: pairs in memory to planar vectors and back, sums over lanes.
+// Shuffles: interleaved pairs in memory to planar vectors and back, sums over lanes.
 #pragma once
 
 #include "vector.h"
@@ -61,7 +61,7 @@ struct Constant {
 
 // Four vectors -> to[0..3], each summed over its lanes. One order of the lanes for every caller.
 template <typename T, int N>
-INTERNIMAGE_INLINE void sum4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<T, N> v2, Vector<T, N> v3) {
+INTERNIMAGE_INLINE void sum_lanes_4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<T, N> v2, Vector<T, N> v3) {
   using V = Vector<T, N>;
   if constexpr (N < 4) {
     const V all[4] = {v0, v1, v2, v3};
@@ -90,9 +90,9 @@ INTERNIMAGE_INLINE void sum4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<T, 
 
 // N vectors -> one, whose lane i is the sum over the lanes of v[i]; overwrites v.
 template <typename T, int N>
-INTERNIMAGE_INLINE Vector<T, N> sum_all(Vector<T, N>* v) {
+INTERNIMAGE_INLINE Vector<T, N> sum_lanes_n(Vector<T, N>* v) {
   using V = Vector<T, N>;
-  // Step H joins pairs: a lane whose bit H is set goes on for the second vector, the others for the first.
+  // Step H joins pairs: lanes whose bit H is set continue the second vector's sum, the others the first's.
   const auto join = [&](auto half) __attribute__((always_inline)) {
     constexpr int H = decltype(half)::value;
     for (int j = 0; j < H; ++j)

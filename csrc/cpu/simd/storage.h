@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Types in memory and in registers: from the storage type S to the compute type T and back.
+// Conversions between the storage type S, in memory, and the compute type T, in registers.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// The half types in memory. Types of their own, so that uint16_t is never mistaken for them.
+// The half types in memory: distinct types, so that uint16_t is never mistaken for them.
 struct Bf16 {
   uint16_t bits;
 };
@@ -17,14 +17,14 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// The types with code of their own for the shapes of InternImage; the others make do with the general code, for the
-// binary's size.
+// Storage types with kernels specialized for the shapes of InternImage; the others use the general ones, to keep the
+// binary small.
 template <typename S>
-constexpr bool kIsFast = false;
+constexpr bool kIsSpecialized = false;
 template <>
-constexpr bool kIsFast<float> = true;
+constexpr bool kIsSpecialized<float> = true;
 template <>
-constexpr bool kIsFast<Bf16> = true;
+constexpr bool kIsSpecialized<Bf16> = true;
 
 // Storage S <-> compute type T, N lanes at a time.
 template <typename S, typename T, int N>
@@ -75,9 +75,9 @@ struct Convert<Fp16, float, N> {
   }
 };
 
-// `n` numbers, one by one at the end.
+// `n` elements, one by one at the end.
 template <typename S, typename T>
-INTERNIMAGE_INLINE void copy_in(T* to, const S* from, int64_t n) {
+INTERNIMAGE_INLINE void copy_widened(T* to, const S* from, int64_t n) {
   constexpr int N = kLanes<T>;
   int64_t i = 0;
   for (; i + N <= n; i += N) store(to + i, Convert<S, T, N>::load(from + i));
@@ -85,7 +85,7 @@ INTERNIMAGE_INLINE void copy_in(T* to, const S* from, int64_t n) {
 }
 
 template <typename S, typename T>
-INTERNIMAGE_INLINE void copy_out(S* to, const T* from, int64_t n) {
+INTERNIMAGE_INLINE void copy_narrowed(S* to, const T* from, int64_t n) {
   constexpr int N = kLanes<T>;
   int64_t i = 0;
   for (; i + N <= n; i += N) Convert<S, T, N>::store(to + i, load<Vector<T, N>>(from + i));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What is compiled for: isa/avx2.cpp and isa/avx512.cpp define this before they include any kernel; here is what holds
-// for any processor, and what a tool sees that looks at one header.
+// The instruction set that is compiled for. isa/avx2.cpp and isa/avx512.cpp define these before they include any
+// kernel; the defaults are for any processor, and for a tool that parses one header by itself.
 #pragma once
 
 #if !defined(INTERNIMAGE_ISA)

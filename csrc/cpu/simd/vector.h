@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Vectors of the instruction set in use: the compiler's own (GCC and Clang) and no intrinsics, so that the same text
-// serves every processor.
+// SIMD vectors: the vector extensions of GCC and Clang and no intrinsics, so that the same source serves every
+// processor.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include "target.h"
 
 #define INTERNIMAGE_INLINE inline __attribute__((always_inline))
-#define INTERNIMAGE_NOINLINE __attribute__((noinline))  // what runs once a strip: one copy serves all its callers
+#define INTERNIMAGE_NOINLINE __attribute__((noinline))  // runs once a strip: one copy serves all callers
 
 namespace internimage {
 namespace INTERNIMAGE_ISA {

@@ -25,8 +25,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// Places on an image are kept in 32 bits; how many elements it has is not.
-void check_sizes(const Problem& p, const Tensor& input, const Tensor& offset, const Tensor& mask) {
+// Coordinates are 32-bit; the number of an image's elements need not be.
+void check_size(const Problem& p) {
   constexpr int64_t kLimit = int64_t{1} << 30;
   STD_TORCH_CHECK(p.height + 2 * p.pad_h < kLimit && p.width + 2 * p.pad_w < kLimit && p.channels < kLimit &&
                       p.stride_h < kLimit && p.stride_w < kLimit && p.points < kLimit,
@@ -38,11 +38,11 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
              double offset_scale, bool remove_center, bool softmax) {
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
-  check_sizes(p, input, offset, mask);
+  check_size(p);
   const DeviceGuard guard(input.get_device_index());
   Tensor output = torch::stable::new_empty(input, {p.batch, p.out_height, p.out_width, p.channels});
   if (output.numel() == 0) return output;
-  const Tensor in = cuda::prepare(input), off = cuda::prepare(offset), m = cuda::prepare(mask);
+  const Tensor in = cuda::aligned(input), off = cuda::aligned(offset), m = cuda::aligned(mask);
   const cuda::Launch launch(input.get_device_index());
   cuda::with_dtype(input.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   const ScalarType dtype = input.scalar_type();
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
-  check_sizes(p, input, offset, mask);
+  check_size(p);
   STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
                       grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
                   "internimage::dcnv3_backward: grad_output must have the output's shape");
@@ -77,15 +77,15 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   const auto shape = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
   Tensor grad_input = want_input ? torch::stable::new_zeros(input, shape(input), sum_dtype)
                                  : torch::stable::new_empty(input, {0}, sum_dtype);
-  const bool nothing = grad_output.numel() == 0;  // with no channels, offset and mask have elements all the same
+  const bool is_empty = grad_output.numel() == 0;  // with no channels, offset and mask have elements all the same
   const auto new_grad = [&](const Tensor& t) {
     if (!want_points) return torch::stable::new_empty(input, {0});
-    return nothing ? torch::stable::new_zeros(input, shape(t)) : torch::stable::new_empty(input, shape(t));
+    return is_empty ? torch::stable::new_zeros(input, shape(t)) : torch::stable::new_empty(input, shape(t));
   };
   Tensor grad_offset = new_grad(offset), grad_mask = new_grad(mask);
-  if (!nothing && (want_input || want_points)) {
-    const Tensor grad = cuda::prepare(grad_output), in = cuda::prepare(input), off = cuda::prepare(offset),
-                 m = cuda::prepare(mask);
+  if (!is_empty && (want_input || want_points)) {
+    const Tensor grad = cuda::aligned(grad_output), in = cuda::aligned(input), off = cuda::aligned(offset),
+                 m = cuda::aligned(mask);
     const cuda::Launch launch(input.get_device_index());
     cuda::with_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What every thread of every kernel is told.
+// The parameters of a launch, the same for every thread.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 namespace internimage {
 namespace cuda {
 
-constexpr int kThreads = 256;  // a block
+constexpr int kThreads = 256;  // of a CUDA block
 
-// Division by a number that was known at launch: a multiplication and a shift, for dividends below 2^31.
+// Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31.
 template <typename Index>
 struct Divider {
   Index divisor;
@@ -34,18 +34,18 @@ struct Divider {
 };
 
 // T: the compute type. Index: uint32_t where threads and the elements of an image are below 2^31, else uint64_t; the
-// places of images, offsets and masks are always counted in 64 bits.
+// starts of images, offsets and masks in their tensors are always 64-bit.
 template <typename T, typename Index>
 struct Arguments {
   Index threads;
-  Divider<Index> slices;  // forward: threads that share a unit
-  uint32_t lane_bits, lanes, chunks;  // backward: threads that share a unit, and how often each has 4 channels
+  Divider<Index> slices;  // forward: threads of a unit
+  uint32_t lane_bits, lanes, chunks;  // backward: log2 of the threads of a unit, the threads, and the chunks of each
   Divider<Index> groups, out_width, out_height;
-  Index channels, width, row;  // row = width * channels
-  uint64_t image;  // elements of one
+  Index channels, width, row_elements;
+  uint64_t image_elements;
   uint32_t group_channels;
-  int32_t points, kernel_h, kernel_w, dilation_h, dilation_w, centre_h, centre_w;
-  int32_t stride_h, stride_w, first_y, first_x;  // centre of the kernel at output pixel (0, 0)
+  int32_t points, kernel_h, kernel_w, dilation_h, dilation_w, center_h, center_w;
+  int32_t stride_h, stride_w, first_y, first_x;  // center of the kernel at output pixel (0, 0)
   int32_t out_rows, out_columns;
   T right_end, lower_end, last_column, last_row;
   T grid_x[3], grid_y[3];  // of a 3x3 kernel
@@ -63,20 +63,20 @@ struct Arguments {
         out_height(p.out_height),
         channels(static_cast<Index>(p.channels)),
         width(static_cast<Index>(p.width)),
-        row(static_cast<Index>(p.width * p.channels)),
-        image(static_cast<uint64_t>(p.height * p.width * p.channels)),
+        row_elements(static_cast<Index>(p.width * p.channels)),
+        image_elements(static_cast<uint64_t>(p.height * p.width * p.channels)),
         group_channels(static_cast<uint32_t>(p.group_channels)),
         points(static_cast<int32_t>(p.points)),
         kernel_h(static_cast<int32_t>(p.kernel_h)),
         kernel_w(static_cast<int32_t>(p.kernel_w)),
         dilation_h(static_cast<int32_t>(p.dilation_h)),
         dilation_w(static_cast<int32_t>(p.dilation_w)),
-        centre_h(static_cast<int32_t>(p.dilation_h * (p.kernel_h - 1) / 2)),
-        centre_w(static_cast<int32_t>(p.dilation_w * (p.kernel_w - 1) / 2)),
+        center_h(static_cast<int32_t>(p.dilation_h * (p.kernel_h - 1) / 2)),
+        center_w(static_cast<int32_t>(p.dilation_w * (p.kernel_w - 1) / 2)),
         stride_h(static_cast<int32_t>(p.stride_h)),
         stride_w(static_cast<int32_t>(p.stride_w)),
-        first_y(static_cast<int32_t>(centre_h - p.pad_h)),
-        first_x(static_cast<int32_t>(centre_w - p.pad_w)),
+        first_y(static_cast<int32_t>(center_h - p.pad_h)),
+        first_x(static_cast<int32_t>(center_w - p.pad_w)),
         out_rows(static_cast<int32_t>(p.out_height)),
         out_columns(static_cast<int32_t>(p.out_width)),
         right_end(static_cast<T>(p.width)),
@@ -88,8 +88,8 @@ struct Arguments {
         softmax(p.softmax) {
     while ((uint32_t{1} << lane_bits) < lanes) ++lane_bits;
     for (int i = 0; i < 3; ++i) {
-      grid_x[i] = static_cast<T>(i * p.dilation_w - centre_w);
-      grid_y[i] = static_cast<T>(i * p.dilation_h - centre_h);
+      grid_x[i] = static_cast<T>(i * p.dilation_w - center_w);
+      grid_y[i] = static_cast<T>(i * p.dilation_h - center_h);
     }
   }
 };

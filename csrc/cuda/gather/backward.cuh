@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Backward: a thread takes 4 channels, for float atomics go to memory 4 at a time; the threads of a unit (`lanes`) are
-// neighbours in a warp and add up what they know about offset and mask by shuffles.
+// Backward: a thread takes chunks of 4 channels, as atomic additions of floats are 4 wide; the threads of a unit (its
+// lanes) are neighbors in a warp, and sum their parts of the gradients of offset and mask by shuffles.
 #pragma once
 
 #include <cstdint>
@@ -61,16 +61,16 @@ __global__ void __launch_bounds__(kThreads, 2)
                     Compute<S>* __restrict__ grad_input, S* __restrict__ grad_offset, S* __restrict__ grad_mask) {
   using T = Compute<S>;
   Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
-  // A thread too many stays for the shuffles of its warp: it does the last one's work and writes nothing.
-  const bool real = thread < a.threads;
-  thread = real ? thread : a.threads - 1;
+  // An excess thread takes part in the shuffles of its warp: it repeats the work of the last one and writes nothing.
+  const bool is_active = thread < a.threads;
+  thread = is_active ? thread : a.threads - 1;
   const Index index = thread >> a.lane_bits;
   const uint32_t lane = static_cast<uint32_t>(thread) & (a.lanes - 1);
   const Unit<T, Index> unit(a, index);
   const uint32_t first = lane * kChannels;
-  const uint64_t at = unit.image * a.image + (unit.group * a.group_channels + first);
-  const S* image = as_one(input + at);
-  T* grad_image = as_one(grad_input + at);  // unless null
+  const uint64_t at = unit.image * a.image_elements + (unit.group * a.group_channels + first);
+  const S* image = materialize(input + at);
+  T* grad_image = materialize(grad_input + at);  // unless null
   grad_output += static_cast<uint64_t>(index) * a.group_channels + first;
   T grad[kChannels];
   load<S, kChannels>(grad_output, grad);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint64_t first_point = static_cast<uint64_t>(index) * points;
   offset += 2 * first_point;
   const Factors<S, kPoints> factors(mask + first_point, points, a.softmax);
-  const bool writes = real && lane == 0;
+  const bool writes = is_active && lane == 0;
   const uint32_t chunks = kPoints > 0 ? 1 : a.chunks;
   const bool want_points = grad_offset != nullptr;
 
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         grad_mask[first_point + k] = Storage<S>::narrow(value);
       }
     }
-    if (grad_input != nullptr && real && cell.inside) {
+    if (grad_input != nullptr && is_active && cell.inside) {
 #pragma unroll 1
       for (uint32_t chunk = 0; chunk < chunks; ++chunk) {
         const uint32_t channel = chunk * a.lanes * kChannels;

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t channel = static_cast<uint32_t>(thread - image * a.channels);
   const uint32_t group = channel / a.group_channels;
   const uint64_t pixels = static_cast<uint64_t>(a.out_rows) * a.out_columns;
-  T* grad_image = grad_input + image * a.image + channel;
+  T* grad_image = grad_input + image * a.image_elements + channel;
   for (uint64_t pixel = image * pixels; pixel < (image + 1) * pixels; ++pixel) {
     const uint64_t index = pixel * a.groups.divisor + group;
     const Unit<T, Index> unit(a, static_cast<Index>(index));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Forward: a thread takes a unit's channels, as many as 32 bytes hold (16 of a half type), and finds each sampling
-// point once for all of them. A group of more channels is shared by neighbouring threads (`slices`).
+// Forward: a thread takes a slice of a unit's channels, as many as 32 bytes hold (16 of a half type), and locates each
+// sampling point once for all of them.
 #pragma once
 
 #include <cstdint>
@@ -17,20 +17,21 @@ namespace cuda {
 constexpr int kForwardBytes = 32;  // of one pixel's channels, a thread
 static_assert(kForwardBytes <= sizeof(Zeros), "what a thread loads at once");
 
-// Blocks a multiprocessor that the compiler makes room for; 0 leaves it free. With the softmax it would take a few
-// registers more than four blocks leave (64), and no other kernel: there it is told. Compute capability 7.5 would
-// spill.
+// Blocks a multiprocessor that the compiler must leave registers for; 0 is its own choice. With the softmax alone it
+// would take a few more than four blocks leave (64). Compute capability 7.5 would spill.
 #if __CUDA_ARCH__ >= 800
 #define INTERNIMAGE_SOFTMAX_BLOCKS 4
 #else
 #define INTERNIMAGE_SOFTMAX_BLOCKS 0
 #endif
 
-// kSoftmax holds for kPoints > 0; the general kernel asks its arguments.
+constexpr int forward_blocks(int points, bool softmax) {
+  return points == 0 ? 3 : softmax ? INTERNIMAGE_SOFTMAX_BLOCKS : 0;
+}
+
+// kSoftmax counts only with kPoints > 0; the general kernel reads a.softmax.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
-__global__ void __launch_bounds__(kThreads, kPoints == 0 ? 3
-                                            : kSoftmax   ? INTERNIMAGE_SOFTMAX_BLOCKS
-                                                         : 0)
+__global__ void __launch_bounds__(kThreads, forward_blocks(kPoints, kSoftmax))
     forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
                    const S* __restrict__ mask, S* __restrict__ output) {
   using T = Compute<S>;
@@ -39,11 +40,12 @@ __global__ void __launch_bounds__(kThreads, kPoints == 0 ? 3
   const Index index = a.slices.quotient(thread);
   const Unit<T, Index> unit(a, index);
   const Index slice = thread - index * a.slices.divisor;
-  // A thread that has 32 bytes of a pixel loads them in two halves. Of eight neighbours, which are served at once, four
+  // A thread that has 32 bytes of a pixel loads them in two halves. Of eight neighbors, which are served at once, four
   // begin with their second half: all eight with the first would meet in one half of the cache's banks.
   constexpr int kHalves = kChannels * sizeof(S) / 16 > 0 ? kChannels * sizeof(S) / 16 : 1, kHalf = kChannels / kHalves;
   const uint32_t begin = kHalves == 2 && threadIdx.x % 8 >= 4 ? kHalf : 0;
-  const S* image = as_one(input + unit.image * a.image + (unit.group * a.group_channels + slice * kChannels + begin));
+  const S* image =
+      materialize(input + unit.image * a.image_elements + (unit.group * a.group_channels + slice * kChannels + begin));
   const S* zeros = reinterpret_cast<const S*>(&zero_row) + begin;
   const int points = kPoints > 0 ? kPoints : a.points;
   offset += static_cast<uint64_t>(index) * (2 * points);
@@ -53,13 +55,13 @@ __global__ void __launch_bounds__(kThreads, kPoints == 0 ? 3
   for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {
     const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
     const T factor = cell.inside ? factors.at(k) : T(0);  // a NaN there does not count
-    const T lines[2] = {factor * (1 - cell.below), factor * cell.below};
-    const Index lower = cell.place + cell.step_y;
-    const Index places[4] = {cell.place, cell.place + cell.step_x, lower, lower + cell.step_x};
+    const T row_weights[2] = {factor * (1 - cell.below), factor * cell.below};
+    const Index lower = cell.upper_left + cell.step_y;
+    const Index corners[4] = {cell.upper_left, cell.upper_left + cell.step_x, lower, lower + cell.step_x};
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      const S* from = cell.has(corner) ? image + places[corner] : zeros;
-      const T weight = (corner % 2 ? cell.right : 1 - cell.right) * lines[corner / 2];
+      const S* from = cell.has(corner) ? image + corners[corner] : zeros;
+      const T weight = (corner % 2 ? cell.right : 1 - cell.right) * row_weights[corner / 2];
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         T values[kHalf];

@@ -1,10 +1,42 @@
 // SPDX-License-Identifier: MIT
-// The CUDA kernels of DCNv3, and which of them serves a problem.
+// The gather kernels on CUDA, and which of them serves a problem. Free of torch: the tests also compile these files for
+// a CPU (tests/cuda_host), with a stand-in for what CUDA provides.
 //
-// Free of torch, so that the tests can also compile this text for a CPU, with a stand-in for what CUDA provides
-// (tests/cuda_host), and run it there. A *unit* is one output pixel of one group: it has P sampling points. All values
-// are widened to the compute type (float, or double for double) when they are loaded, and rounded once when they are
-// stored.
+// Loop nest, each kernel with one loop over threads that the GPU runs in parallel:
+//
+//   forward_kernel: for unit, for slice of its channels:                     one thread, up to 32 bytes of channels
+//     factors of the unit's points: mask, or its softmax                     factors.cuh
+//     for point of the unit:                                                 grid.cuh, unrolled for a 3x3 kernel
+//       its cell: four corners and their bilinear shares                     points.cuh
+//       for corner: sums += share * factor * corner, wide loads
+//     store the sums
+//
+//   backward_kernel: for unit, for lane:                                     one thread, 4 channels a chunk
+//     factors of the unit's points
+//     for point of the unit:
+//       its cell
+//       for chunk, for corner: dots[corner] += <grad_output, corner>
+//       gradients of offset and factor from the dots, summed over the lanes by shuffles
+//       for chunk, for corner: atomically grad_input[corner] += share * factor * grad_output
+//     gradient of the mask: that of the factors, through the softmax if there is one
+//
+//   deterministic_kernel: for image, for channel:                            one thread; grad_input alone
+//     for output pixel, for point of its unit, for corner: grad_input[corner] += share * factor * grad_output
+//
+// Glossary:
+//   unit    one output pixel of one group: it has P sampling points and group_channels channels
+//   factor  what a point is multiplied with: its mask, or the softmax of it over the unit
+//   cell    the four pixels (corners) around a point; share: the bilinear weight of one of them
+//   slice   the channels of a unit that one thread of the forward takes
+//   lane    a thread among those of a unit in the backward, a power of two within one warp
+//   chunk   4 channels that a lane takes at a time; a lane with more than one chunk loops
+//   S, T    storage type, in memory; compute type, in registers: float, or double for double. Values are widened when
+//   they
+//           are loaded, and rounded once when they are stored
+//   Index   of threads and of elements within an image: 32 bits where they suffice, else 64
+//
+// DCNv3's own are the order of the points (grid.cuh), the pairs (x, y) of the offsets (points.cuh) and the softmax
+// (factors.cuh).
 #pragma once
 
 #include <cstdint>
@@ -19,9 +51,8 @@
 namespace internimage {
 namespace cuda {
 
-// `launch(kernel, threads, arguments...)` runs a kernel in blocks of kThreads. All pointers are aligned to
-// kForwardBytes and the tensors are contiguous and not empty. `wide` asks for 64-bit indices where 32 would do, for
-// tests.
+// `launch(kernel, threads, arguments...)` runs a kernel in blocks of kThreads. Tensors are contiguous, not empty, and
+// aligned to kForwardBytes. `wide` asks for 64-bit indices where 32 bits suffice, for tests.
 
 inline bool needs_wide_index(const Problem& p, int64_t threads) {
   constexpr int64_t kLimit = int64_t{1} << 31;
@@ -56,10 +87,10 @@ void forward_of_width(const Problem& p, const S* input, const S* offset, const S
 template <typename S, typename Launch>
 void forward(const Problem& p, const S* input, const S* offset, const S* mask, S* output, bool wide,
              const Launch& launch) {
-  constexpr int kMost = kForwardBytes / sizeof(S);
-  const auto run = p.group_channels % kMost == 0         ? forward_of_width<S, kMost, Launch>
-                   : p.group_channels % (kMost / 2) == 0 ? forward_of_width<S, kMost / 2, Launch>
-                                                         : forward_of_width<S, 1, Launch>;
+  constexpr int kWidest = kForwardBytes / sizeof(S);
+  const auto run = p.group_channels % kWidest == 0         ? forward_of_width<S, kWidest, Launch>
+                   : p.group_channels % (kWidest / 2) == 0 ? forward_of_width<S, kWidest / 2, Launch>
+                                                           : forward_of_width<S, 1, Launch>;
   run(p, input, offset, mask, output, wide, launch);
 }
 

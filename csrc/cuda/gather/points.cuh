@@ -17,15 +17,15 @@ namespace cuda {
 template <typename T, typename Index>
 struct Unit {
   Index group, image;
-  T x, y;  // the kernel's centre
+  T x, y;  // the kernel's center
 
   __device__ __forceinline__ Unit(const Arguments<T, Index>& a, Index unit) {
     const Index pixel = a.groups.quotient(unit);
     group = unit - pixel * a.groups.divisor;
-    const Index line = a.out_width.quotient(pixel);
-    x = static_cast<T>(static_cast<int32_t>(pixel - line * a.out_width.divisor) * a.stride_w + a.first_x);
-    image = a.out_height.quotient(line);
-    y = static_cast<T>(static_cast<int32_t>(line - image * a.out_height.divisor) * a.stride_h + a.first_y);
+    const Index row = a.out_width.quotient(pixel);
+    x = static_cast<T>(static_cast<int32_t>(pixel - row * a.out_width.divisor) * a.stride_w + a.first_x);
+    image = a.out_height.quotient(row);
+    y = static_cast<T>(static_cast<int32_t>(row - image * a.out_height.divisor) * a.stride_h + a.first_y);
   }
 };
 
@@ -39,11 +39,11 @@ __device__ Zeros zero_row;  // nothing ever writes here
 // The four pixels around a location. Corners are counted upper left, upper right, lower left, lower right.
 template <typename T, typename Index>
 struct Cell {
-  bool inside, has_column[2], has_line[2];
-  T right, below;  // shares of the right and of the lower pixels
-  Index place, step_x, step_y;
+  bool inside, has_column[2], has_row[2];
+  T right, below;  // bilinear shares of the right and of the lower pixels
+  Index upper_left, step_x, step_y;  // elements, within an image
 
-  __device__ __forceinline__ Cell(const Arguments<T, Index>& a, T x, T y) : step_x(a.channels), step_y(a.row) {
+  __device__ __forceinline__ Cell(const Arguments<T, Index>& a, T x, T y) : step_x(a.channels), step_y(a.row_elements) {
     inside = x > -1 && x < a.right_end && y > -1 && y < a.lower_end;  // false for NaN
     x = inside ? x : T(0);
     y = inside ? y : T(0);
@@ -52,16 +52,16 @@ struct Cell {
     below = y - y_floor;
     has_column[0] = inside && x >= 0;
     has_column[1] = inside && x_floor < a.last_column;
-    has_line[0] = y >= 0;
-    has_line[1] = y_floor < a.last_row;
+    has_row[0] = y >= 0;
+    has_row[1] = y_floor < a.last_row;
     // wraps around left of and above the image, where it is not used
-    place = (static_cast<Index>(static_cast<int32_t>(y_floor)) * a.width +
-             static_cast<Index>(static_cast<int32_t>(x_floor))) *
-            a.channels;
+    upper_left = (static_cast<Index>(static_cast<int32_t>(y_floor)) * a.width +
+                  static_cast<Index>(static_cast<int32_t>(x_floor))) *
+                 a.channels;
   }
-  __device__ __forceinline__ bool has(int corner) const { return has_column[corner % 2] && has_line[corner / 2]; }
+  __device__ __forceinline__ bool has(int corner) const { return has_column[corner % 2] && has_row[corner / 2]; }
   __device__ __forceinline__ Index at(int corner) const {
-    return place + (corner % 2 ? step_x : 0) + (corner / 2 ? step_y : 0);
+    return upper_left + (corner % 2 ? step_x : 0) + (corner / 2 ? step_y : 0);
   }
   __device__ __forceinline__ T weight(int corner) const {
     return (corner % 2 ? right : 1 - right) * (corner / 2 ? below : 1 - below);
