@@ -2,6 +2,8 @@
 // From torch to the kernels: aligned tensors, dtypes, torch's stream. LibTorch stable ABI only.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
@@ -14,8 +16,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "gather/arguments.cuh"
 #include "gather/forward.cuh"
-#include "storage.cuh"
 
 namespace internimage {
 namespace cuda {

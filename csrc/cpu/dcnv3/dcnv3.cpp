@@ -12,6 +12,7 @@
 
 #include "../../common.h"
 #include "../../problem.h"
+#include "../gather/plan.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
 #include "../scratch.h"

@@ -8,6 +8,7 @@
 #include "../../common.h"
 #include "../simd/shuffle.h"
 #include "../simd/storage.h"
+#include "../simd/target.h"
 #include "../simd/vector.h"
 #include "grid.h"
 #include "load.h"

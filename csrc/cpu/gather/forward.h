@@ -6,6 +6,7 @@
 
 #include "../../common.h"
 #include "../simd/storage.h"
+#include "../simd/target.h"
 #include "../simd/vector.h"
 #include "grid.h"
 #include "load.h"

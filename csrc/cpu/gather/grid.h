@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../../common.h"
+#include "../simd/target.h"
 #include "../simd/vector.h"
 #include "points.h"
 #include "strips.h"

@@ -36,6 +36,7 @@
 #include <cstdint>
 
 #include "../../common.h"
+#include "../simd/target.h"
 #include "backward.h"
 #include "forward.h"
 #include "plan.h"

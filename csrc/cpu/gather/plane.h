@@ -11,6 +11,7 @@
 
 #include "../../common.h"
 #include "../simd/storage.h"
+#include "../simd/target.h"
 #include "../simd/vector.h"
 #include "strips.h"
 

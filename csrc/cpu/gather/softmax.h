@@ -6,6 +6,7 @@
 
 #include "../simd/exponential.h"
 #include "../simd/shuffle.h"
+#include "../simd/target.h"
 #include "../simd/vector.h"
 #include "points.h"
 

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <string>
 
+#include "kernel_table.h"
+
 namespace internimage {
 namespace {
 

@@ -7,6 +7,7 @@
 
 #include "../simd/shuffle.h"
 #include "../simd/storage.h"
+#include "../simd/target.h"
 #include "../simd/vector.h"
 #include "arguments.h"
 

@@ -2,6 +2,7 @@
 // Shuffles: interleaved pairs in memory to planar vectors and back, sums over lanes.
 #pragma once
 
+#include "target.h"
 #include "vector.h"
 
 namespace internimage {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "target.h"
 #include "vector.h"
 
 namespace internimage {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Registration of DCNv3 on CUDA: checks and memory. LibTorch stable ABI only.
-#include "../../problem.h"
+#include "../launch.cuh"  // first: only nvcc can check that it needs nothing before it
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "../../common.h"
+#include "../../problem.h"
 #include "../gather/kernels.cuh"
-#include "../launch.cuh"
 #include "../storage.cuh"
 
 namespace internimage {

@@ -25,13 +25,14 @@ static_assert(kForwardBytes <= sizeof(Zeros), "what a thread loads at once");
 #define INTERNIMAGE_SOFTMAX_BLOCKS 0
 #endif
 
-constexpr int forward_blocks(int points, bool softmax) {
-  return points == 0 ? 3 : softmax ? INTERNIMAGE_SOFTMAX_BLOCKS : 0;
-}
+template <int kPoints, bool kSoftmax>
+constexpr int kForwardBlocks = kPoints == 0 ? 3
+                               : kSoftmax   ? INTERNIMAGE_SOFTMAX_BLOCKS
+                                            : 0;
 
 // kSoftmax counts only with kPoints > 0; the general kernel reads a.softmax.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
-__global__ void __launch_bounds__(kThreads, forward_blocks(kPoints, kSoftmax))
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
     forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
                    const S* __restrict__ mask, S* __restrict__ output) {
   using T = Compute<S>;

@@ -2,8 +2,6 @@
 // The regular grid: where the points of a kernel are without offsets. The order of the points is x-major, as DCNv3's.
 #pragma once
 
-#include <cstdint>
-
 #include "arguments.cuh"
 
 namespace internimage {
