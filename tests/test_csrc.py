@@ -18,28 +18,33 @@ FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp",
 HEADERS = [path for path in FILES if path.suffix in (".h", ".cuh")]
 # needs the CUDA toolkit: dcnv3.cu includes it before anything else, and test_cuda_build.py compiles that
 NVCC_ONLY = CSRC / "cuda" / "launch.cuh"
-COMPILERS = [name for name in (cuda_host.COMPILER, shutil.which("clang++")) if name is not None]
+COMPILERS = list(dict.fromkeys(filter(None, (cuda_host.COMPILER, shutil.which("clang++")))))
 
 pytestmark = pytest.mark.skipif(not FILES, reason="needs the sources, not an installed package")
 
+FLAGS = ["-std=c++17", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
 
-def compile_alone(compiler: str, header: Path) -> str:
-    """What the compiler says of a header, "" if nothing; a CUDA header with the tests' stand-in for CUDA."""
-    includes = ["-isystem", str(Path(torch.__file__).parent / "include"), "-include", str(header)]
-    if header.suffix == ".cuh":
-        includes = ["-include", str(cuda_host.FOLDER / "cuda_host.h"), *includes]
-    flags = ["-std=c++17", "-fsyntax-only", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    command = [compiler, *flags, *includes, "-x", "c++", "/dev/null"]
-    result = subprocess.run(command, capture_output=True, text=True)
+
+def compile_alone(compiler: str, header: Path, stand_in: Path) -> str:
+    """What the compiler says of a header that it rejects, else ""."""
+    before = ["-include", str(stand_in)] if header.suffix == ".cuh" else []
+    torch_headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    command = [compiler, *FLAGS, "-fsyntax-only", *torch_headers, *before, "-include", str(header)]
+    result = subprocess.run([*command, "-x", "c++", "-"], input="", capture_output=True, text=True)
     return result.stderr if result.returncode else ""
 
 
 @pytest.mark.skipif(not COMPILERS, reason="needs a C++ compiler (g++ or clang++, or CXX)")
 @pytest.mark.parametrize("compiler", COMPILERS, ids=lambda path: Path(path).name)
-def test_every_header_compiles_by_itself(compiler):
+def test_every_header_compiles_by_itself(compiler, tmp_path):
+    """Those of CUDA with the tests' stand-in for it, which is precompiled: both compilers look for that beside it."""
+    stand_in = Path(shutil.copy(cuda_host.FOLDER / "cuda_host.h", tmp_path))
+    suffix = "pch" if "clang" in Path(compiler).name else "gch"
+    command = [compiler, *FLAGS, "-x", "c++-header", str(stand_in), "-o", f"{stand_in}.{suffix}"]
+    subprocess.run(command, check=True)
     headers = [header for header in HEADERS if header != NVCC_ONLY]
     with ThreadPoolExecutor(2) as pool:
-        said = pool.map(lambda header: compile_alone(compiler, header), headers)
+        said = pool.map(lambda header: compile_alone(compiler, header, stand_in), headers)
         failed = {header.relative_to(ROOT).as_posix(): text for header, text in zip(headers, said) if text}
     assert not failed, "\n".join(failed.values())
 
@@ -99,3 +104,24 @@ def test_what_is_used_is_included_and_nothing_else(path):
             assert used, f"{header.relative_to(CSRC)} is included, but not used"
     for name, pattern in STANDARD.items():
         assert bool(re.search(pattern, code)) == (f"#include {name}\n" in code), f"{name}: used and included?"
+
+
+# folder of a header -> folders whose headers it may include, besides its own and csrc/
+BELOW = {
+    "cpu/simd": set(),
+    "cpu/gather": {"cpu/simd"},
+    "cpu/layer_norm": {"cpu/simd"},
+    "cpu/isa": {"cpu/simd", "cpu/gather", "cpu/layer_norm"},
+    "cpu": set(),
+    "cuda/gather": {"cuda"},
+    "cuda": {"cuda/gather"},
+    ".": set(),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.relative_to(CSRC).as_posix())
+def test_no_folder_includes_one_above_it(header):
+    folder, *others = (path.parent.relative_to(CSRC).as_posix() for path in (header, *read(header)[0]))
+    assert set(others) <= BELOW[folder] | {folder, "."}
+    if header.name == "storage.cuh":
+        assert not others
