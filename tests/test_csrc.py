@@ -75,8 +75,13 @@ STANDARD = {
     "<vector>": r"std::vector",
 }
 NOT_NAMES = {"__attribute__", "__launch_bounds__"}
-# also names of members, parameters and template parameters, which need no include
-AMBIGUOUS = {"forward", "backward", "plan_forward", "plan_backward", "layer_norm", "softmax", "build_default", "Launch"}
+# names of members, parameters and template parameters, which need no include
+OTHER_NAMES = {
+    "cpu/dcnv3/dcnv3.cpp": {"softmax"},
+    "cpu/isa/kernel_table.h": {"plan_forward", "forward", "plan_backward", "backward", "layer_norm"},
+    "cpu/simd/target.h": {"build_default"},
+    "cuda/gather/kernels.cuh": {"Launch"},
+}
 
 
 @functools.cache
@@ -99,9 +104,11 @@ def test_what_is_used_is_included_and_nothing_else(path):
             continue
         used = (read(header)[1] - names) & words
         if header not in own:
-            assert not used - AMBIGUOUS, f"{header.relative_to(CSRC)} is not included, but used"
+            assert used <= OTHER_NAMES.get(path.relative_to(CSRC).as_posix(), set()), (
+                f"{header.relative_to(CSRC)} has {used}"
+            )
         elif path in HEADERS:
-            assert used, f"{header.relative_to(CSRC)} is included, but not used"
+            assert used, f"{header.relative_to(CSRC)} has nothing that is used"
     for name, pattern in STANDARD.items():
         assert bool(re.search(pattern, code)) == (f"#include {name}\n" in code), f"{name}: used and included?"
 
