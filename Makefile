@@ -7,6 +7,7 @@ WORKERS ?= auto
 BENCH_ARGS ?=
 CHECK_ARGS ?=
 BIN := $(VENV)/bin
+CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # OpenMP threads that wait by spinning starve each other where another process wants a core too: small models become
 # up to 50 times slower
@@ -34,10 +35,12 @@ timm-contract: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # BENCH_ARGS="--official PATH --rounds N": with a checkout of OpenGVLab/InternImage its code is a peer, too
 bench: $(VENV)/.installed-dev
@@ -79,6 +82,6 @@ $(VENV)/.installed-torch:
 	touch $@
 
 # without build isolation, so that the torch above is built against and none is downloaded twice
-$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.py csrc/cpu/* csrc/cuda/*)
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard $(addprefix csrc/,* */* */*/*))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@

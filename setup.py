@@ -20,8 +20,8 @@ import build_cuda  # noqa: E402
 
 # The oldest torch that the binary runs on; it may be built with any newer one (LibTorch stable ABI).
 TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
-SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))  # sorted: the same binary everywhere
-HEADERS = sorted(path.as_posix() for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.h"))
+SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").rglob("*.cpp"))  # sorted: the same binary everywhere
+HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
 
 wish = os.environ.get("INTERNIMAGE_BUILD_CPU", "auto")
 if wish not in ("auto", "0", "1"):

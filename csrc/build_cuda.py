@@ -110,9 +110,8 @@ class CudaExtension(Extension):
 
     def __init__(self, torch: Torch, toolkit: Toolkit, target: str) -> None:
         folder = Path("csrc")
-        files = sorted(
-            path.as_posix() for path in (*folder.glob("*.h"), *(folder / "cuda").iterdir()) if path.is_file()
-        )
+        found = (*folder.glob("*.h"), *(folder / "cuda").rglob("*"))
+        files = sorted(path.as_posix() for path in found if path.is_file())
         super().__init__("internimage._C_cuda", sources=[], depends=files, py_limited_api=True)
         self.torch, self.toolkit, self.torch_target, self.gencode = torch, toolkit, target, gencode(toolkit)
 
@@ -135,7 +134,7 @@ class CudaExtension(Extension):
             *("-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={self.torch_target}"),
             *self.gencode,
             f"-I{self.torch.folder / 'include'}",
-            str(Path("csrc") / "cuda" / "dcnv3.cu"),
+            str(Path("csrc") / "cuda" / "dcnv3" / "dcnv3.cu"),
             *(f"-L{self.torch.folder / 'lib'}", f"-L{stand_ins}", "-ltorch_cpu", "-ltorch_cuda"),
             *("-o", str(library)),
         ]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Sizes of a DCNv3 problem: what every kernel, on any device, is told besides its pointers.
+// What the gather kernels of every device are given besides pointers.
 #pragma once
 
 #include <cstdint>

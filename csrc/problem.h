@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// From the arguments of the operator to a Problem: the checks that every device needs. LibTorch stable ABI only.
+// From DCNv3's arguments to a Problem: the checks that every device needs. LibTorch stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -15,9 +15,9 @@
 
 namespace internimage {
 
-constexpr int64_t kLargest = int64_t(1) << 30;  // products of two such numbers, and their sums, are exact
+constexpr int64_t kLargest = int64_t(1) << 30;  // products of two values below it, and sums of those, do not overflow
 
-// 0 where the kernel does not fit: C++ rounds a negative quotient up, which would make an output of it.
+// 0 where the kernel does not fit: a negative quotient, which C++ rounds up, would count as an output.
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   const int64_t steps = size + 2 * pad - dilation * (kernel - 1) - 1;
   return steps < 0 ? 0 : steps / stride + 1;
@@ -27,7 +27,7 @@ inline bool on_one_device(const torch::stable::Tensor& a, const torch::stable::T
   return a.device() == b.device();
 }
 
-// What reaches the operator past the checking function in Python is refused, not read out of bounds.
+// Refuses what the checks in Python did not see, as the kernels would read out of bounds.
 inline Problem make_problem(const torch::stable::Tensor& input, const torch::stable::Tensor& offset,
                             const torch::stable::Tensor& mask, const std::vector<int64_t>& kernel,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -35,7 +35,7 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
                             bool remove_center, bool softmax) {
   STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
                   "internimage::dcnv3: input, offset and mask must have 4 dimensions");
-  // a kernel that is called because one tensor is on its device would read the others there, too
+  // one tensor on the device is enough for the dispatcher to call its kernel
   STD_TORCH_CHECK(on_one_device(input, offset) && on_one_device(input, mask),
                   "internimage::dcnv3: input, offset and mask must be on one device");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -54,13 +54,14 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
   p.dilation_h = dilation[0];
   p.dilation_w = dilation[1];
   STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0, "internimage::dcnv3: groups must divide the channels");
-  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
-                      p.dilation_w > 0,
-                  "internimage::dcnv3: kernel_size, stride and dilation must be positive");
+  STD_TORCH_CHECK(
+      p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0,
+      "internimage::dcnv3: kernel_size, stride and dilation must be positive");
   STD_TORCH_CHECK(p.pad_h >= 0 && p.pad_w >= 0, "internimage::dcnv3: padding must not be negative");
   for (const auto* pair : {&kernel, &stride, &padding, &dilation})
     for (const int64_t value : *pair)
-      STD_TORCH_CHECK(value < kLargest, "internimage::dcnv3: kernel_size, stride, padding and dilation must be below 2^30");
+      STD_TORCH_CHECK(value < kLargest,
+                      "internimage::dcnv3: kernel_size, stride, padding and dilation must be below 2^30");
   STD_TORCH_CHECK(std::isfinite(offset_scale), "internimage::dcnv3: offset_scale must be finite");
   p.groups = groups;
   p.group_channels = p.channels / groups;

@@ -38,8 +38,8 @@ def main() -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     headers = Path(sysconfig.get_path("purelib"), "torch", "include")
     objects, fused = [], 0
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        objects.append(arguments.work / f"{source.stem}.o")
+    for source in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")):
+        objects.append(arguments.work / f"{source.parent.name}_{source.stem}.o")
         command = [COMPILER, *FLAGS, "-Wall", "-isystem", headers, "-c", source, "-o", objects[-1]]
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if result.returncode != 0 or "warning:" in result.stderr:

@@ -98,12 +98,12 @@ def compile_with_headers(environment: Environment, work: Path) -> None:
     flags = ["-std=c++17", f"-I{include}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     commands = [
         [os.environ.get("CXX", "g++"), "-fsyntax-only", "-Wno-psabi", *flags, path]
-        for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+        for path in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
         if "<torch/" in path.read_text()
     ]
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
-        source = ROOT / "csrc" / "cuda" / "dcnv3.cu"
+        source = ROOT / "csrc" / "cuda" / "dcnv3" / "dcnv3.cu"
         commands.append([nvcc, "-arch=sm_80", "-DUSE_CUDA", *flags, "-c", source, "-o", work / "dcnv3.o"])
     for command in commands:
         subprocess.run(command, check=True)

@@ -82,7 +82,7 @@ def test_built_if_torch_and_toolkit_go_together(torch_of, toolkit_of):
         "torch": "2.99.0",
         "reason": "",
     }
-    assert "-DTORCH_TARGET_VERSION=0x020a000000000000ULL" in command and "csrc/cuda/dcnv3.cu" in command
+    assert "-DTORCH_TARGET_VERSION=0x020a000000000000ULL" in command and "csrc/cuda/dcnv3/dcnv3.cu" in command
 
 
 @pytest.mark.parametrize(

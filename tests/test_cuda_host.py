@@ -466,4 +466,4 @@ host.forward(input[:, :4].clone(), offset, mask, (3, 3), (1, 1), (1, 1), (1, 1),
 def test_address_sanitizer_sees_a_missing_row(sanitized):
     result = sanitized("-c", ROW_MISSING % LIBRARY)
     assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr and "csrc/cuda/forward.cuh" in result.stderr
+    assert "heap-buffer-overflow" in result.stderr and "csrc/cuda/gather/forward.cuh" in result.stderr

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Types in memory and in registers: loads, stores and atomic additions of several values at once, with what CUDA has for
-// them.
+// Types in memory and in registers: wide loads, stores and atomic additions, and the conversions between the types.
 #pragma once
 
 #include <cstdint>
@@ -110,7 +109,7 @@ struct Storage<__nv_bfloat16> {
 template <typename S>
 using Compute = typename Storage<S>::Compute;
 
-// N neighbouring values; more than one must be aligned to all their bytes, or to 16.
+// N neighboring values; more than one must be aligned to all their bytes, or to 16.
 template <typename S, int N>
 __device__ __forceinline__ void load(const S* from, Compute<S> (&to)[N]) {
   constexpr int kBytes = N * sizeof(S);
@@ -174,12 +173,13 @@ __device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
 
 // ---- addresses
 
-// The same pointer to global memory, as one number. Else the compiler takes the sum apart that it was made from and adds
-// it up again for each access: six instructions instead of one.
+// The same pointer to global memory, computed here and kept in a register. Otherwise the compiler adds its terms up
+// again for each access: six instructions instead of one.
 template <typename T>
-__device__ __forceinline__ T* as_one(T* pointer) {
+__device__ __forceinline__ T* materialize(T* pointer) {
 #ifdef __CUDA_ARCH__
-  size_t address = __cvta_generic_to_global(pointer);  // there and back, or it forgets that the memory is global
+  size_t address =
+      __cvta_generic_to_global(pointer);  // converted back below, or the compiler forgets that the memory is global
   asm("" : "+l"(address));
   return static_cast<T*>(__cvta_global_to_generic(address));
 #else

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels on a CPU: csrc/cuda/dcnv3_kernels.cuh compiled for the host (harness.cpp), called through ctypes."""
+"""The CUDA kernels on a CPU: csrc/cuda/gather/kernels.cuh compiled for the host (harness.cpp), called by ctypes."""
 
 import ctypes
 import os

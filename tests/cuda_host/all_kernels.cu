@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Every CUDA kernel and nothing else, for tests that look at what the compiler makes of them.
-#include "../../csrc/cuda/dcnv3_kernels.cuh"
+#include "../../csrc/cuda/gather/kernels.cuh"
 
 namespace internimage {
 namespace cuda {
@@ -12,10 +12,10 @@ struct Launch {
   }
 };
 
-#define INTERNIMAGE_INSTANTIATE(S)                                                                               \
-  template void forward<S, Launch>(const Problem&, const S*, const S*, const S*, S*, bool, const Launch&);       \
-  template void backward<S, Launch>(const Problem&, const S*, const S*, const S*, const S*, Compute<S>*, S*, S*, \
-                                    bool, bool, const Launch&);
+#define INTERNIMAGE_INSTANTIATE(S)                                                                                     \
+  template void forward<S, Launch>(const Problem&, const S*, const S*, const S*, S*, bool, const Launch&);             \
+  template void backward<S, Launch>(const Problem&, const S*, const S*, const S*, const S*, Compute<S>*, S*, S*, bool, \
+                                    bool, const Launch&);
 
 INTERNIMAGE_INSTANTIATE(__half)
 INTERNIMAGE_INSTANTIATE(__nv_bfloat16)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What csrc/cuda/dcnv3_kernels.cuh uses of CUDA, for a CPU: the kernels run thread after thread, as fibers.
+// What csrc/cuda/gather/kernels.cuh uses of CUDA, for a CPU: the kernels run thread after thread, as fibers.
 //
 // A fiber runs until its kernel returns or it comes to a shuffle, where it waits for the other 31 of its warp. Vector
 // loads, stores and atomics check their alignment; bounds are AddressSanitizer's business. A mistake ends the launch
@@ -217,7 +217,8 @@ struct __nv_bfloat162 {
 inline float __half2float(__half h) {
   const unsigned sign = (h.x & 0x8000u) << 16, exponent = h.x >> 10 & 31, fraction = h.x & 1023;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
-  const float size = exponent ? std::ldexp(1024.0f + fraction, static_cast<int>(exponent) - 25) : std::ldexp(float(fraction), -24);
+  const float size =
+      exponent ? std::ldexp(1024.0f + fraction, static_cast<int>(exponent) - 25) : std::ldexp(float(fraction), -24);
   return sign ? -size : size;
 }
 inline __half __float2half_rn(float value) {

@@ -2,7 +2,7 @@
 // The CUDA kernels on a CPU, as a shared library for ctypes. Each function returns "" or what went wrong.
 #include "cuda_host.h"
 // after what it needs
-#include "../../csrc/cuda/dcnv3_kernels.cuh"
+#include "../../csrc/cuda/gather/kernels.cuh"
 
 #include <cxxabi.h>
 #include <dlfcn.h>

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+// Registration of DCNv3 on the CPU: checks, memory, threads. LibTorch stable ABI only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../../common.h"
+#include "../../problem.h"
+#include "../gather/plan.h"
+#include "../isa/dispatch.h"
+#include "../isa/kernel_table.h"
+#include "../scratch.h"
+
+namespace internimage {
+namespace {
+
+using torch::stable::Tensor;
+
+// Pixels of the padded image are indexed with 32 bits.
+void check_size(const Problem& p) {
+  STD_TORCH_CHECK((p.height + 3) * (p.width + 2) < std::numeric_limits<int32_t>::max(),
+                  "internimage::dcnv3: an image of ", p.height, " x ", p.width, " pixels is too large");
+}
+
+Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
+             std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+             double offset_scale, bool remove_center, bool softmax) {
+  const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
+                                 remove_center, softmax);
+  check_size(p);
+  const Kernels& kernels = kernels_of(input.scalar_type());
+  const std::vector<int64_t> shape = {p.batch, p.out_height, p.out_width, p.channels};
+  if (input.numel() == 0) return torch::stable::new_zeros(input, shape);  // padding alone
+  Tensor output = torch::stable::new_empty(input, shape);
+  const Tensor in = torch::stable::contiguous(input), off = torch::stable::contiguous(offset),
+               m = torch::stable::contiguous(mask);
+  const void *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(), *m_data = m.const_data_ptr();
+  void* out_data = output.mutable_data_ptr();
+  const Plan plan = kernels.plan_forward(p);
+  const int64_t task_cost = p.batch * p.out_height * p.out_width * p.channels * p.points / plan.tasks;
+  torch::stable::parallel_for(0, plan.tasks, 1 + 32768 / (1 + task_cost), [&](int64_t begin, int64_t end) {
+    const Scratch scratch(plan.scratch_bytes);
+    kernels.forward(p, in_data, off_data, m_data, out_data, scratch.get(), begin, end);
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+                                                  const Tensor& mask, std::vector<int64_t> kernel_size,
+                                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                  std::vector<int64_t> dilation, int64_t groups, double offset_scale,
+                                                  bool remove_center, bool softmax, bool /* deterministic: always */,
+                                                  std::vector<bool> output_mask) {
+  const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
+                                 remove_center, softmax);
+  check_size(p);
+  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
+                      grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
+                  "internimage::dcnv3_backward: grad_output must have the output's shape");
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
+                  "internimage::dcnv3_backward: grad_output must have input's dtype");
+  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
+  const Kernels& kernels = kernels_of(input.scalar_type());
+  const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
+  const bool is_empty = input.numel() == 0;  // padding alone, of which nothing depends on the points
+  const auto like = [&](const Tensor& t, bool wanted) {
+    const auto shape = wanted ? std::vector<int64_t>(t.sizes().begin(), t.sizes().end()) : std::vector<int64_t>{0};
+    return is_empty ? torch::stable::new_zeros(input, shape) : torch::stable::new_empty(input, shape);
+  };
+  Tensor grad_input = like(input, want_input), grad_offset = like(offset, want_points),
+         grad_mask = like(mask, want_points);
+  if (!is_empty && (want_input || want_points)) {
+    const Tensor grad = torch::stable::contiguous(grad_output), in = torch::stable::contiguous(input),
+                 off = torch::stable::contiguous(offset), m = torch::stable::contiguous(mask);
+    const void *grad_data = grad.const_data_ptr(), *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(),
+               *m_data = m.const_data_ptr();
+    void* to_input = want_input ? grad_input.mutable_data_ptr() : nullptr;
+    void* to_offset = want_points ? grad_offset.mutable_data_ptr() : nullptr;
+    void* to_mask = want_points ? grad_mask.mutable_data_ptr() : nullptr;
+    const int64_t threads = torch::stable::get_num_threads();
+    const Plan plan = kernels.plan_backward(p, threads);
+    torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(plan.scratch_bytes);
+      kernels.backward(p, threads, grad_data, in_data, off_data, m_data, to_input, to_offset, to_mask, scratch.get(),
+                       begin, end);
+    });
+  }
+  if (!output_mask[1]) grad_offset = like(offset, false);
+  if (!output_mask[2]) grad_mask = like(mask, false);
+  return {grad_input, grad_offset, grad_mask};
+}
+
+}  // namespace
+}  // namespace internimage
+
+STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) {
+  m.impl("dcnv3", TORCH_BOX(&internimage::dcnv3));
+  m.impl("dcnv3_backward", TORCH_BOX(&internimage::dcnv3_backward));
+}

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT
+// The forward pass: weighted sums of the corners of every group's points, vectorized over channels.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common.h"
+#include "../simd/storage.h"
+#include "../simd/target.h"
+#include "../simd/vector.h"
+#include "grid.h"
+#include "load.h"
+#include "locate.h"
+#include "plane.h"
+#include "points.h"
+#include "strips.h"
+
+namespace internimage {
+namespace INTERNIMAGE_ISA {
+
+// M vectors of N channels of one unit, whose points begin at t. kPoints and kChannels are compile-time copies of
+// `points` and `channels`, or 0.
+template <typename S, typename T, int N, int M, int kPoints, int kChannels>
+INTERNIMAGE_INLINE void gather_channels(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
+                                        int64_t channels, S* out) {
+  using V = Vector<T, N>;
+  // a sum for each corner where registers allow: shorter chains of dependent additions
+  constexpr int kSums = M <= 2 ? 4 : 2;
+  V sum[kSums][M];
+  for (int i = 0; i < kSums; ++i)
+    for (int m = 0; m < M; ++m) sum[i][m] = V{};
+  const T *w0 = s.weight[0] + t, *w1 = s.weight[1] + t, *w2 = s.weight[2] + t, *w3 = s.weight[3] + t;
+  const int32_t* pixel = s.pixel + t;
+  const int64_t step = kChannels > 0 ? kChannels : channels;
+  const T* plane_below = plane + row;
+  asm("" : "+r"(plane_below));  // keeps the pointer in a register; GCC would add `row` again for every point
+  const auto point = [&](int64_t k) __attribute__((always_inline)) {
+    const int64_t at = pixel[k] * step;
+    const T *upper = plane + at, *lower = plane_below + at;
+    for (int m = 0; m < M; ++m) {
+      sum[0][m] += load<V>(upper + m * N) * w0[k];
+      sum[1][m] += load<V>(upper + step + m * N) * w1[k];
+      sum[2 % kSums][m] += load<V>(lower + m * N) * w2[k];
+      sum[3 % kSums][m] += load<V>(lower + step + m * N) * w3[k];
+    }
+  };
+  if constexpr (kPoints > 0) {
+#pragma GCC unroll 9
+    for (int64_t k = 0; k < kPoints; ++k) point(k);
+  } else {
+    for (int64_t k = 0; k < points; ++k) point(k);
+  }
+  for (int m = 0; m < M; ++m) {
+    V all = sum[0][m] + sum[1][m];
+    if constexpr (kSums == 4) all += sum[2][m] + sum[3][m];
+    Convert<S, T, N>::store(out + m * N, all);
+  }
+}
+
+// All `width` channels: 16 at a time, then whole vectors, halves of them, down to single channels.
+template <typename S, typename T, int N, int kPoints>
+INTERNIMAGE_INLINE void gather_unit(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
+                                    int64_t channels, int64_t width, S* out) {
+  int64_t c = 0;
+  if constexpr (N == kLanes<T> && N < 16) {
+    for (; c + 16 <= width; c += 16)
+      gather_channels<S, T, N, 16 / N, kPoints, 0>(s, t, points, plane + c, row, channels, out + c);
+  }
+  for (; c + N <= width; c += N)
+    gather_channels<S, T, N, 1, kPoints, 0>(s, t, points, plane + c, row, channels, out + c);
+  if constexpr (N > 1) {
+    if (c < width) gather_unit<S, T, N / 2, 0>(s, t, points, plane + c, row, channels, width - c, out + c);
+  }
+}
+
+// Prefetches what the next strip will read, a little with every unit of this one: strips are consecutive in memory. An
+// address past a tensor's end does not fault.
+template <typename S>
+struct Prefetch {
+  uintptr_t offset, mask, input;
+
+  Prefetch(const Problem& p, const S* input_tensor, const S* offset_tensor, const S* mask_tensor, int64_t pixel,
+           int64_t first_group)
+      : offset((uintptr_t)offset_tensor + 2 * (pixel * p.groups + first_group) * p.points * sizeof(S)),
+        mask((uintptr_t)mask_tensor + (pixel * p.groups + first_group) * p.points * sizeof(S)),
+        // a guess, right for an output of the input's size: the row that the next strip is the first to reach
+        input((uintptr_t)input_tensor +
+              ((pixel + 3 * p.width) * p.channels + first_group * p.group_channels) * sizeof(S)) {}
+
+  INTERNIMAGE_INLINE void next_unit(const Problem& p) {
+    __builtin_prefetch((const void*)offset);
+    __builtin_prefetch((const void*)(offset + 64));
+    __builtin_prefetch((const void*)mask);
+    __builtin_prefetch((const void*)input);
+    offset += 2 * p.points * sizeof(S);
+    mask += p.points * sizeof(S);
+    input += p.group_channels * sizeof(S);
+  }
+};
+
+// The forward pass as a sequence of tasks: the strips of each block of each image. Ranges of them are independent.
+template <typename S, typename T>
+struct Forward {
+  const Problem& p;
+  Blocks blocks;
+  StripShape shape;
+
+  explicit Forward(const Problem& problem)
+      : p(problem), blocks(problem, groups_in_cache<T>(problem, 1)), shape(problem, blocks.size) {}
+
+  int64_t tasks() const { return p.batch * blocks.count * shape.count(); }
+  int64_t scratch_bytes() const { return Points<T>::bytes(shape) + Plane<T>::bytes(p, blocks.size); }
+
+  template <int kPoints, int kChannels>
+  void run_tasks(const S* input, const S* offset, const S* mask, S* output, void* scratch, int64_t begin,
+                 int64_t end) const {
+    const Points<T> s(scratch, shape);
+    InputPlane<S, T> plane(p, (char*)scratch + Points<T>::bytes(shape));
+    const int64_t image_size = p.height * p.width * p.channels, row = plane.pitch * p.group_channels;
+    int64_t current = -1, first_group = 0, group_count = 0;  // of image and block
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image_and_block = task / shape.count(), n = image_and_block / blocks.count;
+      if (image_and_block != current) {
+        const int64_t block = image_and_block % blocks.count;
+        const bool other_count = group_count != blocks.groups(block);
+        first_group = blocks.begin(block);
+        group_count = blocks.groups(block);
+        plane.reset(input + n * image_size + first_group * p.group_channels, group_count);
+        if (other_count) fill_grid(p, shape, s, group_count);
+        current = image_and_block;
+      }
+      const Strip strip(p, shape, task % shape.count(), n);
+      load_points(p, strip, s, offset, mask, first_group, group_count);
+      plane.ensure(locate<T, false>(p, strip, s, strip.pixels * group_count * p.points, plane.pitch));
+      Prefetch<S> prefetch(p, input, offset, mask, strip.first_pixel + strip.pixels, first_group);
+      int64_t t = 0;
+      for (int64_t i = 0; i < strip.pixels; ++i) {
+        S* out = output + (strip.first_pixel + i) * p.channels + first_group * p.group_channels;
+        const T* group = plane.data;
+        for (int64_t g = 0; g < group_count; ++g, t += p.points, out += p.group_channels, group += plane.size) {
+          prefetch.next_unit(p);
+          if constexpr (kChannels == 16) {
+            constexpr int N = kLanes<T> < 16 ? kLanes<T> : 16;
+            gather_channels<S, T, N, 16 / N, kPoints, 16>(s, t, p.points, group, row, 16, out);
+          } else {
+            gather_unit<S, T, kLanes<T>, kPoints>(s, t, p.points, group, row, p.group_channels, p.group_channels, out);
+          }
+        }
+      }
+    }
+  }
+
+  void run(const S* input, const S* offset, const S* mask, S* output, void* scratch, int64_t begin, int64_t end) const {
+    if (kIsSpecialized<S> && p.points == 9 && p.group_channels == 16)
+      run_tasks<kIsSpecialized<S> ? 9 : 0, kIsSpecialized<S> ? 16 : 0>(input, offset, mask, output, scratch, begin,
+                                                                       end);
+    else if (kIsSpecialized<S> && p.points == 9)
+      run_tasks<kIsSpecialized<S> ? 9 : 0, 0>(input, offset, mask, output, scratch, begin, end);
+    else
+      run_tasks<0, 0>(input, offset, mask, output, scratch, begin, end);
+  }
+};
+
+}  // namespace INTERNIMAGE_ISA
+}  // namespace internimage

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+// Offsets and mask of a strip, from the tensors into the strip's arrays.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common.h"
+#include "../simd/storage.h"
+#include "../simd/target.h"
+#include "../simd/vector.h"
+#include "points.h"
+#include "softmax.h"
+#include "strips.h"
+
+namespace internimage {
+namespace INTERNIMAGE_ISA {
+
+// `count` of the `stride` elements of each of the strip's pixels, one after the other, and zeros behind them.
+template <typename S, typename T>
+INTERNIMAGE_NOINLINE void read_strip(T* to, const S* from, int64_t pixels, int64_t count, int64_t stride) {
+  constexpr int N = kLanes<T>;
+  using V = Vector<T, N>;
+  if (count == stride) {
+    copy_widened(to, from, pixels * count);
+  } else {
+    // Whole vectors: what is written past a pixel's elements is overwritten by the next pixel's, and no more is read
+    // than what the next pixel has.
+    const int64_t rounded = (count + N - 1) / N * N;
+    for (int64_t i = 0; i < pixels; ++i, from += stride, to += count) {
+      if (rounded <= stride && i + 1 < pixels) {
+        for (int64_t k = 0; k < count; k += N) store(to + k, Convert<S, T, N>::load(from + k));
+      } else {
+        copy_widened(to, from, count);
+      }
+    }
+    to -= pixels * count;
+  }
+  // for the rest of the last vector of points, which has up to two elements a point
+  store(to + pixels * count, V{});
+  store(to + pixels * count + N, V{});
+}
+
+// Offsets and mask of a strip and of `group_count` groups from first_group on; the softmax, if asked for.
+template <typename S, typename T>
+INTERNIMAGE_NOINLINE void load_points(const Problem& p, const Strip& strip, const Points<T>& s, const S* offset,
+                                      const S* mask, int64_t first_group, int64_t group_count) {
+  const int64_t stride = p.groups * p.points, from = strip.first_pixel * stride + first_group * p.points;
+  read_strip(s.offset, offset + 2 * from, strip.pixels, 2 * group_count * p.points, 2 * stride);
+  read_strip(p.softmax ? s.logits : s.factor, mask + from, strip.pixels, group_count * p.points, stride);
+  if (p.softmax) softmax(s, strip.pixels * group_count, p.points);
+}
+
+}  // namespace INTERNIMAGE_ISA
+}  // namespace internimage

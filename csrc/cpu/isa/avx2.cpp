@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: MIT
+// The kernels for x86-64 with AVX2 and FMA.
+#include "kernel_table.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#endif
+#define INTERNIMAGE_ISA isa_avx2
+#define INTERNIMAGE_BUILD build_avx2
+#define INTERNIMAGE_NAME "avx2"
+#define INTERNIMAGE_VECTOR_BYTES 32
+#include "build.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: MIT
+// The kernels for any processor.
+#include "build.h"

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT
+// The kernels of each instruction set, as the registrations call them.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common.h"
+#include "../gather/plan.h"
+#include "../layer_norm/arguments.h"
+
+namespace internimage {
+
+// The kernels of one dtype. Tensors are contiguous.
+struct Kernels {
+  Plan (*plan_forward)(const Problem&);
+  void (*forward)(const Problem&, const void* input, const void* offset, const void* mask, void* output, void* scratch,
+                  int64_t begin, int64_t end);
+  // `wanted_tasks` are made if there are so many groups; the results do not depend on it. A gradient may be null:
+  // grad_input, or grad_offset and grad_mask.
+  Plan (*plan_backward)(const Problem&, int64_t wanted_tasks);
+  void (*backward)(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
+                   const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
+                   int64_t end);
+  void (*layer_norm)(const LayerNormArguments&, int64_t begin_row, int64_t end_row);
+};
+
+struct CpuBuild {
+  const char* name;
+  Kernels float32, float64, bfloat16, float16;
+};
+
+extern const CpuBuild build_default;
+#if defined(__x86_64__)
+extern const CpuBuild build_avx2;
+extern const CpuBuild build_avx512;
+#endif
+
+}  // namespace internimage

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: MIT
+// Layer norm as the kernels see it.
+#pragma once
+
+#include <cstdint>
+
+namespace internimage {
+
+// output = residual + scale * (layer norm of input), in rows of `channels` elements; residual and scale may be null.
+struct LayerNormArguments {
+  const void *input, *weight, *bias, *residual, *scale;
+  void* output;
+  int64_t channels;
+  double eps;
+};
+
+}  // namespace internimage

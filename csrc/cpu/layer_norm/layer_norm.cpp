@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// Registration of layer norm on the CPU. LibTorch stable ABI only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "../isa/dispatch.h"
+#include "../isa/kernel_table.h"
+#include "arguments.h"
+
+namespace internimage {
+namespace {
+
+using torch::stable::Tensor;
+
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
+                  const OptionalTensor& residual, const OptionalTensor& scale) {
+  const auto is_row = [&](const Tensor& t) {
+    return input.dim() > 0 && t.dim() == 1 && t.size(0) == input.size(input.dim() - 1) && t.size(0) > 0 &&
+           t.scalar_type() == input.scalar_type();
+  };
+  STD_TORCH_CHECK(is_row(weight) && is_row(bias) && (!scale || is_row(*scale)),
+                  "internimage::layer_norm: weight, bias and scale must be vectors of input's last size and of its "
+                  "dtype");
+  STD_TORCH_CHECK(!residual || (residual->scalar_type() == input.scalar_type() && same_sizes(*residual, input)),
+                  "internimage::layer_norm: residual must have input's shape and dtype");
+  const Kernels& kernels = kernels_of(input.scalar_type());
+  const Tensor in = torch::stable::contiguous(input), w = torch::stable::contiguous(weight),
+               b = torch::stable::contiguous(bias);
+  const Tensor r = residual ? torch::stable::contiguous(*residual) : in;
+  const Tensor s = scale ? torch::stable::contiguous(*scale) : w;
+  Tensor output = torch::stable::empty_like(in);
+  if (output.numel() == 0) return output;
+  const int64_t channels = w.size(0);
+  const LayerNormArguments norm{in.const_data_ptr(),
+                                w.const_data_ptr(),
+                                b.const_data_ptr(),
+                                residual ? r.const_data_ptr() : nullptr,
+                                scale ? s.const_data_ptr() : nullptr,
+                                output.mutable_data_ptr(),
+                                channels,
+                                eps};
+  torch::stable::parallel_for(0, in.numel() / channels, 1 + 16384 / channels,
+                              [&](int64_t begin, int64_t end) { kernels.layer_norm(norm, begin, end); });
+  return output;
+}
+
+}  // namespace
+}  // namespace internimage
+
+STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) { m.impl("layer_norm", TORCH_BOX(&internimage::layer_norm)); }

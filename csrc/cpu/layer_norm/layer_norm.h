@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: MIT
+// Layer norm over the last axis, for inference, with the layer scale and the residual sum that follow it. Rows are
+// short: one at a time would be one chain of dependent additions, so there are four.
+#pragma once
+
+#include <cstdint>
+
+#include "../simd/shuffle.h"
+#include "../simd/storage.h"
+#include "../simd/target.h"
+#include "../simd/vector.h"
+#include "arguments.h"
+
+namespace internimage {
+namespace INTERNIMAGE_ISA {
+
+// Sums of four rows of n elements: each(row, index, lanes as a constant) gives a vector of that many of them.
+template <typename T, typename Each>
+INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
+  constexpr int N = kLanes<T>;
+  Vector<T, N> part[4] = {};
+  T rest[4] = {};
+  int64_t c = 0;
+  for (; c + N <= n; c += N)
+    for (int r = 0; r < 4; ++r) part[r] += each(r, c, Constant<N>{});
+  for (; c < n; ++c)
+    for (int r = 0; r < 4; ++r) rest[r] += each(r, c, Constant<1>{})[0];
+  sum_lanes_4<T, N>(sums, part[0], part[1], part[2], part[3]);
+  for (int r = 0; r < 4; ++r) sums[r] += rest[r];
+}
+
+// v, hidden from the compiler, which must not contract a product and the sum that follows it to a fused multiply-add:
+// both round, as they do in two operators.
+template <typename T, int N>
+INTERNIMAGE_INLINE Vector<T, N> uncontracted(Vector<T, N> v) {
+  if constexpr (N == 1) {
+    T number = v[0];
+#if defined(__x86_64__)
+    __asm__("" : "+x"(number));
+#else
+    __asm__("" : "+m"(number));
+#endif
+    v[0] = number;
+  } else {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#else
+    __asm__("" : "+m"(v));
+#endif
+  }
+  return v;
+}
+
+// Of a row of a half type, this many elements are converted once, for all three passes.
+constexpr int kNormBuffer = 1024;
+
+// Four rows that begin at `at`, which may be the same one. Scale and residual round as separate operators do: in
+// float32 and float64 the result is bit for bit that of norm, product and sum one by one.
+template <typename S, typename T, bool Residual, bool Buffered>
+INTERNIMAGE_INLINE void norm_rows(const LayerNormArguments& norm, const int64_t (&at)[4]) {
+  const int64_t channels = norm.channels;
+  const S *input = (const S*)norm.input, *residual = (const S*)norm.residual;
+  const S *weight = (const S*)norm.weight, *bias = (const S*)norm.bias, *scale = (const S*)norm.scale;
+  S* output = (S*)norm.output;
+  T buffer[4][Buffered ? kNormBuffer : 1];
+  const auto first = [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
+    const auto v = Convert<S, T, decltype(lanes)::value>::load(input + at[r] + c);
+    if constexpr (Buffered) store(&buffer[r][c], v);
+    return v;
+  };
+  const auto value = [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
+    constexpr int N = decltype(lanes)::value;
+    if constexpr (Buffered)
+      return load<Vector<T, N>>(&buffer[r][c]);
+    else
+      return Convert<S, T, N>::load(input + at[r] + c);
+  };
+  T mean[4], factor[4];
+  sum_rows<T>(mean, channels, first);
+  for (int r = 0; r < 4; ++r) mean[r] /= (T)channels;
+  sum_rows<T>(factor, channels, [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
+    const auto deviation = value(r, c, lanes) - mean[r];
+    return deviation * deviation;
+  });
+  for (int r = 0; r < 4; ++r) factor[r] = (T)1 / (T)__builtin_sqrt(factor[r] / (T)channels + (T)norm.eps);
+  const auto write = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    constexpr int N = decltype(lanes)::value;
+    using C = Convert<S, T, N>;
+    const Vector<T, N> w = C::load(weight + c), b = C::load(bias + c);
+    Vector<T, N> v[4];
+    for (int r = 0; r < 4; ++r) v[r] = (value(r, c, lanes) - mean[r]) * factor[r] * w + b;
+    if (scale != nullptr) {
+      const Vector<T, N> s = C::load(scale + c);
+      for (int r = 0; r < 4; ++r) v[r] = uncontracted<T, N>(v[r] * s);
+    }
+    if constexpr (Residual)
+      for (int r = 0; r < 4; ++r) v[r] += C::load(residual + at[r] + c);
+    for (int r = 0; r < 4; ++r) C::store(output + at[r] + c, v[r]);
+  };
+  constexpr int N = kLanes<T>;
+  int64_t c = 0;
+  for (; c + N <= channels; c += N) write(c, Constant<N>{});
+  for (; c < channels; ++c) write(c, Constant<1>{});
+}
+
+// Rows [begin, end), four at a time; the last of them fills the last four up.
+template <typename S, typename T>
+void layer_norm(const LayerNormArguments& norm, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row += 4) {
+    int64_t at[4];
+    for (int r = 0; r < 4; ++r) at[r] = (row + r < end ? row + r : end - 1) * norm.channels;
+    const auto run = [&](auto buffered) __attribute__((always_inline)) {
+      constexpr bool kBuffered = decltype(buffered)::value != 0;
+      if (norm.residual != nullptr)
+        norm_rows<S, T, true, kBuffered>(norm, at);
+      else
+        norm_rows<S, T, false, kBuffered>(norm, at);
+    };
+    if (sizeof(S) < sizeof(T) && norm.channels <= kNormBuffer)
+      run(Constant<1>{});
+    else
+      run(Constant<0>{});
+  }
+}
+
+}  // namespace INTERNIMAGE_ISA
+}  // namespace internimage

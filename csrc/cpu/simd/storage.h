@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT
+// Conversions between the storage type S, in memory, and the compute type T, in registers.
+#pragma once
+
+#include <cstdint>
+
+#include "target.h"
+#include "vector.h"
+
+namespace internimage {
+namespace INTERNIMAGE_ISA {
+
+// The half types in memory: distinct types, so that uint16_t is never mistaken for them.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+// Storage types with kernels specialized for the shapes of InternImage; the others use the general ones, to keep the
+// binary small.
+template <typename S>
+constexpr bool kIsSpecialized = false;
+template <>
+constexpr bool kIsSpecialized<float> = true;
+template <>
+constexpr bool kIsSpecialized<Bf16> = true;
+
+// Storage S <-> compute type T, N lanes at a time.
+template <typename S, typename T, int N>
+struct Convert {
+  static INTERNIMAGE_INLINE Vector<T, N> load(const S* from) { return INTERNIMAGE_ISA::load<Vector<T, N>>(from); }
+  static INTERNIMAGE_INLINE void store(S* to, Vector<T, N> v) { INTERNIMAGE_ISA::store(to, v); }
+};
+
+template <int N>
+struct Convert<Bf16, float, N> {
+  static INTERNIMAGE_INLINE Vector<float, N> load(const Bf16* from) {
+    const auto half = INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from);
+    const Vector<uint32_t, N> bits = __builtin_convertvector(half, Vector<uint32_t, N>) << 16;
+    return (Vector<float, N>)bits;
+  }
+  static INTERNIMAGE_INLINE void store(Bf16* to, Vector<float, N> v) {
+    // To nearest even. A NaN needs no care: it comes from a Bf16 or from the processor, so that its lower half is zero,
+    // and what is added there does not reach the upper one.
+    Vector<uint32_t, N> bits = (Vector<uint32_t, N>)v;
+    bits += 0x7fff + ((bits >> 16) & 1);
+    INTERNIMAGE_ISA::store(to, __builtin_convertvector(bits >> 16, Vector<uint16_t, N>));
+  }
+};
+
+template <int N>
+struct Convert<Fp16, float, N> {
+  using F = Vector<float, N>;
+  using U = Vector<uint32_t, N>;
+  static INTERNIMAGE_INLINE F load(const Fp16* from) {
+    const U bits = __builtin_convertvector(INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from), U);
+    const U magnitude = bits & 0x7fff;
+    // exponent and fraction in their places in a float, 112 too low in the exponent; the product also makes the
+    // subnormal numbers right
+    const F finite = (F)(magnitude << 13) * 0x1p112f;
+    const U special = 0x7f800000 | (magnitude << 13);
+    return (F)((magnitude >= 0x7c00 ? special : (U)finite) | (bits & 0x8000) << 16);
+  }
+  static INTERNIMAGE_INLINE void store(Fp16* to, F v) {
+    const U bits = (U)v, magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    // a normal half: the exponent 112 lower, the fraction rounded to nearest even
+    const U normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // a subnormal half: the sum with 0.5 leaves multiples of 2^-24 in the lowest bits, rounded by the processor
+    const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000;
+    U half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? (U{} + 0x7c00) : half;  // 65520 and more round to infinity
+    half = magnitude > 0x7f800000 ? (U{} + 0x7e00) : half;
+    INTERNIMAGE_ISA::store(to, __builtin_convertvector(half | sign, Vector<uint16_t, N>));
+  }
+};
+
+// `n` elements, one by one at the end.
+template <typename S, typename T>
+INTERNIMAGE_INLINE void copy_widened(T* to, const S* from, int64_t n) {
+  constexpr int N = kLanes<T>;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) store(to + i, Convert<S, T, N>::load(from + i));
+  for (; i < n; ++i) store(to + i, Convert<S, T, 1>::load(from + i));
+}
+
+template <typename S, typename T>
+INTERNIMAGE_INLINE void copy_narrowed(S* to, const T* from, int64_t n) {
+  constexpr int N = kLanes<T>;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) Convert<S, T, N>::store(to + i, load<Vector<T, N>>(from + i));
+  for (; i < n; ++i) Convert<S, T, 1>::store(to + i, load<Vector<T, 1>>(from + i));
+}
+
+}  // namespace INTERNIMAGE_ISA
+}  // namespace internimage

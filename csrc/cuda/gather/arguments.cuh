@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+// The parameters of a launch, the same for every thread.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common.h"
+
+namespace internimage {
+namespace cuda {
+
+constexpr int kThreads = 256;  // of a CUDA block
+
+// Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31.
+template <typename Index>
+struct Divider {
+  Index divisor;
+  uint32_t multiplier, shift;
+
+  Divider() = default;
+  explicit Divider(int64_t number) : divisor(static_cast<Index>(number)), multiplier(0), shift(0) {
+    if constexpr (sizeof(Index) == 4) {
+      while ((int64_t{1} << shift) < number) ++shift;
+      multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - number)) / number + 1);
+    }
+  }
+  __device__ __forceinline__ Index quotient(Index dividend) const {
+    if constexpr (sizeof(Index) > 4) {
+      return dividend / divisor;
+    } else {
+      return (__umulhi(dividend, multiplier) + dividend) >> shift;
+    }
+  }
+};
+
+// T: the compute type. Index: uint32_t where threads and the elements of an image are below 2^31, else uint64_t; the
+// starts of images, offsets and masks in their tensors are always 64-bit.
+template <typename T, typename Index>
+struct Arguments {
+  Index threads;
+  Divider<Index> slices;  // forward: threads of a unit
+  uint32_t lane_bits, lanes, chunks;  // backward: log2 of the threads of a unit, the threads, and the chunks of each
+  Divider<Index> groups, out_width, out_height;
+  Index channels, width, row_elements;
+  uint64_t image_elements;
+  uint32_t group_channels;
+  int32_t points, kernel_h, kernel_w, dilation_h, dilation_w, center_h, center_w;
+  int32_t stride_h, stride_w, first_y, first_x;  // center of the kernel at output pixel (0, 0)
+  int32_t out_rows, out_columns;
+  T right_end, lower_end, last_column, last_row;
+  T grid_x[3], grid_y[3];  // of a 3x3 kernel
+  T offset_scale;
+  bool remove_center, softmax;
+
+  Arguments(const Problem& p, int64_t slices_, int64_t lanes_, int64_t chunks_, int64_t threads_)
+      : threads(static_cast<Index>(threads_)),
+        slices(slices_),
+        lane_bits(0),
+        lanes(static_cast<uint32_t>(lanes_)),
+        chunks(static_cast<uint32_t>(chunks_)),
+        groups(p.groups),
+        out_width(p.out_width),
+        out_height(p.out_height),
+        channels(static_cast<Index>(p.channels)),
+        width(static_cast<Index>(p.width)),
+        row_elements(static_cast<Index>(p.width * p.channels)),
+        image_elements(static_cast<uint64_t>(p.height * p.width * p.channels)),
+        group_channels(static_cast<uint32_t>(p.group_channels)),
+        points(static_cast<int32_t>(p.points)),
+        kernel_h(static_cast<int32_t>(p.kernel_h)),
+        kernel_w(static_cast<int32_t>(p.kernel_w)),
+        dilation_h(static_cast<int32_t>(p.dilation_h)),
+        dilation_w(static_cast<int32_t>(p.dilation_w)),
+        center_h(static_cast<int32_t>(p.dilation_h * (p.kernel_h - 1) / 2)),
+        center_w(static_cast<int32_t>(p.dilation_w * (p.kernel_w - 1) / 2)),
+        stride_h(static_cast<int32_t>(p.stride_h)),
+        stride_w(static_cast<int32_t>(p.stride_w)),
+        first_y(static_cast<int32_t>(center_h - p.pad_h)),
+        first_x(static_cast<int32_t>(center_w - p.pad_w)),
+        out_rows(static_cast<int32_t>(p.out_height)),
+        out_columns(static_cast<int32_t>(p.out_width)),
+        right_end(static_cast<T>(p.width)),
+        lower_end(static_cast<T>(p.height)),
+        last_column(static_cast<T>(p.width - 1)),
+        last_row(static_cast<T>(p.height - 1)),
+        offset_scale(static_cast<T>(p.offset_scale)),
+        remove_center(p.remove_center),
+        softmax(p.softmax) {
+    while ((uint32_t{1} << lane_bits) < lanes) ++lane_bits;
+    for (int i = 0; i < 3; ++i) {
+      grid_x[i] = static_cast<T>(i * p.dilation_w - center_w);
+      grid_y[i] = static_cast<T>(i * p.dilation_h - center_h);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace internimage

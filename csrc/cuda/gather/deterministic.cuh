@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+// The gradient of the input, the same bits each time.
+#pragma once
+
+#include <cstdint>
+
+#include "../storage.cuh"
+#include "arguments.cuh"
+#include "factors.cuh"
+#include "grid.cuh"
+#include "points.cuh"
+
+namespace internimage {
+namespace cuda {
+
+// grad_input alone, the same bits each time: one thread owns a channel of an image and goes through all that was
+// sampled from it in a fixed order. Slow, as it has no more threads than the batch has channels.
+template <typename S, typename Index>
+__global__ void __launch_bounds__(kThreads, 2)
+    deterministic_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
+                         const S* __restrict__ offset, const S* __restrict__ mask,
+                         Compute<S>* __restrict__ grad_input) {
+  using T = Compute<S>;
+  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= a.threads) return;
+  const Index image = thread / a.channels;
+  const uint32_t channel = static_cast<uint32_t>(thread - image * a.channels);
+  const uint32_t group = channel / a.group_channels;
+  const uint64_t pixels = static_cast<uint64_t>(a.out_rows) * a.out_columns;
+  T* grad_image = grad_input + image * a.image_elements + channel;
+  for (uint64_t pixel = image * pixels; pixel < (image + 1) * pixels; ++pixel) {
+    const uint64_t index = pixel * a.groups.divisor + group;
+    const Unit<T, Index> unit(a, static_cast<Index>(index));
+    const S* shifts = offset + index * (2 * a.points);
+    const Factors<S, 0> factors(mask + index * a.points, a.points, a.softmax);
+    const T grad = Storage<S>::widen(__ldg(grad_output + pixel * a.channels + channel));
+    for_each_point<0>(a, [&](int k, T grid_x, T grid_y) {
+      const Cell<T, Index> cell = locate<S>(a, unit, shifts, k, grid_x, grid_y);
+      const T factor = cell.inside ? factors.at(k) : T(0);
+      T sums[4];  // all four are on their way before one is needed: they are never the same
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) sums[corner] = cell.has(corner) ? grad_image[cell.at(corner)] : T(0);
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner)
+        if (cell.has(corner)) grad_image[cell.at(corner)] = sums[corner] + factor * cell.weight(corner) * grad;
+    });
+  }
+}
+
+}  // namespace cuda
+}  // namespace internimage

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+// Forward: a thread takes a slice of a unit's channels, as many as 32 bytes hold (16 of a half type), and locates each
+// sampling point once for all of them.
+#pragma once
+
+#include <cstdint>
+
+#include "../storage.cuh"
+#include "arguments.cuh"
+#include "factors.cuh"
+#include "grid.cuh"
+#include "points.cuh"
+
+namespace internimage {
+namespace cuda {
+
+constexpr int kForwardBytes = 32;  // of one pixel's channels, a thread
+static_assert(kForwardBytes <= sizeof(Zeros), "what a thread loads at once");
+
+// Blocks a multiprocessor that the compiler must leave registers for; 0 is its own choice. With the softmax alone it
+// would take a few more than four blocks leave (64). Compute capability 7.5 would spill.
+#if __CUDA_ARCH__ >= 800
+#define INTERNIMAGE_SOFTMAX_BLOCKS 4
+#else
+#define INTERNIMAGE_SOFTMAX_BLOCKS 0
+#endif
+
+template <int kPoints, bool kSoftmax>
+constexpr int kForwardBlocks = kPoints == 0 ? 3
+                               : kSoftmax   ? INTERNIMAGE_SOFTMAX_BLOCKS
+                                            : 0;
+
+// kSoftmax counts only with kPoints > 0; the general kernel reads a.softmax.
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
+    forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
+                   const S* __restrict__ mask, S* __restrict__ output) {
+  using T = Compute<S>;
+  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= a.threads) return;
+  const Index index = a.slices.quotient(thread);
+  const Unit<T, Index> unit(a, index);
+  const Index slice = thread - index * a.slices.divisor;
+  // A thread that has 32 bytes of a pixel loads them in two halves. Of eight neighbors, which are served at once, four
+  // begin with their second half: all eight with the first would meet in one half of the cache's banks.
+  constexpr int kHalves = kChannels * sizeof(S) / 16 > 0 ? kChannels * sizeof(S) / 16 : 1, kHalf = kChannels / kHalves;
+  const uint32_t begin = kHalves == 2 && threadIdx.x % 8 >= 4 ? kHalf : 0;
+  const S* image =
+      materialize(input + unit.image * a.image_elements + (unit.group * a.group_channels + slice * kChannels + begin));
+  const S* zeros = reinterpret_cast<const S*>(&zero_row) + begin;
+  const int points = kPoints > 0 ? kPoints : a.points;
+  offset += static_cast<uint64_t>(index) * (2 * points);
+  const Factors<S, kPoints> factors(mask + static_cast<uint64_t>(index) * points, points,
+                                    kPoints > 0 ? kSoftmax : a.softmax);
+  T sums[kHalves][kHalf] = {};
+  for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {
+    const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
+    const T factor = cell.inside ? factors.at(k) : T(0);  // a NaN there does not count
+    const T row_weights[2] = {factor * (1 - cell.below), factor * cell.below};
+    const Index lower = cell.upper_left + cell.step_y;
+    const Index corners[4] = {cell.upper_left, cell.upper_left + cell.step_x, lower, lower + cell.step_x};
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const S* from = cell.has(corner) ? image + corners[corner] : zeros;
+      const T weight = (corner % 2 ? cell.right : 1 - cell.right) * row_weights[corner / 2];
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        T values[kHalf];
+        load<S, kHalf>(half == 0 ? from : other_half(from), values);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) sums[half][i] += weight * values[i];
+      }
+    }
+  });
+  output += static_cast<uint64_t>(thread) * kChannels;
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) store<S, kHalf>(output + (half == 0 ? begin : kHalf - begin), sums[half]);
+}
+
+}  // namespace cuda
+}  // namespace internimage
