@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import writing
-from ..layers.dcn import DCNv3
+from ..layers.dcnv3 import DCNv3
 
 _TILE = 224  # longest side of one drawn image in pixels
 _FINE = 3  # drawn so many times as large and reduced, for smooth edges
