@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The compiled kernels: finding and loading them, and which backend serves DCNv3 on each device.
+"""The compiled kernels: finding and loading them, and which backend serves an operator on each device.
 
 Importing never fails for want of a kernel: the plain-torch reference serves then, and the reason is kept.
 """
@@ -68,7 +68,7 @@ def _unknown(wish: str) -> str:
 
 def cpu_capability() -> str | None:
     """The instruction set in use by the CPU kernels, one of `CAPABILITIES`; None without compiled kernels."""
-    return torch.ops.internimage.cpu_capability() if _has_kernel("cpu") else None
+    return torch.ops.internimage.cpu_capability() if has_kernel("dcnv3", "cpu") else None
 
 
 def capability_note() -> str:
@@ -99,14 +99,15 @@ def devices() -> list[str]:
     return kinds
 
 
-def _has_kernel(device: str) -> bool:
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a compiled kernel serves `torch.ops.internimage.OP` on a kind of device."""
     key = _KEYS.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("internimage::dcnv3", key)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"internimage::{op}", key)
 
 
-def backend(device: str) -> Backend:
-    """The backend of a kind of device, as the dispatcher sees it."""
-    if _has_kernel(device):
+def backend(op: str, device: str) -> Backend:
+    """The backend of an operator on a kind of device, as the dispatcher sees it."""
+    if has_kernel(op, device):
         detail = f", {cpu_capability()} instructions" if device == "cpu" else ""
         return Backend(device, f"compiled kernel{detail}", "")
     return Backend(device, "plain torch", _reason(device))
@@ -123,7 +124,7 @@ def _reason(device: str) -> str:
 
 def cuda_note() -> str:
     """What there is of CUDA kernels, and why not more; also where no GPU is."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key("internimage::dcnv3", "CUDA"):
+    if has_kernel("dcnv3", "cuda"):
         facts = build_facts().get("cuda", {})
         if not facts.get("toolkit"):
             return "loaded"

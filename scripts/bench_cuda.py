@@ -23,7 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a clone that is not installed
 
 import internimage  # noqa: E402, F401  (registers operator and models)
-from internimage.ops import reference  # noqa: E402
+from internimage.ops import dcnv3_reference as reference  # noqa: E402
 
 STAGES = [(56, 4), (28, 8), (14, 16), (7, 32)]  # side and groups of InternImage-T at 224 px
 GROUP_CHANNELS = 16
@@ -199,9 +199,9 @@ class WithOfficialOperator:
         self.official = official
 
     def __enter__(self) -> None:
-        from internimage.layers import dcn
+        from internimage.layers import DCNv3
 
-        official, self.before = self.official, dcn.DCNv3.forward
+        official, self.before = self.official, DCNv3.forward
 
         def forward(layer, x: Tensor) -> Tensor:
             query = layer.query(x)
@@ -209,12 +209,12 @@ class WithOfficialOperator:
             offset = layer.offset(query).contiguous()
             return layer.output_proj(official.forward(layer.input_proj(x), offset, mask, layer.groups))
 
-        dcn.DCNv3.forward = forward
+        DCNv3.forward = forward
 
     def __exit__(self, *_) -> None:
-        from internimage.layers import dcn
+        from internimage.layers import DCNv3
 
-        dcn.DCNv3.forward = self.before
+        DCNv3.forward = self.before
 
 
 def create(name: str, dtype: torch.dtype, channels_last: bool) -> nn.Module:

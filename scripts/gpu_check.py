@@ -104,7 +104,7 @@ class Report:
 
 def loads() -> str:
     """Why the CUDA kernels are not in use; empty if they are."""
-    code = "import internimage; from internimage.extension import backend; print(backend('cuda'))"
+    code = "import internimage; from internimage.extension import backend; print(backend('dcnv3', 'cuda'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     return "" if "compiled kernel" in result.stdout else (result.stdout + result.stderr)[-500:]
 

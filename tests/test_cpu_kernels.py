@@ -16,14 +16,16 @@ import torch
 from conftest import assert_close
 
 import internimage
-from internimage.extension import backend
-from internimage.ops import dcnv3, reference
+from internimage.extension import backend, has_kernel
+from internimage.ops import dcnv3
+from internimage.ops import dcnv3_reference as reference
 
 FOLDER = Path(internimage.__file__).parent
 TESTS = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(
-    "compiled" not in backend("cpu").name, reason=f"needs the compiled CPU kernels: {backend('cpu').reason}"
+    not has_kernel("dcnv3", "cpu"),
+    reason=f"needs the compiled CPU kernels: {backend('dcnv3', 'cpu').reason}",
 )
 
 CAPABILITIES = ["default", "avx2", "avx512"]

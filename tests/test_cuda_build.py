@@ -239,7 +239,7 @@ def test_info_tells_the_reason(monkeypatch, tmp_path):
     (tmp_path / "_build.json").write_text(json.dumps({"reason": "", "cuda": {"reason": "the toolkit is too old"}}))
     monkeypatch.setattr(extension, "_FOLDER", tmp_path)
     if not torch._C._dispatch_has_kernel_for_dispatch_key("internimage::dcnv3", "CUDA"):
-        assert extension.backend("cuda").reason == "the toolkit is too old"
+        assert extension.backend("dcnv3", "cuda").reason == "the toolkit is too old"
         assert extension.cuda_note() == "none: the toolkit is too old"
 
 

@@ -23,7 +23,7 @@ from conftest import assert_close
 from hypothesis import HealthCheck, given, settings
 from test_dcnv3 import golden_problem, schema
 
-from internimage.ops import reference
+from internimage.ops import dcnv3_reference as reference
 
 DTYPES = cuda_host.DTYPES
 NAMES = ("input", "offset", "mask")

@@ -15,8 +15,9 @@ from test_dcnv3 import schema
 
 import internimage  # noqa: F401  (registers the operator)
 from internimage.extension import backend
-from internimage.layers.dcn import DCNv3
-from internimage.ops import dcnv3, reference
+from internimage.layers.dcnv3 import DCNv3
+from internimage.ops import dcnv3
+from internimage.ops import dcnv3_reference as reference
 
 OP = torch.ops.internimage.dcnv3.default
 OP_BACKWARD = torch.ops.internimage.dcnv3_backward.default
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def compiled_kernels():
-    served = backend("cuda")
+    served = backend("dcnv3", "cuda")
     if "compiled kernel" not in served.name:
         pytest.skip(f"needs the compiled CUDA kernels: {served.reason}")
 

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internimage.ops import dcnv3, reference
-from internimage.ops.sampling import kernel_grid, num_points, output_size, sampling_locations
+from internimage.ops import dcnv3
+from internimage.ops import dcnv3_reference as reference
+from internimage.ops.sampling import Geometry, kernel_grid, num_points, output_size, sampling_locations
 
 OP = torch.ops.internimage.dcnv3.default
 OP_BACKWARD = torch.ops.internimage.dcnv3_backward.default
@@ -930,7 +931,7 @@ def test_kernel_grid():
 def test_sampling_locations():
     offset = torch.zeros(1, 2, 3, 2 * 2 * 2, dtype=torch.float64)
     offset[0, 1, 2] = torch.tensor([0.5, 0.25, 0, 0, 0, 0, -1, 3])
-    location = sampling_locations(offset, (2, 1), (2, 3), (1, 0), (1, 1), 2, 2.0, False)
+    location = sampling_locations(offset, Geometry((2, 1), (2, 3), (1, 0), (1, 1), 2, 2.0, False, False))
     assert location.shape == (1, 2, 3, 2, 2, 2)
     # rows begin at -1 + 0 (the upper point is the centre) and step by 2, columns at 0 and step by 3
     assert location[0, 0, 0].tolist() == [[[0, -1], [0, 1]]] * 2
@@ -941,6 +942,7 @@ def test_sampling_locations():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 def test_sampling_locations_dtype(dtype):
-    location = sampling_locations(torch.zeros(1, 1, 1, 18, dtype=dtype), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.5, False)
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1, 0.5, False, False)
+    location = sampling_locations(torch.zeros(1, 1, 1, 18, dtype=dtype), geometry)
     assert location.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert location[0, 0, 0, 0, 0].tolist() == [-0.5, -0.5]

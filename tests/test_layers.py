@@ -12,8 +12,8 @@ from conftest import DEVICES, TOLERANCE, assert_close
 from test_layer_norm import exact_layer_norm
 
 from internimage.layers import AttentivePool, DCNv3
-from internimage.layers import format as layer_format
-from internimage.layers.format import add_normalised, create_norm
+from internimage.layers import norm as layer_norm
+from internimage.layers.norm import add_normalized, create_norm
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -366,19 +366,19 @@ def test_add_normalised(monkeypatch, scale, dtype):
     gamma = torch.randn(12, dtype=dtype) if scale else None
     expected = exact_layer_norm(y, norm[0].weight, norm[0].bias, 1e-6) * (gamma.double() if scale else 1) + x.double()
     for least in (1, 1 << 20):  # by the kernel, and not
-        monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", least)
-        assert add_normalised(x, y, norm, gamma).requires_grad
+        monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", least)
+        assert add_normalized(x, y, norm, gamma).requires_grad
         with torch.no_grad():
-            assert_close(add_normalised(x, y, norm, gamma), expected)
+            assert_close(add_normalized(x, y, norm, gamma), expected)
             hook = Mock(return_value=None)
             handle = norm[0].register_forward_hook(hook)
-            assert_close(add_normalised(x, y, norm, gamma), expected)
+            assert_close(add_normalized(x, y, norm, gamma), expected)
             handle.remove()
             hook.assert_called_once()
 
 
 def test_layer_norm_layer_has_gradients_and_rounds_alike(monkeypatch):
-    monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", 1)
+    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
     norm = create_norm(12)[0].double()
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)

@@ -8,7 +8,10 @@ from conftest import assert_close
 from torch import nn
 
 from internimage.layers import linear
-from internimage.layers.linear import Linear, Mlp, runs_plainly
+from internimage.layers import mlp as mlp_module
+from internimage.layers.fast_path import use_fast_path
+from internimage.layers.linear import Linear
+from internimage.layers.mlp import Mlp
 
 
 def exact_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
@@ -21,8 +24,8 @@ def exact_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(3, 5, 7, 12), (40, 12), (1, 1, 1, 12), (0, 4, 4, 12)], ids=str)
 def test_mlp_in_pieces(monkeypatch, shape, dtype):
     """Whatever the number of rows, whole pieces and a rest."""
-    monkeypatch.setattr(linear, "_HIDDEN_BYTES", 3 * 48 * dtype.itemsize)
-    monkeypatch.setattr(linear, "_HALF_ROWS", 7)
+    monkeypatch.setattr(mlp_module, "_HIDDEN_BYTES", 3 * 48 * dtype.itemsize)
+    monkeypatch.setattr(mlp_module, "_HALF_ROWS", 7)
     calls = []
     mlp = Mlp(12, 48).to(dtype)
     nn.init.normal_(mlp.fc1.bias)
@@ -39,7 +42,7 @@ def test_mlp_in_pieces(monkeypatch, shape, dtype):
 
 
 def test_mlp_reads_any_layout(monkeypatch):
-    monkeypatch.setattr(linear, "_HIDDEN_BYTES", 1)
+    monkeypatch.setattr(mlp_module, "_HIDDEN_BYTES", 1)
     mlp = Mlp(12, 24)
     x = torch.randn(2, 12, 5, 6).permute(0, 2, 3, 1)
     with torch.inference_mode():
@@ -47,7 +50,7 @@ def test_mlp_reads_any_layout(monkeypatch):
 
 
 def test_mlp_has_gradients(monkeypatch):
-    monkeypatch.setattr(linear, "_HIDDEN_BYTES", 1)
+    monkeypatch.setattr(mlp_module, "_HIDDEN_BYTES", 1)
     mlp = Mlp(6, 8).double()
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(mlp, (x,))
@@ -73,22 +76,22 @@ def test_linear(shape, bias, dtype):
     assert output.dtype == dtype
 
 
-def test_what_runs_plainly():
+def test_what_takes_the_fast_path():
     weight = torch.randn(3, 3)
     x = torch.randn(3, 3)
-    assert runs_plainly(x, weight, None)
-    assert not runs_plainly(x, weight.double())
-    assert not runs_plainly(x.to("meta"), weight)
+    assert use_fast_path(x, weight, None)
+    assert not use_fast_path(x, weight.double())
+    assert not use_fast_path(x.to("meta"), weight)
     leaf = nn.Parameter(weight)
-    assert not runs_plainly(x, leaf)
+    assert not use_fast_path(x, leaf)
     with torch.no_grad():
-        assert runs_plainly(x, leaf.detach())
-        assert runs_plainly(x, leaf)
+        assert use_fast_path(x, leaf.detach())
+        assert use_fast_path(x, leaf)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not runs_plainly(x, weight)
+        assert not use_fast_path(x, weight)
     seen = []
-    torch.func.vmap(lambda row: (seen.append(runs_plainly(row, weight)), row)[1])(x)
-    torch.jit.trace(lambda row: (seen.append(runs_plainly(row, weight)), row + 1)[1], x, check_trace=False)
+    torch.func.vmap(lambda row: (seen.append(use_fast_path(row, weight)), row)[1])(x)
+    torch.jit.trace(lambda row: (seen.append(use_fast_path(row, weight)), row + 1)[1], x, check_trace=False)
     assert seen == [False, False]
 
 
@@ -102,8 +105,8 @@ def test_under_vmap_and_autocast():
 
 def test_without_the_fused_operator(monkeypatch):
     monkeypatch.setattr(linear, "_SCHEMA", "another")
-    assert linear._least_rows() == {}
-    monkeypatch.setattr(linear, "_LEAST_ROWS", {})
+    assert linear._min_rows() == {}
+    monkeypatch.setattr(linear, "_MIN_ROWS", {})
     layer = Linear(9, 5).bfloat16()
     x = torch.randn(4, 9).bfloat16()
     with torch.inference_mode():

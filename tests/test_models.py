@@ -16,8 +16,9 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import internimage
-from internimage.layers import format as layer_format
 from internimage.layers import linear as layer_linear
+from internimage.layers import mlp as layer_mlp
+from internimage.layers import norm as layer_norm
 from internimage.models import PUBLISHED, CheckpointError, InternImage
 from internimage.models.backbone import check_fusable
 from internimage.models.blocks import Block
@@ -61,7 +62,7 @@ def kind(request) -> dict:
 
 def test_inference_computes_what_training_mode_differentiates(kind, monkeypatch):
     """Without gradients, norms scale and add in one call if the kernels are there; with them every step is torch's."""
-    monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", 1)
+    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
     model, x = build(kind).double(), image(64, 96).double()
     recorded = model(x)
     assert recorded.requires_grad
@@ -72,10 +73,10 @@ def test_inference_computes_what_training_mode_differentiates(kind, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @torch.inference_mode()
 def test_timms_graph_has_the_bits_of_the_model(kind, dtype, monkeypatch):
-    """timm compares its FX graphs with the model: fused norms, linear layers and MLPs in pieces round alike in both."""
-    monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", 1)
-    monkeypatch.setattr(layer_linear, "_LEAST_ROWS", dict.fromkeys(layer_linear._LEAST_ROWS, 1))
-    monkeypatch.setattr(layer_linear, "_HIDDEN_BYTES", 1 << 12)
+    """timm compares its FX graphs with the model: fused norms, linear layers and MLPs in chunks round alike in both."""
+    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
+    monkeypatch.setattr(layer_linear, "_MIN_ROWS", dict.fromkeys(layer_linear._MIN_ROWS, 1))
+    monkeypatch.setattr(layer_mlp, "_HIDDEN_BYTES", 1 << 12)
     model, x = build(kind).to(dtype), image(64, 96).to(dtype)
     graph = create_feature_extractor(model, ["head"])
     assert torch.equal(graph(x)["head"], model(x))
@@ -97,7 +98,7 @@ def test_a_released_model_as_timm_tests_it(name):
 @torch.inference_mode()
 def test_a_watched_model_has_the_bits_of_the_model(kind, monkeypatch):
     """Whoever looks on by a hook makes blocks scale and add step by step."""
-    monkeypatch.setattr(layer_format, "_LEAST_NUMBERS", 1)
+    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
     model, x = build(kind), image(64, 96)
     expected, seen = model(x), []
     for module in model.modules():

@@ -626,7 +626,7 @@ def test_loss_curves_of_the_kernel_and_of_the_reference_agree(data, tmp_path):
         "with in_double(): sys.exit(main(sys.argv[1:]))"
     )
     unload = "import torch, torchvision\ndef fail(path): raise OSError('not here')\ntorch.ops.load_library = fail\n"
-    check = "import internimage.extension as e; assert e.backend('cpu').name == 'plain torch'\n"
+    check = "import internimage.extension as e; assert e.backend('dcnv3', 'cpu').name == 'plain torch'\n"
     for name, code in (("kernel", main_code), ("reference", unload + check + main_code)):
         arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / name, epochs=7)).items() if v is not None]
         result = subprocess.run(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import writing
-from ..layers.dcn import DCNv3
+from ..layers.dcnv3 import DCNv3
 from ..terminal import printable
 
 _TILE = 224  # longest side of one drawn image in pixels

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..ops import reference
+from ..ops import dcnv3_reference as reference
 from . import OPS_PEERS as PEERS
 from .official import NO_CHECKOUT, official_function
 from .timing import HOW, BenchmarkError, Times, append_csv, check_csv, clocks, describe, facts, interleave, markdown

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernel_capability": cpu_capability(),
         "kernel_capability_note": capability_note() or None,
-        "backends": [vars(backend(device)) | {"hardware": _hardware(device)} for device in devices()],
+        "backends": [vars(backend("dcnv3", device)) | {"hardware": _hardware(device)} for device in devices()],
         "kernels_built_with": {k: v for k, v in build_facts().items() if k not in ("reason", "cuda")} or None,
         "cuda_kernels": cuda_note(),
         "models": list_models(),

@@ -10,7 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..layers.dcn import DCNv3
+from ..layers.dcnv3 import DCNv3
 from ..settings import FinetuneConfig
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Layers over the operators."""
 
-from .dcn import DCNv3
-from .pool import AttentivePool
+from .attention_pool import AttentivePool
+from .dcnv3 import DCNv3
 
 __all__ = ["AttentivePool", "DCNv3"]

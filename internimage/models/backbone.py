@@ -13,9 +13,9 @@ from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers.dcn import DCNv3
-from ..layers.format import create_norm
-from ..layers.pool import AttentivePool
+from ..layers.attention_pool import AttentivePool
+from ..layers.dcnv3 import DCNv3
+from ..layers.norm import create_norm
 from . import checkpoints
 from .arguments import check_arguments, check_num_classes
 from .blocks import Block, Stage, Stem

@@ -6,10 +6,10 @@ from timm.layers import DropPath, get_act_layer
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..layers.dcn import DCNv3
-from ..layers.format import add_normalised, create_norm
-from ..layers.linear import Mlp
-from ..layers.plainly import has_hooks, runs_plainly
+from ..layers.dcnv3 import DCNv3
+from ..layers.fast_path import has_hooks, use_fast_path
+from ..layers.mlp import Mlp
+from ..layers.norm import add_normalized, create_norm
 
 
 class Stem(nn.Module):
@@ -102,8 +102,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self._adds_on_the_way(x):
-                return self._forward_on_the_way(x)
+            if self._can_fuse_residual(x):
+                return self._forward_fused(x)
         y = self.norm1(self.dcn(x)) if self.post_norm else self.res_post_norm1(self.dcn(self.norm1(x)))
         if self.gamma1 is not None:
             y = y * self.gamma1
@@ -114,21 +114,21 @@ class Block(nn.Module):
         return x + self.drop_path2(y)
 
     @torch.jit.unused
-    def _adds_on_the_way(self, x: Tensor) -> bool:
-        """Whether the norm that ends each branch can scale and add, too: nothing is dropped, recorded or watched."""
+    def _can_fuse_residual(self, x: Tensor) -> bool:
+        """Whether the norm that ends each branch can scale and add, too: no dropout, autograd or hooks."""
         norm = self.norm1 if self.post_norm else self.res_post_norm1
-        if self.training or not isinstance(norm, nn.Sequential) or not runs_plainly(x, norm[0].weight):
+        if self.training or not isinstance(norm, nn.Sequential) or not use_fast_path(x, norm[0].weight):
             return False
         return not has_hooks(self.drop_path1, self.drop_path2)
 
     @torch.jit.unused
-    def _forward_on_the_way(self, x: Tensor) -> Tensor:
-        """`forward` in inference, with fewer passes over memory."""
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        """`forward` in inference, with less memory traffic."""
         if self.post_norm:
-            x = add_normalised(x, self.dcn(x), self.norm1, self.gamma1)
-            return add_normalised(x, self.mlp(x), self.norm2, self.gamma2)
-        x = add_normalised(x, self.dcn(self.norm1(x)), self.res_post_norm1, self.gamma1)
-        return add_normalised(x, self.mlp(self.norm2(x)), self.res_post_norm2, self.gamma2)
+            x = add_normalized(x, self.dcn(x), self.norm1, self.gamma1)
+            return add_normalized(x, self.mlp(x), self.norm2, self.gamma2)
+        x = add_normalized(x, self.dcn(self.norm1(x)), self.res_post_norm1, self.gamma1)
+        return add_normalized(x, self.mlp(self.norm2(x)), self.res_post_norm2, self.gamma2)
 
 
 class Stage(nn.Module):

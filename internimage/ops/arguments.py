@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sampling import Pair, num_points, output_size
+from .sampling import Geometry, Pair, num_points, output_size
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,12 +128,7 @@ def check_shapes(
     input: Tensor,
     offset: Tensor,
     mask: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    remove_center: bool,
+    geometry: Geometry,
 ) -> None:
     """Whether offset and mask have the shapes that input and geometry ask for.
 
@@ -141,13 +136,13 @@ def check_shapes(
         ValueError: The kernel does not fit the padded input, or a shape differs from the one named in the message.
     """
     n, height, width, _ = input.shape
-    ho, wo = output_size((height, width), kernel_size, stride, padding, dilation)
+    ho, wo = output_size((height, width), *geometry[:4])
     if ho < 1 or wo < 1:
         raise ValueError(
-            f"input of {height} x {width} pixels with padding {padding} is smaller than the kernel: "
-            f"kernel_size {kernel_size}, dilation {dilation}"
+            f"input of {height} x {width} pixels with padding {geometry.padding} is smaller than the "
+            f"kernel: kernel_size {geometry.kernel_size}, dilation {geometry.dilation}"
         )
-    points = num_points(kernel_size, remove_center)
+    groups, points = geometry.groups, num_points(geometry.kernel_size, geometry.remove_center)
     for name, tensor, channels, formula in (
         ("offset", offset, groups * points * 2, "groups * points * 2"),
         ("mask", mask, groups * points, "groups * points"),

@@ -1,231 +1,34 @@
 # SPDX-License-Identifier: MIT
-"""The DCNv3 operator: schema, reference, fake kernels, autograd, torch.func, autocast and the public function.
+"""The DCNv3 operator: its schema and the public function.
 
 `torch.ops.internimage.dcnv3` and `torch.ops.internimage.dcnv3_backward` are defined here. The plain-torch reference
-serves every device; a compiled kernel, once loaded, takes over its device. All that is not arithmetic stays here, so
-that it is the same for every backend.
+serves every device; a compiled kernel, once loaded, takes over its device.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 
-import torch
 from torch import Tensor
 
-from . import reference
-from .arguments import (
-    as_pair,
-    check_channels,
-    check_kernel,
-    check_offset_scale,
-    check_one_device,
-    check_shapes,
-    check_tensors,
+from . import dcnv3_reference as reference
+from .arguments import as_pair, check_channels, check_kernel, check_offset_scale, check_shapes, check_tensors
+from .registration import DifferentiableOperator, Reference, is_autocast_enabled
+from .sampling import Geometry, output_size
+
+# unchecked, with the arguments in the order of the schema: three tensors and the fields of `Geometry`
+apply_dcnv3 = DifferentiableOperator(
+    "dcnv3",
+    tensors=("input", "offset", "mask"),
+    arguments="int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
+    "bool remove_center, bool softmax",
+    output_shape=lambda input, offset, mask, *geometry: (
+        input[0],
+        *output_size(input[1:3], *geometry[:4]),
+        input[3],
+    ),
+    reference=Reference(
+        reference.dcnv3, reference.dcnv3_backward, reference.dcnv3_double_backward, reference.dcnv3_jvp
+    ),
 )
-from .sampling import output_size
-from .transforms import as_function, is_transformed
-
-# ---- schema and reference
-
-_GEOMETRY = (
-    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
-    "bool remove_center, bool softmax"
-)
-
-_library = torch.library.Library("internimage", "DEF")
-_library.define(
-    f"dcnv3(Tensor input, Tensor offset, Tensor mask, {_GEOMETRY}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-_library.define(
-    f"dcnv3_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor mask, {_GEOMETRY}, bool deterministic, "
-    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define("cpu_capability() -> str")  # the instruction set of the CPU kernels; served by the compiled module only
-_library.impl("dcnv3", reference.dcnv3, "CompositeExplicitAutograd")
-_library.impl("dcnv3_backward", reference.dcnv3_backward, "CompositeExplicitAutograd")
-
-_dcnv3 = torch.ops.internimage.dcnv3.default
-_dcnv3_backward = torch.ops.internimage.dcnv3_backward.default
-
-# ---- fake kernels: shapes without data
-
-
-# Also run for tensors of the meta device, and for others beside one of those, whose data no kernel would read.
-
-
-@torch.library.register_fake("internimage::dcnv3", lib=_library)
-def _fake(input, offset, mask, kernel_size, stride, padding, dilation, *_) -> Tensor:
-    check_one_device({"input": input, "offset": offset, "mask": mask})
-    n, height, width, channels = input.shape
-    ho, wo = output_size((height, width), kernel_size, stride, padding, dilation)
-    return input.new_empty(n, ho, wo, channels)
-
-
-@torch.library.register_fake("internimage::dcnv3_backward", lib=_library)
-def _fake_backward(grad_output, input, offset, mask, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    check_one_device({"input": input, "grad_output": grad_output, "offset": offset, "mask": mask})
-    wanted = arguments[-1]
-    return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip((input, offset, mask), wanted))
-
-
-# ---- autograd
-
-
-def _without_autocast(device_type: str):
-    """Context in which `bmm` keeps the dtype of its operands; a backward pass may be run under autocast."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.geometry = *inputs[:3], inputs[3:]
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_output: Tensor):
-    needed = list(ctx.needs_input_grad[:3])
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    grads = _apply_backward(grad_output, *ctx.saved_tensors, *ctx.geometry, deterministic, needed)
-    return *(grad if need else None for grad, need in zip(grads, needed)), *[None] * len(ctx.geometry)
-
-
-def _setup_context_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.arguments = *inputs[:4], inputs[4:]
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _double_backward(ctx, *grad_grads):
-    """Double backward, in differentiable torch operations whatever kernel computed the backward pass."""
-    *geometry, deterministic, output_mask = ctx.arguments
-    tensors = ctx.saved_tensors
-    given = [
-        g if g is not None and wanted else torch.zeros_like(t)
-        for g, t, wanted in zip(grad_grads, tensors[1:], output_mask)
-    ]
-    with _without_autocast(tensors[0].device.type):
-        grads = reference.dcnv3_double_backward(*given, *tensors, *geometry, deterministic)
-    return *grads, *[None] * len(ctx.arguments)
-
-
-torch.library.register_autograd("internimage::dcnv3", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd(
-    "internimage::dcnv3_backward", _double_backward, setup_context=_setup_context_backward, lib=_library
-)
-
-# ---- vmap: the mapped axis becomes part of the batch
-
-
-def _fold(tensors: Sequence[Tensor], axes: Sequence[int | None], size: int) -> list[Tensor]:
-    moved = [t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in zip(tensors, axes)]
-    return [t.flatten(0, 1) for t in moved]
-
-
-def _vmap(call, info, in_dims, input, offset, mask, *geometry):
-    output = call(*_fold((input, offset, mask), in_dims, info.batch_size), *geometry)
-    return output.unflatten(0, (info.batch_size, -1)), 0
-
-
-def _vmap_backward(call, info, in_dims, grad_output, input, offset, mask, *arguments):
-    grads = call(*_fold((grad_output, input, offset, mask), in_dims, info.batch_size), *arguments)
-    unfolded = [
-        grad.unflatten(0, (info.batch_size, -1)) if wanted else grad.expand(info.batch_size, 0)
-        for grad, wanted in zip(grads, arguments[-1])
-    ]
-    return tuple(unfolded), (0, 0, 0)
-
-
-torch.library.register_vmap("internimage::dcnv3", partial(_vmap, _dcnv3), lib=_library)
-torch.library.register_vmap("internimage::dcnv3_backward", partial(_vmap_backward, _dcnv3_backward), lib=_library)
-
-# ---- torch.func and forward mode
-
-
-def _jvp(tensors, tangents, geometry) -> Tensor:
-    with _without_autocast(tensors[0].device.type):
-        return reference.dcnv3_jvp(_or_zero(tangents, tensors), tensors, *geometry)
-
-
-def _jvp_backward(tensors, tangents, arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients are linear in grad_output; their derivative in the direction of the other tensors is what double
-    backward gives for these tensors, as second derivatives do not depend on the order."""
-    *geometry, deterministic, output_mask = arguments
-    grad_output_dir, *directions = _or_zero(tangents, tensors)
-    grads = _apply_backward(grad_output_dir, *tensors[1:], *arguments)
-    with _without_autocast(tensors[0].device.type):
-        _, *bent = reference.dcnv3_double_backward(*directions, *tensors, *geometry, deterministic)
-    return tuple(a + b if wanted else a for a, b, wanted in zip(grads, bent, output_mask))
-
-
-def _or_zero(tangents, tensors) -> list[Tensor]:
-    return [torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(tensors, tangents)]
-
-
-def apply_dcnv3(*arguments) -> Tensor:
-    """`torch.ops.internimage.dcnv3`, in the schema's order and unchecked, also where that has no derivatives: under the
-    transforms of `torch.func` and in forward mode."""
-    if not is_transformed():
-        return _dcnv3(*arguments)
-    kind = arguments[0].device.type
-    if not _is_autocast_enabled(kind):
-        return _DCNv3Function.apply(*arguments)
-    tensors = _cast(kind, arguments[:3])  # before the function, so that the gradients have the dtypes of what it saves
-    with _without_autocast(kind):
-        return _DCNv3Function.apply(*tensors, *arguments[3:])
-
-
-def _apply_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return _DCNv3BackwardFunction.apply(*arguments) if is_transformed() else _dcnv3_backward(*arguments)
-
-
-# their vmap rules call what may be transformed once more: another vmap, or a gradient of the whole
-_DCNv3BackwardFunction = as_function(
-    _dcnv3_backward,
-    tensors=4,
-    setup_context=_setup_context_backward,
-    backward=_double_backward,
-    vmap=partial(_vmap_backward, _apply_backward),
-    jvp=_jvp_backward,
-)
-_DCNv3Function = as_function(
-    _dcnv3, tensors=3, setup_context=_setup_context, backward=_backward, vmap=partial(_vmap, apply_dcnv3), jvp=_jvp
-)
-
-
-# ---- autocast
-
-
-def _cast(device_type: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in autocast's dtype; float64 is left alone, as torch's own casting rules do."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
-def _register_autocast(key: str, device_type: str) -> None:
-    def kernel(input, offset, mask, *geometry):
-        with _without_autocast(device_type):
-            return _dcnv3(*_cast(device_type, (input, offset, mask)), *geometry)
-
-    def kernel_backward(*arguments):
-        with _without_autocast(device_type):
-            return _dcnv3_backward(*arguments)
-
-    _library.impl("dcnv3", kernel, key)
-    _library.impl("dcnv3_backward", kernel_backward, key)
-
-
-def _is_autocast_enabled(device_type: str) -> bool:
-    return device_type in _AUTOCAST and torch.is_autocast_enabled(device_type)  # "meta" has none to ask
-
-
-_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
-for _device_type, _key in _AUTOCAST.items():
-    _register_autocast(_key, _device_type)
-
-# ---- public function
 
 
 def dcnv3(
@@ -279,17 +82,21 @@ def dcnv3(
         TypeError: An argument has the wrong type, or a tensor a wrong dtype.
         ValueError: An argument is out of range, or a tensor has a wrong rank, shape or device.
     """
-    kernel_size, stride = as_pair(kernel_size, "kernel_size", 1), as_pair(stride, "stride", 1)
-    padding, dilation = as_pair(padding, "padding", 0), as_pair(dilation, "dilation", 1)
-    remove_center, softmax = bool(remove_center), bool(softmax)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-    same_dtype = not _is_autocast_enabled(input.device.type)
-    check_tensors({"input": input, "offset": offset, "mask": mask}, same_dtype)
+    check_tensors({"input": input, "offset": offset, "mask": mask}, not is_autocast_enabled(input.device.type))
     check_channels(input.shape[3], groups)
     check_offset_scale(offset_scale)
-    check_kernel(kernel_size, remove_center)
-    check_shapes(input, offset, mask, kernel_size, stride, padding, dilation, groups, remove_center)
-    return apply_dcnv3(
-        input, offset, mask, kernel_size, stride, padding, dilation, groups, float(offset_scale), remove_center, softmax
-    )  # fmt: skip
+    geometry = Geometry(
+        as_pair(kernel_size, "kernel_size", 1),
+        as_pair(stride, "stride", 1),
+        as_pair(padding, "padding", 0),
+        as_pair(dilation, "dilation", 1),
+        groups,
+        float(offset_scale),
+        bool(remove_center),
+        bool(softmax),
+    )
+    check_kernel(geometry.kernel_size, geometry.remove_center)
+    check_shapes(input, offset, mask, geometry)
+    return apply_dcnv3(input, offset, mask, *geometry)

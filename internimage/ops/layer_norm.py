@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import check_one_device
+from .registration import library
 
-_library = torch.library.Library("internimage", "FRAGMENT")
-_library.define(
+library.define(
     "layer_norm(Tensor input, Tensor weight, Tensor bias, float eps, Tensor? residual=None, Tensor? scale=None) "
     "-> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
@@ -37,10 +37,10 @@ def _layer_norm(
     return output if residual is None else residual + output
 
 
-_library.impl("layer_norm", _layer_norm, "CompositeExplicitAutograd")
+library.impl("layer_norm", _layer_norm, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("internimage::layer_norm", lib=_library)
+@torch.library.register_fake("internimage::layer_norm", lib=library)
 def _fake(
     input: Tensor,
     weight: Tensor,
@@ -52,8 +52,3 @@ def _fake(
     others = {"weight": weight, "bias": bias, "residual": residual, "scale": scale}
     check_one_device({"input": input} | {name: tensor for name, tensor in others.items() if tensor is not None})
     return torch.empty_like(input, memory_format=torch.contiguous_format)
-
-
-def has_layer_norm_kernel() -> bool:
-    """Whether the compiled kernel for CPUs is there."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("internimage::layer_norm", "CPU")

@@ -12,11 +12,25 @@ Conventions, used everywhere in this package:
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """The arguments of DCNv3 besides its tensors, in the order of the operator's schema."""
+
+    kernel_size: Pair  # (height, width), as the next three
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    offset_scale: float
+    remove_center: bool
+    softmax: bool
 
 
 def num_points(kernel_size: Sequence[int], remove_center: bool = False) -> int:
@@ -77,13 +91,7 @@ def kernel_grid(
 
 def sampling_coordinates(
     offset: Tensor,  # (N, Ho, Wo, groups * P * 2)
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """Where every output pixel of every group samples the input.
 
@@ -96,20 +104,17 @@ def sampling_coordinates(
 
     Args:
         offset: (N, Ho, Wo, groups * P * 2) in pixels, (x, y) innermost.
-        kernel_size, stride, padding, dilation: (height, width) pairs.
-        groups: Number of groups.
-        offset_scale: Factor on grid and offsets.
-        remove_center: Whether the kernel's centre point is left out.
+        geometry: Of the operator; `softmax` plays no part.
 
     Returns:
         x and y, each (N, Ho, Wo, groups, P), in `accumulate_dtype(offset.dtype)`.
     """
     n, ho, wo, _ = offset.shape
     dtype, device = accumulate_dtype(offset.dtype), offset.device
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups, offset_scale, remove_center, _ = geometry
     x = torch.arange(wo, dtype=dtype, device=device) * sw - pw + (dw * (kw - 1)) // 2
     y = torch.arange(ho, dtype=dtype, device=device) * sh - ph + (dh * (kh - 1)) // 2
-    grid = kernel_grid(kernel_size, dilation, remove_center, dtype=dtype, device=device)  # (P, 2)
+    grid = kernel_grid((kh, kw), (dh, dw), remove_center, dtype=dtype, device=device)  # (P, 2)
     points = grid.shape[0]
     # groups and points as one axis: torch is slow where the innermost axis that broadcasts is short
     grid_x, grid_y = grid.repeat(groups, 1).unbind(-1)
@@ -119,6 +124,6 @@ def sampling_coordinates(
     return x.view(n, ho, wo, groups, points), y.view(n, ho, wo, groups, points)
 
 
-def sampling_locations(offset: Tensor, *geometry) -> Tensor:
-    """`sampling_coordinates`, with the same arguments, as one tensor (N, Ho, Wo, groups, P, 2) of (x, y)."""
-    return torch.stack(sampling_coordinates(offset, *geometry), dim=-1)
+def sampling_locations(offset: Tensor, geometry: Geometry) -> Tensor:
+    """`sampling_coordinates` as one tensor (N, Ho, Wo, groups, P, 2) of (x, y)."""
+    return torch.stack(sampling_coordinates(offset, geometry), dim=-1)

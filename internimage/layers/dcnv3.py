@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..ops.arguments import as_pair, check_channels, check_kernel, check_offset_scale
 from ..ops.dcnv3 import apply_dcnv3  # importing it defines torch.ops.internimage.dcnv3
-from ..ops.sampling import Pair, num_points, sampling_locations
+from ..ops.sampling import Geometry, Pair, num_points, sampling_locations
 from ..ops.transforms import is_transformed
-from .format import create_norm
 from .linear import Linear
+from .norm import create_norm
 
 
 def _query_padding(kernel: int, dilation: int, padding: int, dw_kernel: int) -> int:
@@ -142,6 +142,13 @@ class DCNv3(nn.Module):
             nn.init.zeros_(self.center_feature_scale_proj_weight)
             nn.init.zeros_(self.center_feature_scale_proj_bias)
 
+    @property
+    @torch.jit.unused
+    def geometry(self) -> Geometry:
+        """The operator's arguments."""
+        pairs = self.kernel_size, self.stride, self.padding, self.dilation
+        return Geometry(*pairs, self.groups, self.offset_scale, self.remove_center, softmax=True)
+
     def query(self, x: Tensor) -> Tensor:
         """What offset and mask are predicted from: (N, H, W, C) -> (N, Ho, Wo, C)."""
         return self.dw_conv(x.permute(0, 3, 1, 2))
@@ -158,16 +165,7 @@ class DCNv3(nn.Module):
             (N, Ho, Wo, groups, P), which add up to 1 over P.
         """
         query = self.query(x)
-        location = sampling_locations(
-            self.offset(query),
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.offset_scale,
-            self.remove_center,
-        )
+        location = sampling_locations(self.offset(query), self.geometry)
         return location, self.mask(query).view(location.shape[:-1]).softmax(-1)
 
     def _sample(self, projected: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
@@ -193,8 +191,7 @@ class DCNv3(nn.Module):
     @torch.jit.unused
     def _sample_transformed(self, projected: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """`_sample` under `torch.func` and in forward mode."""
-        geometry = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.offset_scale
-        return apply_dcnv3(projected, offset, mask, *geometry, self.remove_center, True)
+        return apply_dcnv3(projected, offset, mask, *self.geometry)
 
     def forward(self, x: Tensor) -> Tensor:
         projected = self.input_proj(x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""When a layer may take a shorter way that only inference has."""
+"""When a layer may take an inference-only fast path."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,10 @@ from torch import Tensor
 from ..ops.transforms import is_transformed
 
 
-def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether x is an ordinary tensor on the CPU, and nothing records what is done with it.
+def use_fast_path(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether x is a plain CPU tensor, and there is no autograd, autocast, compilation, export, tracing or torch.func.
 
-    Not so for gradients in either mode, autocast, torch.compile, export, tracing of any kind and torch.func; nor
-    where a parameter has another dtype than x.
+    False also where a parameter has another dtype than x.
     """
     # a few microseconds with every layer: no loop over generators, and first what is decided soonest
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or torch.jit.is_tracing():
@@ -28,7 +27,7 @@ def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def has_hooks(*modules: torch.nn.Module) -> bool:
-    """Whether someone looks at what goes into or comes out of a module, so that it must be called by itself."""
+    """Whether a module has hooks, its own or global ones, so that it must be called by itself."""
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks:
             return True

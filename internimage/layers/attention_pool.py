@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .format import create_norm
+from .norm import create_norm
 
 
 class _PoolingAttention(nn.Module):

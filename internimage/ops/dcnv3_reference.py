@@ -16,7 +16,6 @@ The idea of the implementation: bilinear sampling at P points is a weighted sum 
 the input, and torch has an operator for weighted sums of gathered rows: `embedding_bag`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,25 +24,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .sampling import accumulate_dtype, sampling_coordinates
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The arguments of DCNv3 besides its tensors; (height, width) pairs."""
-
-    kernel_size: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-    offset_scale: float
-    remove_center: bool
-    softmax: bool
-
-    def __post_init__(self) -> None:
-        if not abs(self.offset_scale) < math.inf:  # the compiled kernels refuse it, too
-            raise ValueError(f"offset_scale must be finite, got {self.offset_scale}")
+from .arguments import check_offset_scale
+from .sampling import Geometry, accumulate_dtype, sampling_coordinates
 
 
 @dataclass(frozen=True)
@@ -144,18 +126,17 @@ def _softmax_grad(grad: Tensor, factor: Tensor) -> Tensor:
     return factor * (grad - (factor * grad).sum(-1, keepdim=True))
 
 
-def _coordinates(offset: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    g = geometry
-    return sampling_coordinates(
-        offset, g.kernel_size, g.stride, g.padding, g.dilation, g.groups, g.offset_scale, g.remove_center
-    )
+def _geometry(arguments: Sequence) -> Geometry:
+    geometry = Geometry(*arguments)
+    check_offset_scale(geometry.offset_scale)  # the compiled kernels refuse it, too
+    return geometry
 
 
 def dcnv3(input: Tensor, offset: Tensor, mask: Tensor, *arguments) -> Tensor:
     """DCNv3; see `internimage.ops.dcnv3` for the arguments, here in the schema's order and already checked."""
-    geometry = Geometry(*arguments)
+    geometry = _geometry(arguments)
     rows = _rows(input.to(accumulate_dtype(input.dtype)), geometry.groups)
-    inside, corners = _corners(_coordinates(offset, geometry), input.shape[1:3], derivatives=False)
+    inside, corners = _corners(sampling_coordinates(offset, geometry), input.shape[1:3], derivatives=False)
     _, factor = _modulation(mask, inside, geometry)
     return _weighted_rows(rows, corners, [factor * c.weight for c in corners]).to(input.dtype)
 
@@ -170,11 +151,11 @@ def dcnv3_backward(
     """Gradients of DCNv3 with respect to input, offset and mask; the last two arguments are `deterministic` and
     `output_mask`. A gradient that was not asked for is an empty tensor of shape (0,)."""
     *arguments, deterministic, output_mask = arguments
-    geometry = Geometry(*arguments)
+    geometry = _geometry(arguments)
     dtype = accumulate_dtype(input.dtype)
     grad = grad_output.to(dtype)
     rows = _rows(input.to(dtype), geometry.groups)
-    inside, corners = _corners(_coordinates(offset, geometry), input.shape[1:3], derivatives=True)
+    inside, corners = _corners(sampling_coordinates(offset, geometry), input.shape[1:3], derivatives=True)
     all_factors, factor = _modulation(mask, inside, geometry)
 
     grad_input = grad_offset = grad_mask = None
@@ -220,7 +201,7 @@ class _Direction:
     ) -> None:
         dtype = accumulate_dtype(input.dtype)
         self.rows, self.rows_dir = (_rows(t.to(dtype), geometry.groups) for t in (input, input_dir))
-        coordinates = _coordinates(offset, geometry)
+        coordinates = sampling_coordinates(offset, geometry)
         self.inside, self.corners = _corners(coordinates, input.shape[1:3], derivatives=True)
         self.all_factors, self.factor = _modulation(mask, self.inside, geometry)
         step = offset_dir.to(dtype).reshape(*self.inside.shape, 2) * geometry.offset_scale
@@ -245,7 +226,7 @@ class _Direction:
 
 def dcnv3_jvp(tangents: Sequence[Tensor], tensors: Sequence[Tensor], *arguments) -> Tensor:
     """Derivative of `dcnv3` at (input, offset, mask) in the direction of `tangents`, for forward mode."""
-    return _Direction(*tangents, *tensors, Geometry(*arguments)).derivative().to(tensors[0].dtype)
+    return _Direction(*tangents, *tensors, _geometry(arguments)).derivative().to(tensors[0].dtype)
 
 
 def dcnv3_double_backward(
@@ -269,7 +250,7 @@ def dcnv3_double_backward(
     The last argument is `deterministic`.
     """
     *arguments, deterministic = arguments
-    geometry = Geometry(*arguments)
+    geometry = _geometry(arguments)
     at = _Direction(grad_grad_input, grad_grad_offset, grad_grad_mask, input, offset, mask, geometry)
     grad = grad_output.to(at.rows.dtype)
     rows, corners, factor, step_x, step_y = at.rows, at.corners, at.factor, at.step_x, at.step_y

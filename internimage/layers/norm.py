@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops.layer_norm import has_layer_norm_kernel
-from .plainly import has_hooks, runs_plainly
+from ..extension import has_kernel
+from .fast_path import has_hooks, use_fast_path
 
 
 class ToChannelsFirst(nn.Module):
@@ -28,11 +28,11 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-_LEAST_NUMBERS = 1 << 16  # for which the compiled kernel is worth its call, some microseconds longer than torch's
+_MIN_ELEMENTS = 1 << 16  # for which the compiled kernel is worth its call, some microseconds longer than torch's
 
 
 def _kernel_is_worth_it(input: Tensor) -> bool:
-    return input.numel() >= _LEAST_NUMBERS and has_layer_norm_kernel()
+    return input.numel() >= _MIN_ELEMENTS and has_kernel("layer_norm", "cpu")
 
 
 @register_notrace_module  # timm's FX graphs call it as a whole, and get the bits that the model has without them
@@ -42,7 +42,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if runs_plainly(input, self.weight, self.bias) and _kernel_is_worth_it(input):
+        if use_fast_path(input, self.weight, self.bias) and _kernel_is_worth_it(input):
             return torch.ops.internimage.layer_norm(input, self.weight, self.bias, self.eps)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -93,7 +93,7 @@ def create_norm(
     return nn.Sequential(*layers)
 
 
-def add_normalised(x: Tensor, y: Tensor, norm: nn.Sequential, scale: Tensor | None) -> Tensor:
+def add_normalized(x: Tensor, y: Tensor, norm: nn.Sequential, scale: Tensor | None) -> Tensor:
     """x + scale * norm(y) in inference, channels last; on a CPU in one pass over memory.
 
     In float32 and float64 it has the bits of the three operations one by one.
@@ -107,7 +107,7 @@ def add_normalised(x: Tensor, y: Tensor, norm: nn.Sequential, scale: Tensor | No
     if (
         len(norm) == 1
         and isinstance(layer, LayerNorm)
-        and runs_plainly(y, layer.weight, layer.bias, scale, x)
+        and use_fast_path(y, layer.weight, layer.bias, scale, x)
         and _kernel_is_worth_it(y)
         and not has_hooks(norm, layer)
     ):

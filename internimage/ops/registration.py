@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""Registration of operators with torch: everything about an operator that is not its arithmetic.
+
+A differentiable operator is a function of tensors whose first axis is the batch, and of plain arguments::
+
+    NAME(tensors..., arguments...) -> Tensor
+    NAME_backward(Tensor grad_output, tensors..., arguments..., bool deterministic, bool[] output_mask) -> tensors
+
+Its author writes four functions in plain torch, the `Reference`, and gets `torch.ops.internimage.NAME` and
+`NAME_backward` on every device: with fakes (meta tensors, `torch.compile`, `torch.export`), derivatives of every order,
+`torch.func`, forward mode, vmap and autocast. A compiled kernel takes over a device by registering itself for the two
+names under that device's key, and all the rest stays as it is here.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import check_one_device
+from .transforms import as_function, is_transformed
+
+NAMESPACE = "internimage"
+library = torch.library.Library(NAMESPACE, "DEF")
+library.define("cpu_capability() -> str")  # the instruction set of the CPU kernels; served by the compiled module only
+
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An operator in plain torch, on any device and in float64, float32, bfloat16 and float16.
+
+    Attributes:
+        forward: `(*tensors, *arguments) -> output`.
+        backward: `(grad_output, *tensors, *arguments, deterministic, output_mask) -> grads`, one for each tensor; an
+            empty one of shape (0,) where `output_mask` is false.
+        double_backward: `(*grad_grads, grad_output, *tensors, *arguments, deterministic) -> grads` of grad_output and
+            of each tensor, in differentiable operations: third and higher derivatives are torch's own.
+        jvp: `(tangents, tensors, *arguments) -> tangent of the output`, in differentiable operations.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+    double_backward: Callable[..., tuple[Tensor, ...]]
+    jvp: Callable[..., Tensor]
+
+
+class DifferentiableOperator:
+    """A registered operator; calling it is calling `torch.ops.internimage.NAME`, also where that has no derivatives:
+    under the transforms of `torch.func` and in forward mode. Nothing is checked.
+
+    Args:
+        name: NAME.
+        tensors: Names of its tensors. The batch is their first axis, and that of the output.
+        arguments: The schema of its other arguments, such as "int groups, bool softmax".
+        output_shape: `(*shapes of the tensors, *arguments) -> shape of the output`. The dtype is the first tensor's.
+        reference: The arithmetic.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Sequence[str],
+        arguments: str,
+        output_shape: Callable[..., Sequence[int]],
+        reference: Reference,
+    ) -> None:
+        self.name, self.tensors, self.output_shape, self.reference = name, tuple(tensors), output_shape, reference
+        count = len(tensors)
+        inputs = ", ".join(f"Tensor {tensor}" for tensor in tensors)
+        grads = ", ".join(["Tensor"] * count)
+        tag = torch.Tag.pt2_compliant_tag
+        library.define(f"{name}({inputs}, {arguments}) -> Tensor", tags=tag)
+        library.define(
+            f"{name}_backward(Tensor grad_output, {inputs}, {arguments}, bool deterministic, "
+            f"bool[{count}] output_mask) -> ({grads})",
+            tags=tag,
+        )
+        library.impl(name, reference.forward, "CompositeExplicitAutograd")
+        library.impl(f"{name}_backward", reference.backward, "CompositeExplicitAutograd")
+        namespace = getattr(torch.ops, NAMESPACE)
+        self._forward_op = getattr(namespace, name).default
+        self._backward_op = getattr(namespace, f"{name}_backward").default
+
+        self._register("register_fake", self._fake, self._fake_backward)
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", self._backward, setup_context=self._keep_inputs, lib=library
+        )
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}_backward",
+            self._double_backward,
+            setup_context=self._keep_inputs_of_backward,
+            lib=library,
+        )
+        self._register(
+            "register_vmap", partial(self._vmap, self._forward_op), partial(self._vmap_backward, self._backward_op)
+        )
+        for device_type, key in _AUTOCAST_KEYS.items():
+            library.impl(name, partial(self._autocast, device_type), key)
+            library.impl(f"{name}_backward", partial(self._autocast_backward, device_type), key)
+        # their vmap rules call what may be transformed once more: another vmap, or a gradient of the whole
+        self._forward_function = as_function(
+            self._forward_op,
+            tensors=count,
+            setup_context=self._keep_inputs,
+            backward=self._backward,
+            vmap=partial(self._vmap, self),
+            jvp=self._jvp,
+        )
+        self._backward_function = as_function(
+            self._backward_op,
+            tensors=count + 1,
+            setup_context=self._keep_inputs_of_backward,
+            backward=self._double_backward,
+            vmap=partial(self._vmap_backward, self._apply_backward),
+            jvp=self._jvp_of_backward,
+        )
+
+    def _register(self, rule: str, forward: Callable, backward: Callable) -> None:
+        for name, function in ((self.name, forward), (f"{self.name}_backward", backward)):
+            getattr(torch.library, rule)(f"{NAMESPACE}::{name}", function, lib=library)
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if not is_transformed():
+            return self._forward_op(*arguments)
+        device_type = arguments[0].device.type
+        if not is_autocast_enabled(device_type):
+            return self._forward_function.apply(*arguments)
+        count = len(self.tensors)
+        # cast before the function, so that the gradients have the dtypes of what it saves
+        tensors = _autocast_tensors(device_type, arguments[:count])
+        with without_autocast(device_type):
+            return self._forward_function.apply(*tensors, *arguments[count:])
+
+    def _apply_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return self._backward_function.apply(*arguments) if is_transformed() else self._backward_op(*arguments)
+
+    # ---- fakes: shapes without data. They also run for tensors of the meta device, and for others beside one of those,
+    # whose data no kernel would read
+
+    def _fake(self, *arguments: Any) -> Tensor:
+        count = len(self.tensors)
+        tensors = arguments[:count]
+        check_one_device(dict(zip(self.tensors, tensors)))
+        return tensors[0].new_empty(self.output_shape(*(t.shape for t in tensors), *arguments[count:]))
+
+    def _fake_backward(self, grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, wanted = arguments[: len(self.tensors)], arguments[-1]
+        first, *others = zip(self.tensors, tensors)
+        check_one_device(dict([first, ("grad_output", grad_output), *others]))
+        return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip(tensors, wanted))
+
+    # ---- autograd
+
+    def _keep_inputs(self, ctx, inputs, output) -> None:
+        count = len(self.tensors)
+        ctx.save_for_backward(*inputs[:count])
+        ctx.arguments = inputs[count:]
+
+    def _backward(self, ctx, grad_output: Tensor):
+        needed = list(ctx.needs_input_grad[: len(self.tensors)])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        grads = self._apply_backward(grad_output, *ctx.saved_tensors, *ctx.arguments, deterministic, needed)
+        return *(grad if need else None for grad, need in zip(grads, needed)), *[None] * len(ctx.arguments)
+
+    def _keep_inputs_of_backward(self, ctx, inputs, output) -> None:
+        count = len(self.tensors) + 1
+        ctx.save_for_backward(*inputs[:count])
+        ctx.arguments = inputs[count:]
+        ctx.set_materialize_grads(False)
+
+    def _double_backward(self, ctx, *grad_grads: Tensor | None):
+        *arguments, deterministic, output_mask = ctx.arguments
+        tensors = ctx.saved_tensors
+        given = [
+            g if g is not None and wanted else torch.zeros_like(t)
+            for g, t, wanted in zip(grad_grads, tensors[1:], output_mask)
+        ]
+        with without_autocast(tensors[0].device.type):
+            grads = self.reference.double_backward(*given, *tensors, *arguments, deterministic)
+        return *grads, *[None] * len(ctx.arguments)
+
+    # ---- vmap: the mapped axis becomes part of the batch
+
+    def _vmap(self, call, info, in_dims, *arguments: Any):
+        count = len(self.tensors)
+        output = call(*_fold(arguments[:count], in_dims, info.batch_size), *arguments[count:])
+        return output.unflatten(0, (info.batch_size, -1)), 0
+
+    def _vmap_backward(self, call, info, in_dims, *arguments: Any):
+        count = len(self.tensors) + 1
+        grads = call(*_fold(arguments[:count], in_dims, info.batch_size), *arguments[count:])
+        unfolded = tuple(
+            grad.unflatten(0, (info.batch_size, -1)) if wanted else grad.expand(info.batch_size, 0)
+            for grad, wanted in zip(grads, arguments[-1])
+        )
+        return unfolded, (0,) * len(unfolded)
+
+    # ---- forward mode
+
+    def _jvp(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None], arguments: Sequence[Any]) -> Tensor:
+        with without_autocast(tensors[0].device.type):
+            return self.reference.jvp(_or_zero(tangents, tensors), tensors, *arguments)
+
+    def _jvp_of_backward(
+        self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None], arguments: Sequence[Any]
+    ) -> tuple[Tensor, ...]:
+        """The gradients are linear in grad_output; their derivative in the direction of the other tensors is what
+        double backward gives for these tensors, as second derivatives do not depend on the order."""
+        *plain, deterministic, output_mask = arguments
+        grad_output_dir, *directions = _or_zero(tangents, tensors)
+        grads = self._apply_backward(grad_output_dir, *tensors[1:], *arguments)
+        with without_autocast(tensors[0].device.type):
+            _, *bent = self.reference.double_backward(*directions, *tensors, *plain, deterministic)
+        return tuple(a + b if wanted else a for a, b, wanted in zip(grads, bent, output_mask))
+
+    # ---- autocast
+
+    def _autocast(self, device_type: str, *arguments: Any) -> Tensor:
+        count = len(self.tensors)
+        with without_autocast(device_type):
+            return self._forward_op(*_autocast_tensors(device_type, arguments[:count]), *arguments[count:])
+
+    def _autocast_backward(self, device_type: str, *arguments: Any) -> tuple[Tensor, ...]:
+        with without_autocast(device_type):
+            return self._backward_op(*arguments)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; the meta device has none to ask."""
+    return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Context in which operators keep the dtype of their operands; a backward pass may run under autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _autocast_tensors(device_type: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in autocast's dtype; float64 is left alone, as torch's own casting rules do."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _fold(tensors: Sequence[Tensor], axes: Sequence[int | None], size: int) -> list[Tensor]:
+    moved = [t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in zip(tensors, axes)]
+    return [t.flatten(0, 1) for t in moved]
+
+
+def _or_zero(tangents: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(tensors, tangents)]
