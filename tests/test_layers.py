@@ -358,7 +358,7 @@ def test_attentive_pool_errors():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [False, True])
-def test_add_normalised(monkeypatch, scale, dtype):
+def test_add_normalized(monkeypatch, scale, dtype):
     """In inference one call; with gradients, or a hook on the norm, the norm itself."""
     norm = create_norm(12).to(dtype)
     torch.nn.init.normal_(norm[0].weight)
