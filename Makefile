@@ -82,6 +82,6 @@ $(VENV)/.installed-torch:
 	touch $@
 
 # without build isolation, so that the torch above is built against and none is downloaded twice
-$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py $(wildcard $(addprefix csrc/,* */* */*/*))
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py csrc/build_cuda.py $(filter csrc/%,$(CPP))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
