@@ -8,7 +8,6 @@ Reading a file once it is here is `models/checkpoints.py`.
 import errno
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
