@@ -174,6 +174,16 @@ def test_links_of_other_commits_to_the_same_bytes(local_hub, cache, content):
     assert len(local_hub.seen("GET", "/blobs/")) == 2
 
 
+def test_damage_in_an_older_commit(local_hub, cache, content):
+    commit = local_hub.add(REPO, {NAME: content}, ref="old")
+    local_hub.add(REPO, {NAME: content[::-1]})
+    for revision in (commit, "old"):
+        path = hub.download(f"{REPO}@{revision}", (NAME,), str(cache))
+        flip(path.resolve())
+        again = hub.download(f"{REPO}@{revision}", (NAME,), str(cache))
+        assert again == path and again.read_bytes() == content
+
+
 def test_only_what_is_the_caches_own_is_deleted(local_hub, cache, content, tmp_path):
     local_hub.add(REPO, {NAME: content})
     load(cache)

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: MIT
+"""Everything that reads a stranger's file, each with a corpus of files that are built here."""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import formats
+import fuzz_mutations as change
+import numpy as np
+import timm
+import torch
+import yaml
+from fuzz import Reader, Seed
+from PIL import Image
+from safetensors.torch import save
+from torch import nn
+
+import internimage  # noqa: F401 - registers the models
+from internimage import hub
+from internimage.config import ConfigError, load_config
+from internimage.engine import images
+from internimage.engine.distributed import World
+from internimage.engine.image_sets import read_class_map
+from internimage.engine.image_tars import open_tar
+from internimage.engine.imagenet import open_labelled_folder
+from internimage.engine.run_state import RunState
+from internimage.engine.training_log import read_steps
+from internimage.errors import CheckpointError
+from internimage.models.checkpoints import load_pretrained
+from internimage.models.containers import open_checkpoint
+from internimage.models.model_config import ModelConfigError, has_model_config, read_model_config
+from internimage.settings import FinetuneConfig
+
+# ---- weights
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(6, 4, generator=generator)
+    return {
+        "patch_embed.conv1.weight": torch.randn(4, 3, 3, 3, generator=generator),
+        "levels.0.a": shared,
+        "levels.0.b": shared.t(),  # of the same bytes
+        "levels.0.c": shared[1:3],
+        "levels.1.half": torch.randn(300, generator=generator).bfloat16(),
+        "levels.1.steps": torch.tensor(7),
+        "head.empty": torch.zeros(0, 3),
+    }
+
+
+def _bytes(write: Callable[[Path], object], folder: Path) -> bytes:
+    path = folder / "made"
+    write(path)
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+_PTH = (change.in_zip(change.edit_pickle, "data.pkl"), change.edit_zip_header, change.repack_zip)
+
+
+def _torch_seeds(folder: Path) -> list[Seed]:
+    weights = _tensors()
+    made = {
+        "official": lambda path: formats.save_official(path, {"model": weights}),
+        "before torch 1.6": lambda path: formats.save_official(path, {"model": weights}, **formats.LEGACY),
+        "bare": lambda path: torch.save(OrderedDict(weights), path),
+        "bare, before torch 1.6": lambda path: torch.save(weights, path, **formats.LEGACY),
+        "parameters": lambda path: torch.save({k: nn.Parameter(v.float()) for k, v in weights.items()}, path),
+        "timm": lambda path: torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1), "epoch": 3}, path),
+    }
+    seeds = {name: _bytes(write, folder) for name, write in made.items()}
+    source = io.BytesIO(seeds["bare"])
+    packed = io.BytesIO()
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for info in archive.infolist():
+            other.writestr(zipfile.ZipInfo(info.filename), archive.read(info), zipfile.ZIP_DEFLATED)
+    seeds["compressed"] = packed.getvalue()
+    for kind in formats.PICKLERS:  # a call of what does nothing, beside the weights
+        code = formats.Call(os.system, "true")
+        seeds[f"hostile: {kind}"] = _bytes(
+            lambda path, kind=kind, code=code: formats.PICKLERS[kind](path, {"model": weights, "x": code}), folder
+        )
+    edits = {name: _PTH if content[:2] == b"PK" else (change.edit_pickle,) for name, content in seeds.items()}
+    return [Seed(name, {"w.pth": content}, {"w.pth": edits[name]}) for name, content in seeds.items()]
+
+
+def _zip_seeds(folder: Path) -> list[Seed]:
+    return [s for s in _torch_seeds(folder) if s.files["w.pth"][:2] == b"PK" and not s.name.startswith("hostile")]
+
+
+def _read_weights(path: Path) -> dict:
+    return {key: _content(entry.read()) for key, entry in open_checkpoint(path).items() if not entry.problem}
+
+
+def _content(tensor: torch.Tensor) -> tuple:
+    plain = tensor.detach().contiguous().reshape(-1)
+    return str(tensor.dtype), tuple(tensor.shape), plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
+def _safetensors_seeds(folder: Path) -> list[Seed]:
+    weights = {key: value.contiguous().clone() for key, value in _tensors().items()}
+    contents = {
+        "weights": save(weights, {"format": "pt"}),
+        "one": save({"head.bias": torch.ones(3)}),
+        "none": save({}),
+    }
+    edits = {".safetensors": (change.edit_safetensors,)}
+    return [Seed(name, {"w.safetensors": content}, edits) for name, content in contents.items()]
+
+
+def _shard_seeds(folder: Path) -> list[Seed]:
+    weights = {key: value.contiguous().clone() for key, value in _tensors().items()}
+    seeds = []
+    for suffix in ("safetensors", "bin"):
+        formats.save_index(folder, weights, shards=2, suffix=suffix)
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        shutil.rmtree(folder)
+        folder.mkdir()
+        edits = {".json": (change.edit_json,), ".safetensors": (change.edit_safetensors,), ".bin": _PTH}
+        seeds.append(Seed(suffix, files, edits))
+    return seeds
+
+
+def _index_seeds(folder: Path) -> list[Seed]:
+    content = {"metadata": {"total_size": 24}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    return [Seed("index", {"index.json": json.dumps(content).encode()}, {".json": (change.edit_json,)})]
+
+
+@cache
+def _model() -> nn.Module:
+    return timm.create_model("internimage_tiny", channels=8, depths=(1, 1, 1, 1), groups=(1, 1, 2, 4), num_classes=2)
+
+
+def _model_seeds(folder: Path) -> list[Seed]:
+    weights = {key: value.clone() for key, value in _model().state_dict().items()}
+    pickled = _bytes(lambda path: torch.save({"model": weights}, path), folder)
+    return [
+        Seed("safetensors", {"w": save(weights)}, {"w": (change.edit_safetensors,)}),
+        Seed("zip", {"w": pickled}, {"w": _PTH}),
+    ]
+
+
+def _load_model(folder: Path) -> None:
+    """Whole or not at all: after an error the model is as it was."""
+    model = _model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        load_pretrained(model, folder / "w", pretrained_cfg={"num_classes": 2})
+    except Exception:
+        changed = [k for k, v in model.state_dict().items() if _content(v) != _content(before[k])]
+        if changed:
+            model.load_state_dict(before)
+            raise AssertionError(f"{len(changed)} tensors were overwritten before the error") from None
+        raise
+    model.load_state_dict(before)
+
+
+# ---- settings and lists
+
+CONFIG = {
+    "architecture": "internimage_tiny",
+    "num_classes": 3,
+    "num_features": 512,
+    "label_names": ["cat", "dog", "owl"],
+    "label_descriptions": {"cat": "a cat"},
+    "model_args": {"channels": 8, "depths": [1, 1, 1, 1], "groups": [1, 1, 2, 4], "drop_path_rate": 0.1},
+    "pretrained_cfg": {
+        "input_size": [3, 64, 64], "crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2], "first_conv": "patch_embed.conv1", "classifier": "head", "tag": "x",
+    },
+}  # fmt: skip
+
+
+def _config_seeds(folder: Path) -> list[Seed]:
+    flat = {"architecture": "resnet18", "num_classes": 3, "input_size": [3, 64, 64], "classifier": "fc"}
+    contents = {"ours": CONFIG, "flat": flat, "transformers": {"model_type": "internimage", "depths": [4, 4, 18, 4]}}
+    edits = {".json": (change.edit_json,)}
+    return [Seed(name, {"config.json": json.dumps(c, indent=2).encode()}, edits) for name, c in contents.items()]
+
+
+def _read_config(folder: Path) -> object:
+    return has_model_config(folder) and dataclasses.asdict(read_model_config(folder))
+
+
+def _recipe_seeds(folder: Path) -> list[Seed]:
+    everything = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.default is not dataclasses.MISSING}
+    whole = yaml.safe_dump({"data": "photos", "output": "runs/a", **everything}, sort_keys=False)
+    short = "# a recipe\ndata: photos\noutput: runs/a\nlr: 1e-3\nepochs: 3\nmodel: internimage_atto\n"
+    edits = {".yaml": (change.edit_yaml,)}
+    return [Seed(name, {"r.yaml": text.encode()}, edits) for name, text in (("whole", whole), ("short", short))]
+
+
+def _map_seeds(folder: Path) -> list[Seed]:
+    lines = {"names": "cat\ndog\nowl\n", "synsets": "n01440764\nn01443537\n", "crlf": "\ufeffcat\r\ndog\r\n"}
+    edits = {".txt": (change.edit_lines,), ".pkl": (change.edit_pickle,)}
+    seeds = [Seed(name, {"map.txt": text.encode()}, edits) for name, text in lines.items()]
+    for protocol in (0, 2, 4):
+        mapping = pickle.dumps({"cat": 0, "dog": 1, "owl": 2}, protocol)
+        seeds.append(Seed(f"pickle {protocol}", {"map.pkl": mapping}, edits))
+        code = pickle.dumps({"cat": formats.Call(os.system, "true")}, protocol)
+        seeds.append(Seed(f"hostile: pickle {protocol}", {"map.pkl": code}, edits))
+    return seeds
+
+
+def _read_map(folder: Path) -> dict:
+    (path,) = folder.iterdir()
+    return read_class_map(path)
+
+
+def _label_seeds(folder: Path) -> list[Seed]:
+    pictures = {f"images/{name}.png": b"" for name in ("a", "b", "c")}
+    lists = {
+        "names": "a.png 3\nb.png 999\nc.png 0\n",
+        "synsets": "ImageId,Labels\na,n01440764 1 2 3\nb,n01443537\nc,n01440764\n",
+        "bare": "0\n1\n2\n",
+    }
+    edits = {".txt": (change.edit_lines,)}
+    return [Seed(n, {**pictures, "labels.txt": t.encode()}, edits, ("labels.txt",)) for n, t in lists.items()]
+
+
+def _read_labels(folder: Path) -> list:
+    dataset = open_labelled_folder(folder / "images", folder / "labels.txt")
+    return [(Path(path).name, target) for path, target in dataset.reader.samples]
+
+
+def _steps_seeds(folder: Path) -> list[Seed]:
+    rows = "".join(f"{i},{1 + i // 5},{2 / i!r},0.001,{0.5 + i},812.5\n" for i in range(1, 12))
+    text = f"step,epoch,loss,lr,grad_norm,images_per_second\n{rows}"
+    return [Seed("steps", {"steps.csv": text.encode()}, {".csv": (change.edit_lines,)})]
+
+
+# ---- images
+
+
+def _picture(mode: str) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    return picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
+
+
+def _image_seeds(folder: Path) -> list[Seed]:
+    """A picture in every format that Pillow writes here, those among them that are refused."""
+    Image.init()
+    seeds, endings = [], {name: ending for ending, name in reversed(Image.registered_extensions().items())}
+    variants = {"TIFF": [{}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}], "WEBP": [{}, {"lossless": True}]}
+    for name in sorted(Image.SAVE):
+        for options in variants.get(name, [{}]):
+            for mode in ("RGB", "L", "RGBA", "1", "P", "I;16", "F") if name in images.formats() else ("RGB", "1"):
+                target = io.BytesIO()
+                try:
+                    picture = Image.new("F", (32, 24), 0.5) if mode == "F" else _picture(mode)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of formats that Pillow will not have for long
+                        picture.save(target, format=name, **options)
+                except Exception:  # a format that has not this mode, or needs another program
+                    continue
+                refused = () if name in images.formats() else ("refused:",)
+                title = " ".join((*refused, name, mode, *map(str, options.values())))
+                files = {f"picture{endings.get(name, '.' + name.lower())}": target.getvalue()}
+                seeds.append(Seed(title, files, {".png": (change.edit_png,), ".apng": (change.edit_png,)}))
+    exif = Image.Exif()
+    exif[274] = 6
+    target = io.BytesIO()
+    _picture("RGB").save(target, format="JPEG", exif=exif)
+    seeds.append(Seed("JPEG turned", {"picture.jpg": target.getvalue()}))
+    frames = io.BytesIO()
+    _picture("P").save(frames, format="GIF", save_all=True, append_images=[_picture("P")])
+    seeds.append(Seed("GIF film", {"picture.gif": frames.getvalue()}))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    seeds.append(Seed("hostile: EPS", {"picture.png": postscript}))
+    return seeds
+
+
+def _read_image(folder: Path) -> tuple:
+    (path,) = folder.iterdir()
+    image = images.read_image(path)
+    return image.size, image.tobytes()
+
+
+def _png(value: int) -> bytes:
+    target = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 10, 20)).save(target, format="PNG")
+    return target.getvalue()
+
+
+def _tar(members: dict[str, bytes], kind: int) -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=kind) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return target.getvalue()
+
+
+def _tar_seeds(folder: Path) -> list[Seed]:
+    kinds = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+    flat = {f"{label}/{i}.png": _png(i * 40) for label in ("cat", "dog") for i in range(3)}
+    long = {f"{label}/{'x' * 120}{i}é.png": _png(i) for label in ("cat", "dog") for i in range(2)}
+    edits = {".tar": (change.edit_tar_header, change.add_tar_header)}
+    seeds = []
+    for name, kind in kinds.items():
+        inner = {f"{label}.tar": _tar({f"{i}.png": _png(i) for i in range(2)}, kind) for label in ("cat", "dog")}
+        for title, members in (("folders", flat), ("tars", inner), ("long names", long if name != "ustar" else flat)):
+            seeds.append(Seed(f"{name}, {title}", {"data.tar": _tar(members, kind)}, edits))
+    return seeds
+
+
+def _read_tar(folder: Path) -> list:
+    """The images and classes; the pixels are left out, for a tar's checksums are of its headers alone."""
+    reader, _ = open_tar(folder / "data.tar")
+    for i in range(len(reader)):
+        try:
+            images.read_image(reader[i][0])
+        except images.ImageError:
+            continue
+    return [(reader.filename(i), reader.samples[i][1], reader.samples[i][0].size) for i in range(len(reader))]
+
+
+# ---- a run's checkpoints
+
+
+class _Run:
+    """A run of a small model, with one checkpoint."""
+
+    def __init__(self, sharded: bool) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        model(torch.ones(3, 6)).sum().backward()
+        optimizer.step()
+        data = {"samples": 3, "classes": ["cat", "dog"], "images": ["1", "2"]}
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.model, self.optimizer, self.sharded = model, optimizer, sharded
+        self.state = RunState(World(), model, None, optimizer, None, scaler, sharded, data)
+        self.state.progress.step = 7
+
+    def content(self) -> list:
+        moments = self.optimizer.state_dict()["state"]
+        parts = [*self.model.state_dict().items(), *((f"{i} {k}", v) for i in moments for k, v in moments[i].items())]
+        return [(key, *_content(value)) for key, value in parts] + [
+            self.state.progress.step,
+            self.state.progress.epochs,
+        ]
+
+
+@cache
+def _run(sharded: bool) -> _Run:
+    return _Run(sharded)
+
+
+def _run_seeds(sharded: bool) -> Callable[[Path], list[Seed]]:
+    def seeds(folder: Path) -> list[Seed]:
+        _run(sharded).state.save(folder / "checkpoints")
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        edits = {".pt": _PTH, ".metadata": (change.edit_pickle,), ".distcp": _PTH}
+        return [Seed("sharded" if sharded else "file", files, edits)]
+
+    return seeds
+
+
+def _take_up(sharded: bool) -> Callable[[Path], list]:
+    def read(folder: Path) -> list:
+        run = _run(sharded)
+        with torch.no_grad():  # what was not read must not look as if it was
+            for parameter in run.model.parameters():
+                parameter.zero_()
+        run.state.progress = type(run.state.progress)()
+        run.state.load(folder / "checkpoints")
+        return run.content()
+
+    return read
+
+
+# ---- the Hub's cache
+
+_REPO, _COMMIT = "me/mine", "c0ffee" + "0" * 34
+
+
+def _cache_seeds(folder: Path) -> list[Seed]:
+    large = save({"head.bias": torch.arange(300.0)})
+    small = json.dumps(CONFIG).encode()
+    sha256, sha1 = hashlib.sha256(large).hexdigest(), hashlib.sha1(b"blob %d\0" % len(small) + small).hexdigest()
+    files = {
+        "models--me--mine/refs/main": _COMMIT.encode(),
+        f"models--me--mine/blobs/{sha256}": large,
+        f"models--me--mine/blobs/{sha1}": small,
+        f"models--me--mine/.internimage/{sha256}.json": json.dumps({"etag": sha256, "size": len(large)}).encode(),
+    }
+    return [Seed("cache", files, {".json": (change.edit_json,)})]
+
+
+def _read_cache(folder: Path) -> list[bytes]:
+    repository = folder / "models--me--mine"
+    snapshot = repository / "snapshots" / _COMMIT
+    snapshot.mkdir(parents=True)
+    for blob in (repository / "blobs").iterdir():
+        name = "model.safetensors" if len(blob.name) == 64 else "config.json"
+        (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
+    names = ("model.safetensors", "config.json")
+    return [hub.download(_REPO, (name,), str(folder), cached_only=True).read_bytes() for name in names]
+
+
+READERS = (
+    Reader("torch files", _torch_seeds, lambda folder: _read_weights(folder / "w.pth"), (CheckpointError,), 4),
+    Reader("torch ZIP", _zip_seeds, lambda folder: _read_weights(folder / "w.pth"), (CheckpointError,), 2, sealed=True),
+    Reader("safetensors", _safetensors_seeds, lambda f: _read_weights(f / "w.safetensors"), (CheckpointError,), 2),
+    Reader("shards", _shard_seeds, _read_weights, (CheckpointError,), 2),
+    Reader("index.json", _index_seeds, lambda folder: hub.weight_map(folder / "index.json"), (ValueError,)),
+    Reader("model", _model_seeds, _load_model, (CheckpointError,)),
+    Reader("config.json", _config_seeds, _read_config, (ModelConfigError,), 2),
+    Reader("recipes", _recipe_seeds, lambda f: load_config(FinetuneConfig, f / "r.yaml"), (ConfigError,), 2),
+    Reader("class maps", _map_seeds, _read_map, (images.DataError,)),
+    Reader("labels", _label_seeds, _read_labels, (images.DataError,)),
+    Reader("steps.csv", _steps_seeds, read_steps, ()),
+    Reader("images", _image_seeds, _read_image, (images.ImageError,), 4),
+    Reader("tars", _tar_seeds, _read_tar, (images.DataError,), 2, sealed=True),
+    Reader("checkpoint", _run_seeds(False), _take_up(False), (CheckpointError,), 2, sealed=True),
+    Reader("sharded checkpoint", _run_seeds(True), _take_up(True), (CheckpointError,), 2, sealed=True),
+    Reader("Hub cache", _cache_seeds, _read_cache, (hub.DownloadError,), 1, sealed=True, writes=True),
+)
