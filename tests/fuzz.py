@@ -13,6 +13,7 @@ import faulthandler
 import json
 import os
 import re
+import resource
 import select
 import signal
 import sys
@@ -29,6 +30,8 @@ from fuzz_mutations import BLIND, Mutation
 CPU_SECONDS = 20  # of a case; the readers' own limits are far lower, but machines differ
 SILENCE = 180  # seconds without a word from the child
 NOT_READ = ("hostile", "refused")  # begin the names of seeds that need not be read
+LONGEST = 2000  # characters of a message
+MOST_MEMORY = 1 << 30  # bytes that a case may take; its files are far smaller
 MEMORY = 3 << 30  # bytes of address space beyond what the process has already
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -189,6 +192,7 @@ def judge(reader: Reader, folder: Path, files: dict[str, bytes], truth: object) 
         truth: What must be read if anything is; None: anything.
     """
     write(folder, files)
+    peak = _peak()
     try:
         with _watched(reader.writes):
             content = reader.read(folder)
@@ -196,16 +200,34 @@ def judge(reader: Reader, folder: Path, files: dict[str, bytes], truth: object) 
         return f"it did {error}", _place(error)
     except reader.errors as error:
         message = str(error)
-        if not message.strip() or len(message) > 100_000 or "\n" in message.partition("differences:\n")[0].strip("\n"):
-            return f"not one line: {type(error).__name__}: {message[:200]!r}", _place(error)
+        if not message.strip() or len(message) > LONGEST:
+            return f"no reason, or a long one: {type(error).__name__}: {message[:200]!r}", _place(error)
+        if _lacked_memory(error):
+            return f"it asked for all of the memory before it said {type(error).__name__}", _place(error)
         return None
     except (Exception, TooLong) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", _place(error)
     finally:
         _empty(folder)
+    if _peak() > peak + MOST_MEMORY:
+        return f"it took {(_peak() - peak) / 1e9:.1f} GB", ""
     if truth is not None and content != truth:
         return "what was read is not what was written, and nobody said so", ""
     return None
+
+
+def _peak() -> int:
+    """Bytes of memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _lacked_memory(error: BaseException | None) -> bool:
+    """Whether the limit of the memory was met on the way to an error."""
+    while error is not None:
+        if isinstance(error, MemoryError) or re.search("not enough memory|allocate memory|bad_alloc", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _place(error: BaseException) -> str:
@@ -242,6 +264,8 @@ def run(reader: Reader, numbers: range, folder: Path, most: int = 20) -> list[Fi
         told, ended = _child(reader, seeds, left, work, most - len(findings))
         done = 0
         for line in told:
+            if "failed" in line:
+                raise RuntimeError(f"the fuzzer itself failed after case {done}:\n{line['failed']}")
             done = line["case"] - left[0] + 1
             if "what" in line:
                 findings.append(Finding(reader.name, line["case"], line["what"], line["where"], line["steps"]))
@@ -269,7 +293,7 @@ def _child(reader: Reader, seeds: list[Seed], numbers: range, work: Path, most: 
             _cases(reader, seeds, numbers, work, most, put)
             os._exit(0)
         except BaseException:
-            traceback.print_exc()
+            os.write(put, json.dumps({"failed": traceback.format_exc()}).encode() + b"\n")
             os._exit(1)
     os.close(put)
     text, silent = b"", False
@@ -342,8 +366,6 @@ def _describe(seed: Seed, steps: list[Step]) -> list[str]:
 def _limit_memory() -> None:
     if not sys.platform.startswith("linux"):
         return
-    import resource
-
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 

@@ -294,6 +294,8 @@ def repack_zip(data: bytes, random: Random) -> bytes:
             records = [(info.filename, archive.read(info)) for info in archive.infolist()]
     except Exception:  # as above
         return data
+    if not records:
+        return data
     i = random.randrange(len(records))
     name, content = records[i]
     kind = random.randrange(6)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import tarfile
 import warnings
@@ -55,7 +56,7 @@ def _tensors() -> dict[str, torch.Tensor]:
         "levels.0.a": shared,
         "levels.0.b": shared.t(),  # of the same bytes
         "levels.0.c": shared[1:3],
-        "levels.1.half": torch.randn(300, generator=generator).bfloat16(),
+        "levels.1.half": torch.randn(4000, generator=generator).bfloat16(),
         "levels.1.steps": torch.tensor(7),
         "head.empty": torch.zeros(0, 3),
     }
@@ -94,6 +95,8 @@ def _torch_seeds(folder: Path) -> list[Seed]:
         seeds[f"hostile: {kind}"] = _bytes(
             lambda path, kind=kind, code=code: formats.PICKLERS[kind](path, {"model": weights, "x": code}), folder
         )
+    shared = torch.zeros(1).expand(20_000_000, 64)  # of one number
+    seeds["hostile: large by its strides"] = _bytes(lambda path: torch.save({"head.weight": shared}, path), folder)
     edits = {name: _PTH if content[:2] == b"PK" else (change.edit_pickle,) for name, content in seeds.items()}
     return [Seed(name, {"w.pth": content}, {"w.pth": edits[name]}) for name, content in seeds.items()]
 
@@ -339,9 +342,9 @@ class _Run:
 
     def __init__(self, sharded: bool) -> None:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+        model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 2))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        model(torch.ones(3, 6)).sum().backward()
+        model(torch.ones(3, 64)).sum().backward()
         optimizer.step()
         data = {"samples": 3, "classes": ["cat", "dog"], "images": ["1", "2"]}
         scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -356,6 +359,11 @@ class _Run:
             self.state.progress.step,
             self.state.progress.epochs,
         ]
+
+
+def _draws() -> tuple:
+    """What the generators give next, so that their states can be compared."""
+    return random.random(), np.random.random(), _content(torch.rand(2))
 
 
 @cache
@@ -376,6 +384,8 @@ def _run_seeds(sharded: bool) -> Callable[[Path], list[Seed]]:
 def _take_up(sharded: bool) -> Callable[[Path], list]:
     def read(folder: Path) -> list:
         run = _run(sharded)
+        for generator in (random.seed, np.random.seed, torch.manual_seed):
+            generator(1)
         with torch.no_grad():  # what was not read must not look as if it was
             for parameter in run.model.parameters():
                 parameter.zero_()
