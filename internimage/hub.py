@@ -17,9 +17,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
-    get_hf_file_metadata,
     hf_hub_download,
-    hf_hub_url,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -205,15 +203,15 @@ def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None
     """A file of the Hub, from the cache or into it: the one place where both are compared with their checksum."""
     options = dict(cache_dir=cache_dir, local_files_only=local_files_only)
     file = CachedFile.of(hf_hub_download(name, filename, revision=revision, **options), filename)
-    if file.is_trusted() or (verify_mode() == "always" and _is_right(name, file, not local_files_only)):
+    if file.is_trusted() or (verify_mode() == "always" and file.is_right(name, ask=not local_files_only)):
         return file.path
     with file.alone():  # of many processes one hashes, and the others find its marker
-        if file.is_trusted() or _is_right(name, file, not local_files_only):
+        if file.is_trusted() or file.is_right(name, ask=not local_files_only):
             return file.path
         try:
             if local_files_only:
                 raise LocalEntryNotFoundError("only the cache was asked")
-            _announced(name, file)  # before anything is deleted
+            file.announced(name)  # before anything is deleted
         except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
             raise DownloadError(
                 f"{name}: '{file.path}' in the cache is damaged, and cannot be downloaded again now "
@@ -222,7 +220,7 @@ def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None
         _logger.warning("%s: '%s' was damaged; it is deleted and downloaded again", name, file.path)
         _remove(name, file)
         file = CachedFile.of(hf_hub_download(name, filename, revision=file.commit, **options), filename)
-        if _is_right(name, file, ask=True):
+        if file.is_right(name, ask=True):
             return file.path
         _remove(name, file)
     raise DownloadError(
@@ -232,7 +230,7 @@ def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None
 
 
 def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> None:
-    """Whether a file that another library has just read from the cache is what the Hub announced; downloads nothing.
+    """Whether a file that another library has just read from the cache is what the Hub announced.
 
     Args:
         repo_id: `owner/name` or `owner/name@revision`.
@@ -240,7 +238,7 @@ def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> N
         cache_dir: Instead of huggingface_hub's own cache.
 
     Raises:
-        DownloadError: It is damaged. It has been deleted, so that the next download brings it again.
+        DownloadError: It is damaged. If the Hub answers, it has been downloaded again.
     """
     name, revision = split_revision(repo_id)
     try:
@@ -248,12 +246,9 @@ def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> N
     except LocalEntryNotFoundError:
         return
     file = CachedFile.of(path, filename)
-    if file.is_trusted():
-        return
-    with file.alone():
-        if not _is_right(name, file, ask=False):
-            _remove(name, file)
-            raise DownloadError(f"{name}: '{path}' in the cache was damaged and has been deleted; try again")
+    if not file.is_trusted() and not file.is_right(name, ask=False):
+        download(f"{name}@{file.commit}", (filename,), cache_dir)  # or an error that says why not
+        raise DownloadError(f"{name}: '{path}' was damaged when it was read, and has been downloaded again; try again")
 
 
 def commit_of(path: Path, filename: str) -> str:
@@ -271,37 +266,6 @@ def _fetch_shards(name: str, index: Path, filename: str, **options) -> None:
             raise
         except EntryNotFoundError as error:
             raise DownloadError(f"{name}: '{index.name}' names a shard that is not there: '{shard}'") from error
-
-
-_not_checked: set[str] = set()  # repositories that a warning was about
-
-
-def _is_right(name: str, file: CachedFile, ask: bool) -> bool:
-    """Whether a file of the cache has its checksum; one that cannot be checked passes with a warning.
-
-    Args:
-        name: The repository.
-        file: The file.
-        ask: Ask the Hub for the checksum, where the cache does not keep it.
-    """
-    etag, why = file.etag, "the cache does not keep its checksum"
-    if etag is None and ask:
-        try:
-            etag = _announced(name, file)
-        except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
-            why += f", and the Hub does not tell it ({one_line(error, 200)})"
-    right = None
-    if etag is not None:
-        right, why = file.matches(etag), f"its ETag '{etag}' is no checksum"
-    if right is None and name not in _not_checked:
-        _not_checked.add(name)
-        _logger.warning("%s: whether '%s' is damaged cannot be checked: %s", name, file.path, why)
-    return right is not False
-
-
-def _announced(name: str, file: CachedFile) -> str | None:
-    """The ETag that the Hub announces for a file."""
-    return get_hf_file_metadata(hf_hub_url(name, file.filename, revision=file.commit)).etag
 
 
 def _remove(name: str, file: CachedFile) -> None:

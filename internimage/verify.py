@@ -18,9 +18,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import WeakFileLock
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import write_text
 from .values import shown
 
@@ -35,6 +36,8 @@ _SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")  # in huggingface_hub's store for all repositories of a cache
 _CANNOT_SYNC = (errno.EBADF, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.ENOTSUP)
 _CHUNK = 1 << 20
+
+_not_checked: set[str] = set()  # repositories that a warning was about
 
 
 class VerifyError(UserError, ValueError):
@@ -129,6 +132,31 @@ class CachedFile:
             return mode == "never" or (bool(noted) and noted == {"etag": noted.get("etag"), **_seen(self.path.stat())})
         except OSError:
             return False
+
+    def is_right(self, name: str, ask: bool) -> bool:
+        """Whether the file has its checksum; one that cannot be checked passes with a warning.
+
+        Args:
+            name: The repository, `owner/name`.
+            ask: Ask the Hub for the checksum, where the cache does not keep it.
+        """
+        etag, why = self.etag, "the cache does not keep its checksum"
+        if etag is None and ask:
+            try:
+                etag = self.announced(name)
+            except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
+                why += f", and the Hub does not tell it ({one_line(error, 200)})"
+        right = None
+        if etag is not None:
+            right, why = self.matches(etag), f"its ETag '{etag}' is no checksum"
+        if right is None and name not in _not_checked:
+            _not_checked.add(name)
+            _logger.warning("%s: whether '%s' is damaged cannot be checked: %s", name, self.path, why)
+        return right is not False
+
+    def announced(self, name: str) -> str | None:
+        """The ETag that the Hub gives for the file now; raises what its client raises where it does not answer."""
+        return get_hf_file_metadata(hf_hub_url(name, self.filename, revision=self.commit)).etag
 
     @contextmanager
     def alone(self) -> Iterator[None]:
