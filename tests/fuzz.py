@@ -149,16 +149,18 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 @contextmanager
 def _watched(writes: bool) -> Iterator[None]:
-    _watch.update(on=True, writes=writes)
+    _watch.update(on=True, writes=writes, ran="")
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         _watch["on"] = False
+        if _watch["ran"]:  # also where the reader has caught it
+            raise CodeRan(_watch["ran"])
 
 
-_watch = {"on": False, "writes": False}
+_watch = {"on": False, "writes": False, "ran": ""}
 
 
 def _audit(event: str, arguments: tuple) -> None:
@@ -168,14 +170,14 @@ def _audit(event: str, arguments: tuple) -> None:
     if event == "exec":
         wrong = not _imports()
     elif event == "pickle.find_class":
-        wrong = _FOR_PICKLES.fullmatch(str(arguments[1])) is None
+        wrong = _FOR_PICKLES.fullmatch(str(arguments[0])) is None
     elif not _watch["writes"] and event == "open":
         wrong = isinstance(arguments[2], int) and bool(arguments[2] & _WRITING) and arguments[0] != os.devnull
     elif not _watch["writes"]:
         wrong = wrong or _CHANGE.fullmatch(event) is not None
     if wrong:
-        _watch["on"] = False
-        raise CodeRan(f"{event} {str(arguments)[:200]}")
+        _watch.update(on=False, ran=f"{event} {str(arguments)[:200]}")
+        raise CodeRan(_watch["ran"])
 
 
 def _imports() -> bool:
@@ -245,6 +247,8 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames if f"internimage{os.sep}" in f.filename]
     last = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else ""
+    if isinstance(error, CodeRan) and error.__context__ is not None:
+        return _place(error.__context__)
     return " < ".join(dict.fromkeys([last, *ours[-2:][::-1]]))
 
 

@@ -84,8 +84,8 @@ def _torch_seeds(folder: Path) -> list[Seed]:
         "timm": lambda path: torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1), "epoch": 3}, path),
     }
     seeds = {name: _bytes(write, folder) for name, write in made.items()}
-    source = io.BytesIO(seeds["bare"])
-    packed = io.BytesIO()
+    whole = {key: value.contiguous().clone() for key, value in weights.items()}
+    source, packed = io.BytesIO(_bytes(lambda path: torch.save(whole, path), folder)), io.BytesIO()
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
         for info in archive.infolist():
             other.writestr(zipfile.ZipInfo(info.filename), archive.read(info), zipfile.ZIP_DEFLATED)

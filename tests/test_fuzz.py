@@ -56,6 +56,13 @@ def _runs_a_program(folder):
     os.system("true")
 
 
+def _runs_a_program_and_says_damaged(folder):
+    try:
+        os.system("true")
+    except BaseException as error:
+        raise ValueError("it is damaged") from error
+
+
 def _imports_by_pickle(folder):
     import pickle
 
@@ -121,6 +128,7 @@ def _changes(folder):
 BROKEN = {
     _runs_code: "it did exec",
     _runs_a_program: "it did os.system",
+    _runs_a_program_and_says_damaged: "it did os.system",
     _imports_by_pickle: "it did pickle.find_class",
     _writes: "it did open",
     _removes: "it did os.remove",
