@@ -13,7 +13,6 @@ import faulthandler
 import json
 import os
 import re
-import resource
 import select
 import signal
 import sys
@@ -26,6 +25,11 @@ from pathlib import Path
 from random import Random
 
 from fuzz_mutations import BLIND, Mutation
+
+try:
+    import resource
+except ImportError:  # Windows, where there is no fork() either
+    resource = None
 
 CPU_SECONDS = 20  # of a case; the readers' own limits are far lower, but machines differ
 SILENCE = 180  # seconds without a word from the child

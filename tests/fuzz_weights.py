@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -211,7 +212,9 @@ def _run(sharded: bool) -> _Run:
 
 def _run_seeds(sharded: bool) -> Callable[[Path], list[Seed]]:
     def seeds(folder: Path) -> list[Seed]:
-        _run(sharded).state.save(folder / "checkpoints")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that this is one process
+            _run(sharded).state.save(folder / "checkpoints")
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         edits = {".pt": _PTH, ".metadata": (change.edit_pickle,), ".distcp": _PTH}
         return [Seed("sharded" if sharded else "file", files, edits)]
