@@ -64,12 +64,14 @@ class Seed:
         files: By name; `/` makes folders.
         edits: Mutations that know a file's format, by the end of its name; the longest that fits counts.
         targets: The files that are damaged; all if empty.
+        sealed: Whether checksums cover everything that is compared, where the reader is `sealed`.
     """
 
     name: str
     files: dict[str, bytes]
     edits: dict[str, tuple[Mutation, ...]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    sealed: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Reader:
         read: Reads the files in a folder, and returns what is in them, to be compared with `==`.
         errors: What it may raise.
         share: Of all cases.
-        sealed: The files have checksums, so that blind damage must not change what is read.
+        sealed: The damage that the files' checksums must reveal: what is read is then what was written, or nothing.
         writes: It may write.
     """
 
@@ -91,7 +93,7 @@ class Reader:
     read: Callable[[Path], object]
     errors: tuple[type[Exception], ...]
     share: float = 1.0
-    sealed: bool = False
+    sealed: tuple[Mutation, ...] = ()
     writes: bool = False
 
 
@@ -373,8 +375,8 @@ def _cases(reader: Reader, seeds: list[Seed], numbers: range, work: Path, most: 
 
 
 def _try(reader: Reader, seed: Seed, steps: list[Step], work: Path, truths: dict) -> tuple[str, str] | None:
-    blind = all(mutation in BLIND for _, mutation, _ in steps)
-    return judge(reader, work, build(seed, steps), truths.get(seed.name) if blind and reader.sealed else None)
+    told = seed.sealed and all(mutation in reader.sealed for _, mutation, _ in steps)
+    return judge(reader, work, build(seed, steps), truths.get(seed.name) if told else None)
 
 
 def _describe(seed: Seed, steps: list[Step]) -> list[str]:
