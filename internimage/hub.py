@@ -6,10 +6,8 @@ Reading a file once it is here is `models/checkpoints.py`.
 """
 
 import errno
-import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -21,7 +19,6 @@ from huggingface_hub import (
     HfApi,
     constants,
     hf_hub_download,
-    try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -37,6 +34,7 @@ from timm.models._hub import download_cached_file
 
 from .errors import UserError, one_line
 from .progress import on_terminal
+from .verify import CachedFile, verify_mode
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +47,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -159,7 +156,8 @@ def download(
 ) -> Path:
     """Download the first of `filenames` that a repository has.
 
-    A file is in the cache whole or not at all, and what was downloaded has the checksum that the Hub announced.
+    A file is in the cache whole or not at all. Whether it was downloaded now or long ago, it is compared with the
+    checksum that the Hub announced (INTERNIMAGE_VERIFY); if it is damaged, it is deleted and downloaded again once.
 
     Args:
         repo_id: `owner/name` or `owner/name@revision`.
@@ -172,7 +170,9 @@ def download(
 
     Raises:
         NothingThere, Unreachable, DownloadError: None of them can be had.
+        VerifyError: INTERNIMAGE_VERIFY is none of its values.
     """
+    verify_mode()  # what is misspelt there is told before anything is downloaded
     name, revision = split_revision(repo_id)
     at = f"revision {revision or 'main'}"
     unreachable: Exception | None = None
@@ -182,7 +182,7 @@ def download(
             # once the Hub did not answer, only the cache is asked: it may hold the next one
             path = _fetch(name, filename, local_files_only=cached_only or unreachable is not None, **options)
             if filename.endswith(INDEX_SUFFIX):
-                _fetch_shards(name, path, local_files_only=cached_only or unreachable is not None, **options)
+                _fetch_shards(name, path, filename, local_files_only=cached_only or unreachable is not None, **options)
         except LocalEntryNotFoundError as error:  # before its parent class, EntryNotFoundError
             unreachable = unreachable or error
         except GatedRepoError as error:
@@ -217,44 +217,82 @@ def download(
 
 
 def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
-    known = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
-    path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    if path != known:
-        _verify(name, filename, Path(path))
-    return Path(path)
+    """A file of the Hub, from the cache or into it: the one place where both are compared with their checksum."""
+    options = dict(cache_dir=cache_dir, local_files_only=local_files_only)
+    file = CachedFile.of(hf_hub_download(name, filename, revision=revision, **options), filename)
+    if file.is_trusted() or (verify_mode() == "always" and file.is_right(name, ask=not local_files_only)):
+        return file.path
+    with file.alone():  # of many processes one hashes, and the others find its marker
+        if file.is_trusted() or file.is_right(name, ask=not local_files_only):
+            return file.path
+        try:
+            if local_files_only:
+                raise LocalEntryNotFoundError("only the cache was asked")
+            file.announced(name)  # before anything is deleted
+        except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
+            raise DownloadError(
+                f"{name}: '{file.path}' in the cache is damaged, and cannot be downloaded again now "
+                f"({one_line(error, 200)}). Try again with a network, or use {OWN_FILE}"
+            ) from error
+        _logger.warning("%s: '%s' was damaged; it is deleted and downloaded again", name, file.path)
+        _remove(name, file)
+        file = CachedFile.of(hf_hub_download(name, filename, revision=file.commit, **options), filename)
+        if file.is_right(name, ask=True):
+            return file.path
+        _remove(name, file)
+    raise DownloadError(
+        f"{name}: '{filename}' was corrupted again and has been deleted; try again. If that goes on, a mirror or proxy "
+        f"changes files, or a disk or the memory is broken (announced was {file.etag})"
+    )
 
 
-def _fetch_shards(name: str, index: Path, **options) -> None:
+def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> None:
+    """Whether a file that another library has just read from the cache is what the Hub announced.
+
+    Args:
+        repo_id: `owner/name` or `owner/name@revision`.
+        filename: Its name there. If the cache does not hold it, nothing is wrong with it.
+        cache_dir: Instead of huggingface_hub's own cache.
+
+    Raises:
+        DownloadError: It is damaged. If the Hub answers, it has been downloaded again.
+    """
+    name, revision = split_revision(repo_id)
+    try:
+        path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return
+    file = CachedFile.of(path, filename)
+    if not file.is_trusted() and not file.is_right(name, ask=False):
+        download(f"{name}@{file.commit}", (filename,), cache_dir)  # or an error that says why not
+        raise DownloadError(f"{name}: '{path}' was damaged when it was read, and has been downloaded again; try again")
+
+
+def commit_of(path: Path, filename: str) -> str:
+    """The commit of a file that `download` gave, so that more can be had from the same one."""
+    return CachedFile.of(path, filename).commit
+
+
+def _fetch_shards(name: str, index: Path, filename: str, **options) -> None:
+    # of the index's commit, or else a push between two requests would mix the weights of both
+    options["revision"] = commit_of(index, filename)
     for shard in sorted(set(weight_map(index).values())):
         try:
-            _fetch(name, shard, **options)
+            _fetch(name, (PurePosixPath(filename).parent / shard).as_posix(), **options)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise DownloadError(f"{name}: '{index.name}' names a shard that is not there: '{shard}'") from error
 
 
-def _verify(name: str, filename: str, path: Path) -> None:
-    """Compare a file that has just been downloaded with its checksum; huggingface_hub compares the size only.
-
-    The cache names the bytes of a large file by their SHA-256, which is its ETag on the Hub.
-    """
-    if not path.is_symlink():
-        return  # a cache without links, as on some Windows machines, does not keep it
-    blob = path.parent / os.readlink(path)
-    if not _SHA256.fullmatch(blob.name):
-        return  # a small file of text
-    digest = hashlib.sha256()
-    with blob.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
-        path.unlink(missing_ok=True)
-        blob.unlink(missing_ok=True)
+def _remove(name: str, file: CachedFile) -> None:
+    try:
+        file.remove()
+    except OSError as error:
         raise DownloadError(
-            f"{name}: '{filename}' was corrupted and has been deleted; try again. If that happens again, a mirror or "
-            f"proxy changes files (SHA-256 {digest.hexdigest()}, announced was {blob.name})"
-        )
+            f"{name}: '{file.path}' in the cache is damaged, and cannot be deleted: {error.strerror}. HF_HOME or "
+            f"cache_dir=PATH names another place"
+        ) from error
 
 
 def _reason(error: Exception, cache_dir: str | None) -> str:

@@ -41,6 +41,7 @@ class Stored:
 
     content: bytes | Path
     name: str
+    announced: str | None = None  # as ETag, instead of the checksum
 
     def __post_init__(self) -> None:
         self.size = self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
@@ -49,6 +50,7 @@ class Stored:
         for chunk in self.read(0):
             digest.update(chunk)
         self.etag = digest.hexdigest()
+        self.announced = self.announced or self.etag
 
     def read(self, start: int):
         if isinstance(self.content, bytes):
@@ -147,12 +149,20 @@ class Hub:
     def cdn_url(self) -> str:
         return f"http://127.0.0.1:{self._ports[1]}"
 
-    def add(self, repo_id: str, files: dict[str, bytes | Path] | Path, ref: str = "main", **options) -> str:
+    def add(
+        self,
+        repo_id: str,
+        files: dict[str, bytes | Path] | Path,
+        ref: str = "main",
+        etags: dict[str, str] | None = None,
+        **options,
+    ) -> str:
         """A repository of files, or of a folder's files, or another commit of it; gives the commit."""
         if isinstance(files, Path):
             files = {file.relative_to(files).as_posix(): file for file in files.rglob("*") if file.is_file()}
         repository = self.repositories.setdefault(repo_id, Repository(**options))
-        return repository.commit({name: Stored(content, name) for name, content in files.items()}, ref)
+        stored = {name: Stored(content, name, (etags or {}).get(name)) for name, content in files.items()}
+        return repository.commit(stored, ref)
 
     def seen(self, method: str, part: str) -> list[Request]:
         return [request for request in self.requests if request.method == method and part in request.path]
@@ -252,7 +262,11 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+).*", path):
             repository = self._repository(match[1])
             files = repository.commits[self._commit(repository, match[2])]
-            self._json([{"type": "file", "path": k, "oid": v.etag, "size": v.size} for k, v in files.items()])
+            entries = [{"type": "file", "path": k, "oid": v.etag, "size": v.size} for k, v in files.items()]
+            for entry in entries:
+                if files[entry["path"]].large:
+                    entry["lfs"] = {"oid": entry["oid"], "size": entry["size"], "pointerSize": 130}
+            self._json(entries)
             return
         direct = re.fullmatch(r"/api/resolve-cache/models/([^/]+/[^/]+)/([^/]+)/(.+)", path)
         match = direct or re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -264,11 +278,11 @@ class _Handler(BaseHTTPRequestHandler):
         stored = repository.commits[commit].get(name)
         if stored is None:
             raise _Refused(404, "EntryNotFound", **{"X-Repo-Commit": commit})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{stored.etag}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{stored.announced}"', "Accept-Ranges": "bytes"}
         if stored.large:
             size = stored.size if fault is None or fault.size is None else fault.size
             headers |= {
-                "X-Linked-Etag": f'"{stored.etag}"',
+                "X-Linked-Etag": f'"{stored.announced}"',
                 "X-Linked-Size": str(size),
                 "Location": f"{self.hub.cdn_url}/blobs/{stored.etag}",
             }

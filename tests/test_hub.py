@@ -269,8 +269,8 @@ BROKEN = {
     "always cut": (Fault("/blobs/", cut=0, times=99), "downloading 'model.safetensors' failed"),
     "shorter than it says": (Fault("/blobs/", short=100), "another size than announced and has been deleted"),
     "longer than it says": (Fault("/resolve/", "HEAD", size=3000), "another size than announced"),
-    "damaged": (Fault("/blobs/", damage=5000), "'model.safetensors' was corrupted and has been deleted.*SHA-256"),
-    "damaged header": (Fault("/blobs/", damage=30), "was corrupted and has been deleted"),
+    "damaged": (Fault("/blobs/", damage=5000, times=2), "'model.safetensors' was corrupted again and has been deleted"),
+    "damaged header": (Fault("/blobs/", damage=30, times=2), "was corrupted again and has been deleted.*announced was"),
     "forbidden": (Fault("/blobs/", status=403), "403"),
     "bad token": (
         Fault("/resolve/", "HEAD", 99, 401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
@@ -299,8 +299,8 @@ def test_damaged_shard_leaves_the_others(local_hub, cache, weights, tmp_path):
     local_hub.add(TINY_REPO, folder)
     second = local_hub.repositories[TINY_REPO].commits.popitem()[1]["model-00002-of-00003.safetensors"]
     local_hub.add(TINY_REPO, folder)
-    local_hub.faults = [Fault(second.etag, damage=50)]
-    with pytest.raises(hub.DownloadError, match="'model-00002-of-00003.safetensors' was corrupted"):
+    local_hub.faults = [Fault(second.etag, damage=50, times=2)]
+    with pytest.raises(hub.DownloadError, match="'model-00002-of-00003.safetensors' was corrupted again"):
         create(cache)
     local_hub.requests.clear()
     assert_equal(create(cache).state_dict(), weights)

@@ -73,8 +73,8 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
         raise hub.DownloadError(f"there is no file '{source}' here, and on the Hub: {error}") from error
     known = next((k for k, item in PUBLISHED.items() if repo_id == item.hub_id or (file and file == item.pth)), None)
     if known is None and file is None:
-        try:  # beside the weights: what the model is
-            hub.download(repo_id + (revision or ""), (CONFIG,), cache_dir)
+        try:  # beside the weights, of the same commit: what the model is
+            hub.download(f"{repo_id}@{hub.commit_of(path, path.name)}", (CONFIG,), cache_dir)
         except hub.NothingThere:
             _logger.debug("%s has no %s", repo_id, CONFIG)
     return Source(path, _on_the_hub(path, repo_id), known, PUBLISHED.get(known or ""))
