@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints that are damaged or hostile: none runs code, none is taken up in silence, and the one before serves."""
 
+import io
 import os
 import pickle
 import shutil
+import tarfile
+import tempfile
 import threading
 import zipfile
 import zlib
@@ -192,6 +195,21 @@ def test_a_pipe_is_no_checkpoint(spoiled, caplog):
         falls_back(kind, folder, seen, caplog)
         file.unlink()
         file.write_bytes(content)
+
+
+def test_an_archive_of_another_kind_is_not_unpacked(tmp_path, monkeypatch):
+    """torch takes a tar for one of its oldest files, and unpacks it to a temporary folder."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+    data = content.getvalue()
+    (tmp_path / "x.pt").write_bytes(data + b"\ncrc32 %08x of %016d bytes\n" % (zlib.crc32(data), len(data)))
+    made = []
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **__: made.append(1) or str(tmp_path))
+    with pytest.raises(integrity.DamagedError, match="^it is no checkpoint$"):
+        checkpoint.read_file(tmp_path / "x.pt")
+    assert not made
 
 
 # ---- saving again what was passed over

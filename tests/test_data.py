@@ -368,7 +368,7 @@ def test_labels_that_are_no_text_or_ambiguous(tmp_path, capsys):
     labels = tmp_path / "labels.txt"
     for text, message in (
         (b"\xff\xfe1\n", "is not UTF-8 text .*, so it is no file of labels"),
-        (b"a.png 1\nb.png 2\na.png 3\n", "two labels for a.png: 1 and 3"),
+        (b"a.png 1\nb.png 2\na.png 3\n", "two labels for 'a.png': '1' and '3'"),
         ("a.png 1\nb.png ²\n".encode(), "neither an index nor a synset"),
         (b"a.png 1\nb.png " + b"9" * 5000, "neither an index nor a synset"),
     ):

@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})(?:\.pt)?")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PART = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|state\.pt")  # of a checkpoint that is a folder
+_ZIP = b"PK\3\4"  # a checkpoint begins so
 KEEP = 2
 
 
@@ -133,6 +134,9 @@ def read_file(path: Path) -> tuple[dict[str, Any], int]:
     """
     file, checksum = integrity.open_checked(path)
     with file:
+        if file.read(len(_ZIP)) != _ZIP:  # torch would take it for one of its older formats, and unpack a tar
+            raise DamagedError("it is no checkpoint")
+        file.seek(0)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd bytes, which are an error here

@@ -88,7 +88,8 @@ def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:
         known: dict[str, str] = {}
         for line in lines:
             if len(line) > 1 and known.setdefault(Path(line[0]).stem, line[1]) != line[1]:
-                raise DataError(f"'{labels}' has two labels for {line[0]}: {known[Path(line[0]).stem]} and {line[1]}")
+                first, second = shown(known[Path(line[0]).stem]), shown(line[1])
+                raise DataError(f"'{labels}' has two labels for {shown(line[0])}: {first} and {second}")
         missing = [file.name for file in files if file.stem not in known]
         if missing:
             raise DataError(f"'{labels}' has no label for {missing[0]} (and {len(missing) - 1} more images)")
