@@ -54,7 +54,8 @@ def launch(processes: int, arguments: list[str], variables: dict[str, str], time
         running = []
         for rank in range(processes):
             own = variables | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running.append(_context().Process(target=_run, args=(arguments, own, streams)))
+            method = multiprocessing.get_start_method()
+            running.append(_context().Process(target=_run, args=(arguments, own, streams, method)))
         try:
             for process in running:
                 process.start()
@@ -110,8 +111,9 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run(arguments: list[str], variables: dict[str, str], streams: list[Path]) -> None:
+def _run(arguments: list[str], variables: dict[str, str], streams: list[Path], method: str) -> None:
     """What `python ARGUMENTS` does in a process of its own."""
+    multiprocessing.set_start_method(method, force=True)  # of loader workers; it would be the way this process came
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     os.environ.clear()
     os.environ.update(variables)
