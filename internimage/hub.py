@@ -276,7 +276,11 @@ def commit_of(path: Path, filename: str) -> str:
 def _fetch_shards(name: str, index: Path, filename: str, **options) -> None:
     # of the index's commit, or else a push between two requests would mix the weights of both
     options["revision"] = commit_of(index, filename)
-    for shard in sorted(set(weight_map(index).values())):
+    try:
+        shards = sorted(set(weight_map(index).values()))
+    except ValueError as error:
+        raise DownloadError(f"{name}: {error}") from error
+    for shard in shards:
         try:
             _fetch(name, (PurePosixPath(filename).parent / shard).as_posix(), **options)
         except LocalEntryNotFoundError:

@@ -244,7 +244,7 @@ def recover(folder: Path, found: Path | None) -> None:
     """
     remove_partial(folder)
     if found is not None and found == checkpoints(folder)[0]:
-        _remove_old(folder)
+        _remove_old(folder, step_of(found))
 
 
 def _make(folder: Path) -> None:
