@@ -117,6 +117,7 @@ def _run(arguments: list[str], variables: dict[str, str], streams: list[Path], m
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     os.environ.clear()
     os.environ.update(variables)
+    torch.set_num_threads(torch.get_num_threads())  # makes the pool anew; two threads at once would fail at it
     os.chdir(Path(internimage.__file__).parent.parent)
     for number, path in enumerate(streams, 1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)

@@ -123,6 +123,7 @@ def run(name: str, folder: Path, n: int = 0, torn: bool = False) -> dict:
             try:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
+                torch.set_num_threads(1)  # makes the pool anew; two threads of a backward pass at once would fail at it
                 SHIM.arm(os.fsencode(folder), n, torn, calls.fileno())
                 code = COMMANDS[name](folder)
             except BaseException:
