@@ -66,6 +66,9 @@ def command(name: str, seed: int, temporary: Path, more: list[str]) -> tuple[lis
             if shutil.which("setpriv") is None:
                 return "needs setpriv (util-linux) to become another user than root"
             prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+            for needed in ([sys.executable, "--version"], ["test", "-r", str(ROOT / "tests" / "conftest.py")]):
+                if subprocess.run(prefix + needed, capture_output=True).returncode:
+                    return f"another user than root cannot run {' '.join(needed)}: a folder above is closed"
     return prefix + pytest + more, environment
 
 
