@@ -66,9 +66,14 @@ def command(name: str, seed: int, temporary: Path, more: list[str]) -> tuple[lis
             if shutil.which("setpriv") is None:
                 return "needs setpriv (util-linux) to become another user than root"
             prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-            for needed in ([sys.executable, "--version"], ["test", "-r", str(ROOT / "tests" / "conftest.py")]):
-                if subprocess.run(prefix + needed, capture_output=True).returncode:
-                    return f"another user than root cannot run {' '.join(needed)}: a folder above is closed"
+            start = (
+                "import subprocess, sys; subprocess.run([sys.executable, '--version'], check=True); open(sys.argv[1])"
+            )
+            tried = [*prefix, sys.executable, "-c", start, str(ROOT / "tests" / "conftest.py")]
+            if subprocess.run(tried, capture_output=True).returncode:
+                return (
+                    f"another user than root cannot start '{sys.executable}' or read '{ROOT}': a folder above is closed"
+                )
     return prefix + pytest + more, environment
 
 

@@ -399,6 +399,33 @@ def test_an_index_is_read_as_pickle_reads_it(index):
     assert plain(shards._read_index(index)) == plain(pickle.loads(index))
 
 
+def by_getattr(member, protocol):
+    """How Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
+    return getattr, (type(member), member.name)
+
+
+def test_an_index_of_another_python_is_read(index, monkeypatch):
+    found = pickle.loads(index)
+    monkeypatch.setattr(shards.index._MEM_FORMAT_ENCODING, "__reduce_ex__", by_getattr)
+    content = pickle.dumps(found)
+    assert b"getattr" in content
+    assert plain(shards._read_index(content)) == plain(found)
+
+
+@pytest.mark.parametrize(
+    "owner, name", [(shards.index.Metadata, "__init__"), (shards.index._MEM_FORMAT_ENCODING, "mro")]
+)
+def test_an_index_gets_no_attributes(index, owner, name):
+    class Getter:
+        def __reduce__(self):
+            return getattr, (owner, name)
+
+    found = pickle.loads(index)
+    found.planner_data = Getter()
+    with pytest.raises(integrity.DamagedError, match="is damaged$"):
+        shards._read_index(pickle.dumps(found))
+
+
 def test_a_damaged_index_has_one_kind_of_error(index):
     """Not the forty of pickle; what is let through can be followed, and makes the tensors whole."""
     let_through = 0

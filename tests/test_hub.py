@@ -510,8 +510,9 @@ def test_cache_that_cannot_be_written(local_hub, cache, weights, tmp_path):
         print(error)
     """
     for folder in (tmp_path, *tmp_path.parents):  # pytest's folders are closed to others
-        if Path(tempfile.gettempdir()) in folder.parents:
-            folder.chmod(folder.stat().st_mode | 0o055)
+        mode = folder.stat().st_mode
+        if Path(tempfile.gettempdir()) in folder.parents and mode & 0o055 != 0o055:
+            folder.chmod(mode | 0o055)
     out = finish(start(script, cache, empty, tmp_path / "warm", HF_HOME=tmp_path / "home"))
     assert out.startswith("loaded\n")
     assert f"'{empty}/" in out and "Permission denied. HF_HOME or cache_dir=PATH names another place" in out
