@@ -195,6 +195,7 @@ def test_ctrl_c_with_loader_workers_is_one_line(data, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "internimage", *arguments(settings(data, tmp_path, epochs=500, workers=2))], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell ignores in what runs with &
     )  # fmt: skip
     wait_for_checkpoint(tmp_path, process)
     os.killpg(process.pid, signal.SIGINT)
