@@ -33,8 +33,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from internimage.config import load_config
-from internimage.engine import checkpoint, finetune, integrity
-from internimage.settings import FinetuneConfig
+from internimage.engine import checkpoint, integrity
+from internimage.tasks.classification.config import FinetuneConfig
+from internimage.tasks.classification.finetune import finetune
 
 SETTINGS = [
     "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=6", "batch_size=8", "accumulate=2", "lr=0.003",

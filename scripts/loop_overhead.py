@@ -32,12 +32,12 @@ from PIL import Image  # noqa: E402
 import internimage  # noqa: E402, F401
 from internimage.benchmark.timing import Clock, facts, interleave  # noqa: E402
 from internimage.config import load_config  # noqa: E402
+from internimage.data.datasets import open_dataset  # noqa: E402
 from internimage.engine import trainer as engine  # noqa: E402
-from internimage.engine.data import open_dataset  # noqa: E402
-from internimage.engine.finetune import finetune  # noqa: E402
-from internimage.engine.randomness import BatchPlan, PlanSampler  # noqa: E402
-from internimage.engine.training_data import training_loader  # noqa: E402
-from internimage.settings import FinetuneConfig  # noqa: E402
+from internimage.engine.rng import BatchPlan, PlanSampler  # noqa: E402
+from internimage.tasks.classification.augment import training_loader  # noqa: E402
+from internimage.tasks.classification.config import FinetuneConfig  # noqa: E402
+from internimage.tasks.classification.finetune import finetune  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 AUGMENTATION = ["auto_augment=rand-m9-mstd0.5-inc1", "color_jitter=0.4", "random_erasing=0.25", "scale_min=0.08"]

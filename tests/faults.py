@@ -18,8 +18,9 @@ import torch.distributed as dist
 from double import in_double
 
 from internimage.cli import evaluate, main
-from internimage.engine import checkpoint, finetune, trainer
+from internimage.engine import checkpoint, trainer
 from internimage.engine.checkpoint import checkpoints
+from internimage.tasks.classification.finetune import finetune
 
 DATA, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 SETTINGS = [
@@ -153,7 +154,7 @@ def unreadable(name):
 
 def unwritable_result(name):
     """Training goes to its end, and there is no room for the model."""
-    module = sys.modules["internimage.engine.finetune"]
+    module = sys.modules["internimage.tasks.classification.finetune"]
     save = module.save_model
 
     def patched(*arguments):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from internimage.models import containers
+from internimage.weights import readers as containers
 
 HEAD = ("conv_head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.", "head.")
 

@@ -21,15 +21,15 @@ from PIL import Image
 
 import internimage  # noqa: F401 - registers the models
 from internimage.config import ConfigError, dump, load_config
-from internimage.engine import images
-from internimage.engine.data import class_names
-from internimage.engine.image_sets import read_class_map
-from internimage.engine.image_tars import open_tar
-from internimage.engine.imagenet import open_labelled_folder, protocol
-from internimage.engine.output import check_output
-from internimage.engine.training_log import read_steps
+from internimage.data import images
+from internimage.data.datasets import class_names
+from internimage.data.image_sets import read_class_map
+from internimage.data.image_tars import open_tar
+from internimage.data.imagenet import open_labelled_folder, protocol
+from internimage.engine.log import read_steps
+from internimage.engine.run_folder import check_output
 from internimage.models.model_config import ModelConfigError, has_model_config, read_model_config
-from internimage.settings import FinetuneConfig
+from internimage.tasks.classification.config import FinetuneConfig
 
 # ---- settings and lists
 

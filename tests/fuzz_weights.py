@@ -25,12 +25,12 @@ from safetensors.torch import save
 from torch import nn
 
 import internimage  # noqa: F401 - registers the models
-from internimage import hub
-from internimage.engine.distributed import World
 from internimage.engine.run_state import RunState
+from internimage.engine.world import World
 from internimage.errors import CheckpointError
-from internimage.models.checkpoints import load_pretrained
-from internimage.models.containers import open_checkpoint
+from internimage.weights import hub
+from internimage.weights.load import load_pretrained
+from internimage.weights.readers import open_checkpoint
 
 CONFIG = {
     "architecture": "internimage_tiny",

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import internimage
-from internimage.engine import Preempted, checkpoint, trainer
-from internimage.engine.finetune import finetune
-from internimage.settings import FinetuneConfig
+from internimage.engine import checkpoint, trainer
+from internimage.tasks.classification.config import FinetuneConfig
+from internimage.tasks.classification.finetune import Preempted, finetune
 
 ROOT = Path(internimage.__file__).parent.parent
 

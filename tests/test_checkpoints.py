@@ -16,10 +16,12 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from internimage import CheckpointError, hub
+from internimage import CheckpointError
 from internimage.cli import main
-from internimage.models import PUBLISHED, InternImage, checkpoints
-from internimage.models.containers import Entry
+from internimage.models import PUBLISHED, InternImage
+from internimage.weights import hub
+from internimage.weights import load as checkpoints
+from internimage.weights.readers import Entry
 
 # a model of every part in a hundredth of the time; the layer scale has names of its own in some formats
 SMALL = dict(channels=8, depths=(1, 1, 2, 1), groups=(1, 1, 2, 4))

@@ -433,7 +433,7 @@ def test_predict_refusals(run, data, tmp_path, capsys):
 
 def test_huge_names_sizes_that_fit():
     """Without its weights: the check itself, as the commands call it."""
-    from internimage.engine.model import ModelError, data_config
+    from internimage.engine.create import ModelError, data_config
 
     model = timm.create_model("internimage_huge", device="meta")
     with pytest.raises(ModelError, match="the next are 128 x 128"):

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from internimage import CheckpointError
-from internimage.models.containers import open_checkpoint
-from internimage.models.torch_file import TorchFile
+from internimage.weights.readers import open_checkpoint
+from internimage.weights.torch_file import TorchFile
 
 STATE_DICT = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "n": torch.tensor(7)}
 

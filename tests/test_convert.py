@@ -21,13 +21,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from internimage import CheckpointError, hub
+from internimage import CheckpointError
 from internimage.cli import main
-from internimage.models import convert as convert_module
-from internimage.models import identify, imagenet22k
-from internimage.models.convert import check_folder, convert
-from internimage.models.identify import ConvertError
-from internimage.models.safetensors_file import DTYPES, write_safetensors
+from internimage.convert import convert as convert_module
+from internimage.convert import detect as identify
+from internimage.convert.convert import check_folder, convert
+from internimage.convert.detect import ConvertError
+from internimage.weights import hub, imagenet22k
+from internimage.weights.safetensors_io import DTYPES, write_safetensors
 
 SMALL = dict(channels=8, depths=(1, 1, 2, 1), groups=(1, 1, 2, 4))
 ATTO = dict(model="internimage_atto", model_kwargs=SMALL)

@@ -19,8 +19,8 @@ from torch import nn
 
 from internimage.config import ConfigError
 from internimage.engine import checkpoint, integrity, shards
-from internimage.engine.distributed import World
 from internimage.engine.run_state import RunState
+from internimage.engine.world import World
 from internimage.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # shards of a single process

@@ -15,13 +15,13 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from internimage.cli import main
-from internimage.engine import data as data_module
-from internimage.engine import image_sets
-from internimage.engine.data import DataError, class_names, open_dataset
-from internimage.engine.evaluate import evaluate
-from internimage.engine.finetune import finetune
-from internimage.engine.imagenet import open_labelled_folder, protocol
-from internimage.settings import FinetuneConfig
+from internimage.data import datasets as data_module
+from internimage.data import image_sets
+from internimage.data.datasets import DataError, class_names, open_dataset
+from internimage.data.imagenet import open_labelled_folder, protocol
+from internimage.tasks.classification.config import FinetuneConfig
+from internimage.tasks.classification.evaluate import evaluate
+from internimage.tasks.classification.finetune import finetune
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_batch_norm_of_two_processes_is_that_of_the_whole_batch(tmp_path, dtype)
 import sys
 import torch
 from torch import nn
-from internimage.engine.distributed import join, leave, synchronise_batch_norm
+from internimage.engine.world import join, leave, synchronise_batch_norm
 world = join(torch.device("cpu"))
 torch.manual_seed(0)
 dtype = getattr(torch, sys.argv[1])

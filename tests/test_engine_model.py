@@ -15,9 +15,9 @@ from torch import nn
 
 from internimage import CheckpointError
 from internimage.cli import main
-from internimage.engine.model import ModelError, create_model, data_config, label_names, pick_device
-from internimage.hub import DownloadError
-from internimage.models.convert import convert
+from internimage.convert.convert import convert
+from internimage.engine.create import ModelError, create_model, data_config, label_names, pick_device
+from internimage.weights.hub import DownloadError
 
 SMALL = dict(channels=8, depths=(1, 1, 1, 1), groups=(1, 1, 2, 4), num_classes=3)
 DATA = dict(input_size=(3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.9)

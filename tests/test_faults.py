@@ -31,12 +31,12 @@ from runs import (
 
 from internimage.cli import main
 from internimage.config import ConfigError
+from internimage.data.datasets import DataError
 from internimage.engine import checkpoint, trainer
-from internimage.engine.data import DataError
-from internimage.engine.finetune import finetune
-from internimage.engine.training_log import TrainingLog
+from internimage.engine.log import TrainingLog
 from internimage.errors import CheckpointError
 from internimage.files import WriteError
+from internimage.tasks.classification.finetune import finetune
 
 TESTS = Path(__file__).parent
 
@@ -207,10 +207,10 @@ def test_sigterm_to_the_whole_group_of_processes(data, tmp_path):
 FAILING = """
 import sys
 from internimage.cli import main
-from internimage.engine import training_data
+from internimage.tasks.classification import augment
 def fail(self, key):
     raise RuntimeError("a bug")
-training_data.SeededDataset.__getitem__ = fail
+augment.SeededDataset.__getitem__ = fail
 main(sys.argv[1:])
 """
 
@@ -243,7 +243,7 @@ def test_a_stop_at_the_end_of_an_epoch_comes_before_validating(data, tmp_path, m
 LOGGING = """
 import resource, sys
 from pathlib import Path
-from internimage.engine.training_log import TrainingLog
+from internimage.engine.log import TrainingLog
 folder, board = Path(sys.argv[1]), sys.argv[2] == "tensorboard"
 problems = []
 log = TrainingLog(folder, [], 0, 10000, 8, tensorboard=board, progress=False, note=problems.append)
@@ -304,7 +304,9 @@ def test_a_table_of_epochs_that_cannot_be_written_is_told(tmp_path, monkeypatch)
 def test_the_output_folder_is_looked_at_before_a_model_is_made(data, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("keep")
     monkeypatch.setattr(
-        sys.modules["internimage.engine.finetune"], "_create_model", lambda *_: pytest.fail("a model was made")
+        sys.modules["internimage.tasks.classification.finetune"],
+        "_create_model",
+        lambda *_: pytest.fail("a model was made"),
     )
     with pytest.raises(ConfigError, match="is not empty and not ours"):
         finetune(settings(data, tmp_path), progress=False)

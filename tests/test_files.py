@@ -22,10 +22,10 @@ from internimage.atomic import partial_folder
 from internimage.benchmark.timing import append_csv, check_csv
 from internimage.cli import main
 from internimage.engine import integrity
-from internimage.engine.finetune import save_model
-from internimage.engine.model import data_config
+from internimage.engine.create import data_config
 from internimage.errors import UserError
 from internimage.files import WriteError, appending, check_writable, is_stdout, write_text, writing
+from internimage.tasks.classification.finetune import save_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes and devices with names")
 pytestmark = posix

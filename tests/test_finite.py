@@ -12,10 +12,10 @@ from pictures import COLORS, CONFIG, ByColor, command, count, three, write_model
 from PIL import Image
 
 from internimage.cli import main
-from internimage.engine.data import open_dataset
-from internimage.engine.evaluate import evaluate
+from internimage.data.datasets import open_dataset
 from internimage.engine.finite import NotFiniteError
-from internimage.engine.predict import predict
+from internimage.tasks.classification.evaluate import evaluate
+from internimage.tasks.classification.predict import predict
 
 
 @pytest.fixture(autouse=True)

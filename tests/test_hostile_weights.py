@@ -134,7 +134,7 @@ CASES = {
 READER = """
 import json, os, resource, sys
 from pathlib import Path
-from internimage.models.containers import open_checkpoint
+from internimage.weights.readers import open_checkpoint
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -29,8 +29,10 @@ from hub_server import Fault, Hub
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from internimage import CheckpointError, hub
-from internimage.models import PUBLISHED, Published, internimage, sources
+from internimage import CheckpointError
+from internimage.models import PUBLISHED, Published, internimage
+from internimage.weights import hub
+from internimage.weights import resolve as sources
 
 SMALL = dict(channels=8, depths=(1, 1, 2, 1), groups=(1, 1, 2, 4))
 TINY, TINY_REPO = "internimage_tiny.ogvl_in1k", "OpenGVLab/internimage_t_1k_224"

@@ -20,11 +20,12 @@ from hub_server import Fault
 from huggingface_hub import HfApi, constants, scan_cache_dir
 from safetensors.torch import save
 
-from internimage import hub, verify
+from internimage.convert.convert import convert
 from internimage.errors import UserError
-from internimage.models.convert import convert
-from internimage.models.published import PUBLISHED
-from internimage.verify import CachedFile
+from internimage.weights import hub
+from internimage.weights import hub_cache as verify
+from internimage.weights.hub_cache import CachedFile
+from internimage.weights.released import PUBLISHED
 
 REPO, NAME, SIZE = "me/mine", "model.safetensors", 3_000_000
 SMALL = dict(channels=8, depths=(1, 1, 2, 1), groups=(1, 1, 2, 4))
@@ -253,7 +254,7 @@ def test_opaque_etag_is_warned_of_once(etag, local_hub, cache, content, caplog):
     local_hub.add(REPO, {NAME: content, "b.safetensors": content[1:]}, etags={NAME: etag, "b.safetensors": etag + "b"})
     for name, expected in ((NAME, content), ("b.safetensors", content[1:]), (NAME, content)):
         assert load(cache, name) == expected
-    (record,) = [record for record in caplog.records if record.name == "internimage.verify"]
+    (record,) = [record for record in caplog.records if record.name == "internimage.weights.hub_cache"]
     assert record.levelno == logging.WARNING
     assert f"is damaged cannot be checked: its ETag '{etag}' is no checksum" in record.getMessage()
 

@@ -10,8 +10,8 @@ import pytest
 from pictures import CONFIG, command, count, three, write_model
 from PIL import Image
 
-from internimage.engine.data import DataError, EvaluationTransform, open_dataset
-from internimage.engine.images import MAX_PIXELS, ImageError, most_pixels, read_image
+from internimage.data.datasets import DataError, EvaluationTransform, open_dataset
+from internimage.data.images import MAX_PIXELS, ImageError, most_pixels, read_image
 
 
 def chunk(name, data):

@@ -11,8 +11,8 @@ import pytest
 from pictures import COLORS, CONFIG, ByColor, command, count, three, write_model
 from PIL import Image
 
-from internimage.engine.data import DataError, class_names, open_dataset
-from internimage.engine.evaluate import evaluate
+from internimage.data.datasets import DataError, class_names, open_dataset
+from internimage.tasks.classification.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

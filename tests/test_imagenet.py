@@ -10,9 +10,9 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from internimage.cli import main
-from internimage.engine.data import DataError, open_dataset
-from internimage.engine.evaluate import evaluate
-from internimage.engine.imagenet import Protocol, open_labelled_folder, protocol
+from internimage.data.datasets import DataError, open_dataset
+from internimage.data.imagenet import Protocol, open_labelled_folder, protocol
+from internimage.tasks.classification.evaluate import evaluate
 
 SYNSETS = ImageNetInfo().label_names()
 CONFIG = dict(input_size=(3, 8, 8), interpolation="bicubic", crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -12,18 +12,11 @@ from pictures import count, refuse_to_list, three
 from PIL import ExifTags, GifImagePlugin, Image, PngImagePlugin, features
 from torchvision.datasets import FakeData, ImageFolder
 
-from internimage.engine import data as data_module
-from internimage.engine.data import GuardedDataset, open_dataset
-from internimage.engine.images import (
-    DataError,
-    ImageError,
-    endings,
-    formats,
-    list_images,
-    read_image,
-)
-from internimage.engine.predict import find_images
-from internimage.engine.predict import read_image as read_for_predict
+from internimage.data import datasets as data_module
+from internimage.data.datasets import GuardedDataset, open_dataset
+from internimage.data.images import DataError, ImageError, endings, formats, list_images, read_image
+from internimage.tasks.classification.predict import find_images
+from internimage.tasks.classification.predict import read_image as read_for_predict
 
 FORMATS = ["png", "jpg", "bmp", "gif", "ppm", "tiff", "tga", "webp", "avif", "jp2"]
 

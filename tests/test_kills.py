@@ -20,8 +20,8 @@ import torch
 from runs import listing
 
 from internimage.atomic import PARTIAL
+from internimage.convert.convert import check_folder
 from internimage.errors import CheckpointError
-from internimage.models.convert import check_folder
 
 pytestmark = pytest.mark.skipif(
     kills.COMPILER is None, reason="needs a C compiler (cc, or CC) for a library to preload"

@@ -12,11 +12,11 @@ from test_convert import ATTO
 from torch import Tensor, nn
 
 from internimage import CheckpointError
-from internimage.engine.model import create_model
-from internimage.models import containers
-from internimage.models.convert import convert
-from internimage.models.dtypes import problem_of
-from internimage.models.identify import ConvertError
+from internimage.convert.convert import convert
+from internimage.convert.detect import ConvertError
+from internimage.engine.create import create_model
+from internimage.weights import readers as containers
+from internimage.weights.dtypes import problem_of
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +68,7 @@ def test_read_that_fails_leaves_the_model_as_it_was(meta, after, kind, weights, 
         key: containers.Entry(entry.shape, entry.dtype, failing(entry.read), entry.problem)
         for key, entry in entries.items()
     }
-    monkeypatch.setattr("internimage.models.checkpoints.open_checkpoint", lambda *_: damaged)
+    monkeypatch.setattr("internimage.weights.load.open_checkpoint", lambda *_: damaged)
     if not meta:
         assert_refused(new(), path, "the disk is at fault")
     else:

@@ -17,7 +17,7 @@ import timm
 import torch
 from torch._subclasses import FakeTensorMode
 
-from internimage.models.safetensors_file import DTYPES, nbytes
+from internimage.weights.safetensors_io import DTYPES, nbytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
 
@@ -29,7 +29,7 @@ _FILES = {name: file for file, name in golden.MODELS.items()}
 
 PRELUDE = """
 import json, sys, time, timm, torch, internimage
-from internimage.models.convert import convert
+from internimage.convert.convert import convert
 def resident(what):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
 before, libraries = resident("VmRSS"), resident("RssFile")

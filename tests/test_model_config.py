@@ -17,10 +17,10 @@ import torch
 from timm.models import save_for_hf
 
 from internimage.cli import main
-from internimage.engine.model import create_model, data_config, label_names
+from internimage.convert.convert import check_folder
+from internimage.engine.create import create_model, data_config, label_names
 from internimage.errors import CheckpointError, UserError
 from internimage.models import model_config
-from internimage.models.convert import check_folder
 from internimage.models.model_config import ModelConfigError, has_model_config, read_model_config
 
 SMALL = dict(channels=8, depths=(1, 1, 1, 1), groups=(1, 1, 2, 4), num_classes=3)

@@ -16,12 +16,12 @@ from runs import same_weights
 
 from internimage.atomic import JOURNAL
 from internimage.cli import main
+from internimage.convert import folder as folders
+from internimage.convert.convert import check_folder, convert
+from internimage.convert.detect import ConvertError
 from internimage.errors import CheckpointError
 from internimage.locks import LOCK_FILE, LockedError, hold
-from internimage.models import folder as folders
-from internimage.models.containers import open_checkpoint
-from internimage.models.convert import check_folder, convert
-from internimage.models.identify import ConvertError
+from internimage.weights.readers import open_checkpoint
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 FILES = {"model.safetensors", "config.json", "README.md"}
@@ -95,8 +95,8 @@ def test_a_folder_of_an_older_version_says_nothing_of_whose_it_is(source, out, c
 
 
 def test_a_run_is_not_a_conversion(source, tmp_path):
-    from internimage.engine.finetune import save_model
-    from internimage.engine.model import data_config
+    from internimage.engine.create import data_config
+    from internimage.tasks.classification.finetune import save_model
 
     model = timm.create_model("internimage_atto", num_classes=3)
     save_model(model, tmp_path, ["a", "b", "c"], data_config(model))

@@ -8,9 +8,10 @@ import sys
 import pytest
 from runs import write_noise
 
-from internimage import hub, progress
+from internimage import progress
 from internimage.cli import main
 from internimage.progress import message, progress_bar
+from internimage.weights import hub
 
 
 class Terminal(io.StringIO):

@@ -9,8 +9,8 @@ import timm
 
 import internimage
 from internimage.config import load_config
-from internimage.models.published import PUBLISHED
-from internimage.settings import FinetuneConfig
+from internimage.tasks.classification.config import FinetuneConfig
+from internimage.weights.released import PUBLISHED
 
 ROOT = Path(internimage.__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

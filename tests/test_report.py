@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from internimage.engine import report as report_module
 from internimage.engine.curves import _labels, _ticks, curve
-from internimage.engine.evaluate import Evaluation
-from internimage.engine.finetune import finetune
-from internimage.settings import FinetuneConfig
+from internimage.tasks.classification import report as report_module
+from internimage.tasks.classification.config import FinetuneConfig
+from internimage.tasks.classification.evaluate import Evaluation
+from internimage.tasks.classification.finetune import finetune
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

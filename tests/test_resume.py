@@ -12,11 +12,12 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from internimage.cli import main
 from internimage.config import ConfigError, dump
-from internimage.engine import checkpoint, fingerprint
-from internimage.engine.data import open_dataset
-from internimage.engine.finetune import finetune
-from internimage.engine.training_log import read_steps
+from internimage.data import fingerprint
+from internimage.data.datasets import open_dataset
+from internimage.engine import checkpoint
+from internimage.engine.log import read_steps
 from internimage.errors import CheckpointError
+from internimage.tasks.classification.finetune import finetune
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from internimage import locks
 from internimage.cli import main
 from internimage.config import ConfigError, dump
 from internimage.engine import checkpoint, trainer
-from internimage.engine.finetune import finetune
-from internimage.engine.output import check_output, prepare_output
+from internimage.engine.run_folder import check_output, prepare_output
 from internimage.locks import LOCK_FILE, LockedError, check_free, hold
+from internimage.tasks.classification.finetune import finetune
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX locks")
 
@@ -141,7 +141,11 @@ def test_a_second_run_is_refused_and_a_killed_one_blocks_nobody(data, copy, caps
         assert said == "held"
         before = listing(copy)
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["internimage.engine.finetune"], "_create_model", lambda *_: pytest.fail("late"))
+            patch.setattr(
+                sys.modules["internimage.tasks.classification.finetune"],
+                "_create_model",
+                lambda *_: pytest.fail("late"),
+            )
             assert main(arguments(settings(data, copy))) == 2
         err = capsys.readouterr().err
         assert re.search(rf"error: another run is writing to '.*run': process {pid} on \S+ since 20\d\d-", err)
@@ -167,7 +171,7 @@ def test_two_that_begin_at_once_in_a_new_folder(data, tmp_path, monkeypatch):
 
     def run_other(self, stop, progress=True):
         monkeypatch.setattr(trainer.Trainer, "run", run)
-        module = sys.modules["internimage.engine.finetune"]
+        module = sys.modules["internimage.tasks.classification.finetune"]
         monkeypatch.setattr(module, "check_free", lambda folder: None)
         monkeypatch.setattr(module, "check_output", lambda config: False)
         with pytest.raises(LockedError, match="another run is writing to"):

@@ -9,8 +9,8 @@ import pytest
 
 from internimage.cli import main
 from internimage.config import ConfigError, dump, load_config, split_arguments
-from internimage.engine.output import check_output
-from internimage.settings import FinetuneConfig
+from internimage.engine.run_folder import check_output
+from internimage.tasks.classification.config import FinetuneConfig
 from internimage.values import Choice, Number, Text, Whole
 
 FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}

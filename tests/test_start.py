@@ -73,7 +73,7 @@ def no_torch(tmp_path):
         "import internimage_command, internimage",  # a program may import that, too
         "import sys; sys.argv = ['-m', 'internimage']; import internimage",  # an odd program is no command
         "from internimage.cli import main",
-        "import internimage.settings",
+        "import internimage.tasks.classification.config",
     ],
 )
 def test_a_program_loads_the_models_with_the_package(start, no_torch):

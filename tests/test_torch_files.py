@@ -14,8 +14,8 @@ from hostile import Record, mapping, pickled, storage, tensor, with_weights
 from torch import nn
 
 from internimage import CheckpointError
-from internimage.models.archive import ArchiveError, check_archive
-from internimage.models.containers import open_checkpoint
+from internimage.weights.archive import ArchiveError, check_archive
+from internimage.weights.readers import open_checkpoint
 
 STATE_DICT = {"a.weight": torch.arange(600.0).reshape(20, 30), "a.bias": torch.ones(2), "n": torch.tensor(7)}
 WHOLE = torch.arange(24.0)

@@ -22,18 +22,17 @@ from timm.data import Mixup
 from timm.layers import DropPath
 from torch import nn
 
-import internimage
 from internimage.cli import main
 from internimage.config import ConfigError, load_config
+from internimage.data.datasets import open_dataset
 from internimage.engine import checkpoint, trainer
-from internimage.engine.data import open_dataset
-from internimage.engine.finetune import finetune
 from internimage.engine.optimizer import create_optimizer, learning_rate
-from internimage.engine.output import check_output, prepare_output
-from internimage.engine.randomness import BatchPlan, DropPathDraws, PlanSampler
-from internimage.engine.training_data import training_loader
+from internimage.engine.rng import BatchPlan, DropPathDraws, PlanSampler
+from internimage.engine.run_folder import check_output, prepare_output
 from internimage.errors import UserError
-from internimage.settings import FinetuneConfig
+from internimage.tasks.classification.augment import training_loader
+from internimage.tasks.classification.config import FinetuneConfig
+from internimage.tasks.classification.finetune import Preempted, finetune
 
 PREPROCESSING = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=1.0)
 
@@ -196,7 +195,7 @@ def test_a_report_that_fails_costs_a_message_and_not_the_model(data, tmp_path, m
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(sys.modules["internimage.engine.finetune"], "write_report", fail)
+    monkeypatch.setattr(sys.modules["internimage.tasks.classification.finetune"], "write_report", fail)
     assert command(data, tmp_path / "run", epochs=1, report=True) == 1  # done, with something left out
     out, err = capsys.readouterr()
     (line,) = [line for line in err.splitlines() if "could not be written" in line]
@@ -298,7 +297,7 @@ def stop_at(config, step, calls=None):
 
     trainer.Trainer.run = patched
     try:
-        with pytest.raises(internimage.engine.Preempted):
+        with pytest.raises(Preempted):
             finetune(config, progress=False)
     finally:
         trainer.Trainer.run = run

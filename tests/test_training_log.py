@@ -11,9 +11,9 @@ from test_training import settings, stop_at
 
 from internimage.cli import main
 from internimage.engine.curves import curve
-from internimage.engine.finetune import finetune
-from internimage.engine.training_log import TrainingLog, read_steps
+from internimage.engine.log import TrainingLog, read_steps
 from internimage.files import WriteError
+from internimage.tasks.classification.finetune import finetune
 
 HEADER = b"step,epoch,loss,lr,grad_norm,images_per_second\n"
 ROWS = [b"1,1,1.5,0.001,2.5,800\n", b"2,1,nan,0.002,inf,810.5\n", b"3,2,1.25,0.003,2.0,790\n"]

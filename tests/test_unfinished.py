@@ -18,12 +18,12 @@ from runs import ROOT, environment, listing, same_weights, settings, wait_for_ch
 
 from internimage import locks
 from internimage.cli import main
+from internimage.data.datasets import DataError
+from internimage.data.workers import worker_signals
 from internimage.engine import checkpoint, trainer
-from internimage.engine.data import DataError
-from internimage.engine.finetune import finetune, open_data
 from internimage.engine.finite import NotFiniteError
-from internimage.engine.output import UNFINISHED, is_finished, prepare_output
-from internimage.engine.workers import worker_signals
+from internimage.engine.run_folder import UNFINISHED, is_finished, prepare_output
+from internimage.tasks.classification.finetune import finetune, open_data
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX locks")
 
@@ -65,7 +65,7 @@ def interrupt_in(monkeypatch, owner, name, when=lambda *_: True):
     ],
 )
 def test_an_interrupt_says_what_the_same_command_does(data, tmp_path, monkeypatch, capsys, place, message):
-    module = sys.modules["internimage.engine.finetune"]
+    module = sys.modules["internimage.tasks.classification.finetune"]
     run = tmp_path / "run"
     if place == "model":
         interrupt_in(monkeypatch, module, "_create_model")
@@ -143,7 +143,7 @@ def test_nothing_after_the_last_step_costs_the_model(data, whole, tmp_path, monk
         owner = (
             (trainer, "evaluate")
             if where == "evaluation"
-            else (sys.modules["internimage.engine.finetune"], "write_report")
+            else (sys.modules["internimage.tasks.classification.finetune"], "write_report")
         )
         patch.setattr(*owner, fail)
         if isinstance(error, Exception):  # told, and that was it

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from internimage.config import ConfigError, dump, load_config, parse_settings, read_text
-from internimage.settings import FinetuneConfig
+from internimage.tasks.classification.config import FinetuneConfig
 
 BASE = ["data=d", "output=o"]
 TAGS = ("int", "float", "bool", "null", "timestamp", "binary", "str", "set", "omap", "pairs", "merge", "value", "foo")

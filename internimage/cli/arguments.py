@@ -6,7 +6,7 @@ import argparse
 import torch
 from torch import nn
 
-from ..engine.model import DTYPES, create_model, data_config, pick_device
+from ..engine.create import DTYPES, create_model, data_config, pick_device
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict, torch.device, torch.dtype]:

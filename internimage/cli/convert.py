@@ -5,7 +5,7 @@ import argparse
 
 import torch
 
-from ..models.convert import convert
+from ..convert.convert import convert
 from ..progress import progress_bar
 from ..terminal import say
 

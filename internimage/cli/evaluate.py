@@ -8,15 +8,15 @@ import json
 import sys
 
 from .. import __version__
-from ..engine.data import open_dataset
-from ..engine.distributed import World, join, leave
-from ..engine.evaluate import Evaluation, evaluate
-from ..engine.imagenet import open_labelled_folder, protocol
-from ..engine.model import pick_device
+from ..data.datasets import open_dataset
+from ..data.imagenet import open_labelled_folder, protocol
+from ..engine.create import pick_device
+from ..engine.world import World, join, leave
 from ..errors import UserError
 from ..files import is_stdout, write_text, writing
-from ..models.published import PUBLISHED
+from ..tasks.classification.evaluate import Evaluation, evaluate
 from ..terminal import printable, say
+from ..weights.released import PUBLISHED
 from .arguments import load_model
 
 _TOLERANCE = 0.1  # percent, of --expect

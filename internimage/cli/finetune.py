@@ -5,7 +5,7 @@ import argparse
 import os
 import sys
 
-from ..engine.finetune import Outcome, Preempted, train
+from ..tasks.classification.finetune import Outcome, Preempted, train
 from ..terminal import say
 
 

@@ -8,9 +8,9 @@ import sys
 from typing import BinaryIO
 
 from ..analysis.points import draw_points
+from ..data.images import DataError
 from ..engine.finite import NotFiniteError
-from ..engine.images import DataError
-from ..engine.predict import Prediction, find_images, predict, read_image
+from ..tasks.classification.predict import Prediction, find_images, predict, read_image
 from ..terminal import joined, say
 from .arguments import load_model
 

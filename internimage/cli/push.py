@@ -7,9 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..hub import check_repository, push
-from ..models.convert import CARD, check_folder
+from ..convert.convert import CARD, check_folder
 from ..terminal import say
+from ..weights.hub import check_repository, push
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,9 +2,9 @@
 """What each verb takes: its options with their types and ranges, and which have no effect without or with others."""
 
 from ..benchmark import MODEL_PEERS, OPS_PEERS
+from ..data.variants import VARIANTS
 from ..dtypes import DTYPE
 from ..values import Choice, Number, Text, Whole
-from ..variants import VARIANTS
 from .options import Group, KeyValue, OneOf, Option, OutputFile, PictureFile, Size
 
 _BATCH, _WORKERS, _PIXELS, _CLASSES = Whole(1), Whole(0, 1024), Whole(1, 16384), Whole(1, 10**7)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..config import load_config, split_arguments
-from ..settings import FinetuneConfig
+from ..tasks.classification.config import FinetuneConfig
 from ..values import Number, Whole
 from . import tables
 from .options import Group, Option, Parser, UsageError, add_options

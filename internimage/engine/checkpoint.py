@@ -23,8 +23,8 @@ from ..config import ConfigError
 from ..errors import CheckpointError, UserError
 from ..files import WriteError
 from . import integrity
-from .distributed import World
 from .integrity import DamagedError
+from .world import World
 
 _logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError, some
-from .distributed import World
+from .world import World
 
 
 class NotFiniteError(UserError, ArithmeticError):

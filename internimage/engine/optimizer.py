@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..layers.dcnv3 import DCNv3
-from ..settings import FinetuneConfig
+from ..tasks.classification.config import FinetuneConfig
 
 
 def create_optimizer(

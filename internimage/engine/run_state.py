@@ -17,7 +17,7 @@ from torch import nn
 from ..config import ConfigError
 from ..errors import some
 from . import checkpoint, integrity, shards
-from .distributed import World
+from .world import World
 
 _logger = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from . import integrity
-from .distributed import World
 from .integrity import DamagedError
+from .world import World
 
 INDEX_FILE = ".metadata"
 _PART_NAME = re.compile(r"__\d+_\d+\.distcp")

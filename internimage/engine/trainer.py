@@ -14,46 +14,31 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..config import ConfigError
+from ..data.datasets import DataError
+from ..data.fingerprint import fingerprint
+from ..data.workers import signals_for_us
 from ..errors import UserError, one_line
 from ..files import WriteError, archive_errors, writing
 from ..progress import message
-from ..settings import FinetuneConfig
+from ..tasks.classification.augment import TrainingBatch, training_loader, training_transform
+from ..tasks.classification.config import FinetuneConfig
+from ..tasks.classification.evaluate import Evaluation, evaluate
 from . import checkpoint, parallel
-from .data import DataError
-from .distributed import World, synchronise_batch_norm
-from .evaluate import Evaluation, evaluate
-from .fingerprint import fingerprint
+from .create import DTYPES
 from .finite import NotFiniteError, finite_weights, weights_problem
-from .model import DTYPES
+from .freeze import frozen_parts
+from .log import TrainingLog
 from .optimizer import create_optimizer, grad_norm, learning_rate, scale_grads
-from .output import BAD_BATCHES, CHECKPOINTS
-from .randomness import BatchPlan, DropPathDraws, PlanSampler, seed_mixing, seed_step
+from .rng import BatchPlan, DropPathDraws, PlanSampler, seed_mixing, seed_step
+from .run_folder import BAD_BATCHES, CHECKPOINTS
 from .run_state import Progress, RunState
-from .training_data import TrainingBatch, training_loader, training_transform
-from .training_log import TrainingLog
-from .workers import signals_for_us
+from .world import World, synchronise_batch_norm
 
 _logger = logging.getLogger(__name__)
 
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on."""
-
-
-def frozen_parts(model: nn.Module, freeze: int) -> list[nn.Module]:
-    """The modules that `freeze` keeps as they are.
-
-    Raises:
-        ConfigError: The model has no stages.
-    """
-    if not freeze:
-        return []
-    if freeze == 5:
-        classifier = model.get_classifier()
-        return [part for part in model.children() if part is not classifier]
-    if not hasattr(model, "levels"):
-        raise ConfigError("'freeze' of 1 to 4 is for InternImage models; 5 works with every model")
-    return [model.patch_embed, *list(model.levels)[:freeze]]
 
 
 class Trainer:

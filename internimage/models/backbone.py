@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers.attention_pool import AttentivePool
 from ..layers.dcnv3 import DCNv3
 from ..layers.norm import create_norm
-from . import checkpoints
+from ..weights import load as checkpoints
 from .arguments import check_arguments, check_num_classes
 from .blocks import Block, Stage, Stem
 
@@ -259,7 +259,7 @@ class InternImage(nn.Module):
         """timm's hook for weights in a format of the model's own: any format that InternImage weights exist in.
 
         Args:
-            checkpoint_path: File or folder, see `internimage.models.checkpoints.load_pretrained`, which also takes
+            checkpoint_path: File or folder, see `internimage.weights.load.load_pretrained`, which also takes
                 the options.
             prefix: Of timm's signature; must be empty.
         """

@@ -6,11 +6,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
 
-from . import checkpoints, imagenet22k
+from ..weights import imagenet22k
+from ..weights import load as checkpoints
+from ..weights.released import PUBLISHED
+from ..weights.resolve import resolve_source
 from .backbone import InternImage
 from .model_config import check_given
-from .published import PUBLISHED
-from .sources import resolve_source
 
 __all__ = ["InternImage"]
 

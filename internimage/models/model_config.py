@@ -24,10 +24,10 @@ from timm.data.transforms import str_to_interp_mode
 from timm.models import PretrainedCfg
 
 from ..errors import CheckpointError
+from ..weights.hub import CONFIG
 from .arguments import MOST_CLASSES, check_whole_number, is_number
 from .backbone import InternImage
 
-CONFIG = "config.json"
 LARGEST_SIDE = 16384  # of an image; one of this size takes 3 GB as float32
 _MOST_CHANNELS = 65536
 _MOST_BLOCKS = 1000

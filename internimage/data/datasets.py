@@ -158,7 +158,7 @@ class EvaluationTransform:
     256 x 16776960.
 
     Args:
-        config: From `internimage.engine.model.data_config`.
+        config: From `internimage.engine.create.data_config`.
     """
 
     def __init__(self, config: dict) -> None:

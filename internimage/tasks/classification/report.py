@@ -12,16 +12,16 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from .. import __version__
-from ..analysis.points import dcnv3_layers, point_tiles
-from ..config import dump
-from ..files import write_text
-from ..settings import FinetuneConfig
-from ..terminal import printable
-from .curves import curve
-from .data import GuardedDataset
+from ... import __version__
+from ...analysis.points import dcnv3_layers, point_tiles
+from ...config import dump
+from ...data.datasets import GuardedDataset
+from ...engine.curves import curve
+from ...engine.log import read_steps
+from ...files import write_text
+from ...terminal import printable
+from .config import FinetuneConfig
 from .evaluate import Evaluation
-from .training_log import read_steps
 
 _MOST_IN_MATRIX = 40  # classes; with more, the pairs that are confused most are listed
 _MISTAKES = 16

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import exchange, is_leftover, noted, partial_folder, recover, sync_folder
-from ..hub import INDEX_SUFFIX
 from ..locks import hold
-from .identify import ConvertError
-from .model_config import CONFIG
+from ..weights.hub import CONFIG, INDEX_SUFFIX
+from .detect import ConvertError
 
 _logger = logging.getLogger(__name__)
 

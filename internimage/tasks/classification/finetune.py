@@ -14,18 +14,14 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..atomic import partial_folder, recover, sync_folder
-from ..files import WriteError
-from ..locks import check_free
-from ..models.safetensors_file import write_safetensors
-from ..progress import message
-from ..settings import FinetuneConfig
-from .checkpoint import checkpoints, step_of
-from .data import DataError, class_difference, class_names, find_split, open_dataset
-from .distributed import World, join, leave
-from .evaluate import Evaluation
-from .model import create_model, data_config, pick_device
-from .output import (
+from ...atomic import partial_folder, recover, sync_folder
+from ...data.datasets import DataError, class_difference, class_names, find_split, open_dataset
+from ...engine.checkpoint import checkpoints, step_of
+from ...engine.create import create_model, data_config, pick_device
+from ...engine.log import check_tensorboard
+from ...engine.parallel import full_weights
+from ...engine.rng import seed_run
+from ...engine.run_folder import (
     CHECKPOINTS,
     LOG_FILE,
     REPORT_FILE,
@@ -36,11 +32,15 @@ from .output import (
     own_output,
     remove_result,
 )
-from .parallel import full_weights
-from .randomness import seed_run
+from ...engine.trainer import Trainer, TrainingError
+from ...engine.world import World, join, leave
+from ...files import WriteError
+from ...locks import check_free
+from ...progress import message
+from ...weights.safetensors_io import write_safetensors
+from .config import FinetuneConfig
+from .evaluate import Evaluation
 from .report import write_report
-from .trainer import Trainer, TrainingError
-from .training_log import check_tensorboard
 
 __all__ = ["LOG_FILE", "FinetuneConfig", "Outcome", "Preempted", "TrainingError", "finetune", "save_model", "train"]
 

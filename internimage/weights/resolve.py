@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import hub
 from ..errors import CheckpointError
-from .containers import existing_path
-from .model_config import CONFIG
-from .published import HUB_PTH_REPO, PUBLISHED
+from . import hub
+from .readers import existing_path
+from .released import HUB_PTH_REPO, PUBLISHED
 
 _logger = logging.getLogger(__name__)
 
@@ -27,10 +26,10 @@ def resolve_source(variant: str, cfg: dict[str, Any], cache_dir: str | None = No
 
     Raises:
         CheckpointError: The cfg names no weights.
-        internimage.hub.DownloadError: They could not be downloaded.
+        internimage.weights.hub.DownloadError: They could not be downloaded.
     """
     if cfg.get("source") == "hf-hub":  # create_model("hf-hub:...")
-        hub.check_cached(cfg["hf_hub_id"], CONFIG, cache_dir)  # timm has made the model of it
+        hub.check_cached(cfg["hf_hub_id"], hub.CONFIG, cache_dir)  # timm has made the model of it
         return hub.download(cfg["hf_hub_id"], cache_dir=cache_dir)
     if cfg.get("state_dict") is not None:
         return cfg["state_dict"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..config import ConfigError
 from ..files import WriteError, write_text
 from ..progress import progress_bar
-from .output import LOG_FILE, STEPS_FILE
+from .run_folder import LOG_FILE, STEPS_FILE
 
 _logger = logging.getLogger(__name__)
 # as Python and spreadsheets write them; int() and float() also take 1_0, the digits of other scripts and, of a step,

@@ -4,7 +4,7 @@
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from .published import HUB_PTH_REPO, Published
+from ..weights.released import HUB_PTH_REPO, Published
 
 _UPSTREAM = "https://github.com/OpenGVLab/InternImage"
 _CITATION = """\

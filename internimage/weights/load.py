@@ -26,11 +26,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, some
 from . import imagenet22k
-from .containers import Entry, from_state_dict, open_checkpoint
 from .dtypes import name_of, problem_of, same_kind
+from .readers import Entry, from_state_dict, open_checkpoint
 
 if TYPE_CHECKING:
-    from .backbone import InternImage
+    from ..models.backbone import InternImage
 
 __all__ = ["CheckpointError", "count_classes", "describe", "has_head", "load_pretrained", "match"]
 

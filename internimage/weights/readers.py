@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..errors import CheckpointError, one_line, some
-from ..hub import INDEX_SUFFIX, weight_map
-from .safetensors_file import DTYPES, check_length, nbytes, read_header, read_tensor
+from .hub import INDEX_SUFFIX, weight_map
+from .safetensors_io import DTYPES, check_length, nbytes, read_header, read_tensor
 from .stored import MOST_DIMENSIONS, Made, StoredTensor
 from .torch_file import TorchFile
 

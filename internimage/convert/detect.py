@@ -12,13 +12,13 @@ from typing import Any
 import timm
 from torch import nn
 
-from .. import hub
 from ..errors import UserError, one_line
-from . import checkpoints
-from .imagenet22k import imagenet_1k
-from .model_config import CONFIG, NOT_OF_A_MODEL, ModelConfigError, has_model_config, is_ours, read_model_config
-from .published import PUBLISHED, Published
-from .sources import resolve_source
+from ..models.model_config import CONFIG, NOT_OF_A_MODEL, ModelConfigError, has_model_config, is_ours, read_model_config
+from ..weights import hub
+from ..weights import load as checkpoints
+from ..weights.imagenet22k import imagenet_1k
+from ..weights.released import PUBLISHED, Published
+from ..weights.resolve import resolve_source
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
 
     Raises:
         FileNotFoundError: It is none of these.
-        internimage.hub.DownloadError: It could not be downloaded.
+        internimage.weights.hub.DownloadError: It could not be downloaded.
     """
     if not source:  # as a path, that would be this folder
         raise ConvertError("the source is empty; it must be a file, a folder, a released name or OWNER/NAME of the Hub")

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from ..errors import one_line, some
 from ..progress import message
 from ..values import shown
-from ..variants import VARIANTS
-from .data import class_names
+from .datasets import class_names
 from .image_sets import ListedImages, open_list, read_lines
 from .images import USUAL_ENDINGS, DataError, ignored_message, list_images
+from .variants import VARIANTS
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .archive import Archive, ArchiveError
-from .pickles import MOST_BYTES, RefusedError, Unpickler, refusal, shown
+from .safe_pickle import MOST_BYTES, RefusedError, Unpickler, refusal, shown
 from .stored import PickleError, Storage, StoredTensor
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6

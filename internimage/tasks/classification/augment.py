@@ -8,11 +8,11 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import ConfigError
-from ..settings import FinetuneConfig
-from .data import GuardedDataset
-from .randomness import PlanSampler, seed_sample
-from .workers import worker_signals
+from ...config import ConfigError
+from ...data.datasets import GuardedDataset
+from ...data.workers import worker_signals
+from ...engine.rng import PlanSampler, seed_sample
+from .config import FinetuneConfig
 
 _ATTEMPTS = 20
 

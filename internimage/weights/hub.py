@@ -2,7 +2,7 @@
 """Files from and to the Hugging Face Hub. All settings of huggingface_hub (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE,
 tokens) hold.
 
-Reading a file once it is here is `models/checkpoints.py`.
+Reading a file once it is here is `weights/load.py`.
 """
 
 import errno
@@ -32,14 +32,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import download_cached_file
 
-from .errors import UserError, one_line
-from .progress import on_terminal
-from .verify import CachedFile, verify_mode
+from ..errors import UserError, one_line
+from ..progress import on_terminal
+from .hub_cache import CachedFile, verify_mode
 
 _logger = logging.getLogger(__name__)
 
 INDEX_SUFFIX = ".index.json"  # of a file that maps tensors to shards
 _LARGEST_INDEX = 16 * 2**20  # bytes; a hundred thousand tensors
+CONFIG = "config.json"  # timm's, beside the weights
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

@@ -14,15 +14,7 @@ from typing import BinaryIO
 from timm.data.readers.reader import Reader
 
 from ..errors import some
-from .image_sets import (
-    ALL_SPLIT_NAMES,
-    check_depth,
-    check_empty,
-    index_classes,
-    natural,
-    no_class_folders,
-    split_names,
-)
+from .image_sets import ALL_SPLIT_NAMES, check_depth, check_empty, index_classes, natural, no_class_folders, split_names
 from .images import USUAL_ENDINGS, DataError, ImageError, endings, is_clutter, is_image_name, open_regular, why
 
 _BLOCK = tarfile.BLOCKSIZE

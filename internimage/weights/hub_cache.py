@@ -21,9 +21,9 @@ from pathlib import Path
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import WeakFileLock
 
-from .errors import UserError, one_line
-from .files import write_text
-from .values import shown
+from ..errors import UserError, one_line
+from ..files import write_text
+from ..values import shown
 
 _logger = logging.getLogger(__name__)
 

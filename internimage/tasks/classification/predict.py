@@ -10,12 +10,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from ..progress import message
-from . import images as image_files
-from .data import EvaluationTransform
-from .finite import NotFiniteError, output_problem
-from .images import USUAL_ENDINGS, DataError, ImageError, ignored_message, list_images, most_pixels
-from .model import label_names
+from ...data import images as image_files
+from ...data.datasets import EvaluationTransform
+from ...data.images import USUAL_ENDINGS, DataError, ImageError, ignored_message, list_images, most_pixels
+from ...engine.create import label_names
+from ...engine.finite import NotFiniteError, output_problem
+from ...progress import message
 
 
 @dataclass
@@ -86,7 +86,7 @@ def predict(
     Args:
         model: A classifier; is moved to `device` and `dtype` and left in eval mode.
         images: (name, image) pairs.
-        config: timm's preprocessing, from `internimage.engine.model.data_config`.
+        config: timm's preprocessing, from `internimage.engine.create.data_config`.
         topk: How many classes to name.
         device, dtype: Where and in what the model runs.
         failed: Is called with the name of an image that cannot be resized or whose outputs are not finite, and the

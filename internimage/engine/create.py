@@ -13,14 +13,14 @@ from timm.models import clean_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .. import hub
 from ..dtypes import NAMES
 from ..errors import CheckpointError, UserError, one_line, some
 from ..models.arguments import check_num_classes, check_whole_number, is_number
 from ..models.backbone import InternImage, check_fusable
-from ..models.checkpoints import check_plain, count_classes
-from ..models.containers import existing_path, open_checkpoint
 from ..models.model_config import CONFIG, LARGEST_SIDE, ModelConfig, has_model_config, is_ours, read_model_config
+from ..weights import hub
+from ..weights.load import check_plain, count_classes
+from ..weights.readers import existing_path, open_checkpoint
 
 _logger = logging.getLogger(__name__)
 

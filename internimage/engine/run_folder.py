@@ -22,7 +22,7 @@ from ..atomic import is_leftover, recover
 from ..config import ConfigError, dump, from_dict, parse_settings, read_text
 from ..files import check_writable, write_text
 from ..locks import LOCK_FILE, hold
-from ..settings import FinetuneConfig
+from ..tasks.classification.config import FinetuneConfig
 from .checkpoint import checkpoints, remove_all, remove_if_empty
 
 CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"

@@ -20,19 +20,19 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from .. import hub
 from ..errors import CheckpointError, UserError, one_line
 from ..files import write_text
+from ..models.model_config import CONFIG, has_model_config, read_model_config
 from ..ops.arguments import FLOATING
 from ..values import shown
-from . import checkpoints
-from .card import model_card
-from .containers import Entry, open_checkpoint
-from .dtypes import is_weights, name_of
+from ..weights import hub
+from ..weights import load as checkpoints
+from ..weights.dtypes import is_weights, name_of
+from ..weights.readers import Entry, open_checkpoint
+from ..weights.safetensors_io import nbytes, write_safetensors
+from .detect import ConvertError, find_source, model_of
 from .folder import CARD, check_destination, check_source, mark, place, staging
-from .identify import ConvertError, find_source, model_of
-from .model_config import CONFIG, has_model_config, read_model_config
-from .safetensors_file import nbytes, write_safetensors
+from .model_card import model_card
 
 _logger = logging.getLogger(__name__)
 

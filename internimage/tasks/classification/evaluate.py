@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..errors import some
-from ..progress import message, progress_bar
-from .data import Batch, DataError, EvaluationTransform, GuardedDataset, class_difference, class_names
-from .distributed import World
-from .finite import NotFiniteError, output_problem
-from .imagenet import Protocol
-from .workers import signals_for_us, worker_signals
+from ...data.datasets import Batch, DataError, EvaluationTransform, GuardedDataset, class_difference, class_names
+from ...data.imagenet import Protocol
+from ...data.workers import signals_for_us, worker_signals
+from ...engine.finite import NotFiniteError, output_problem
+from ...engine.world import World
+from ...errors import some
+from ...progress import message, progress_bar
 
 try:
     import resource
@@ -191,16 +191,16 @@ def evaluate(
     Args:
         model: Gives (N, num_classes) logits. Is moved to `device` and `dtype` and left in eval mode.
         dataset: From `open_dataset`.
-        config: timm's preprocessing, from `internimage.engine.model.data_config`.
+        config: timm's preprocessing, from `internimage.engine.create.data_config`.
         batch_size: Images a step of a process.
         workers: Loader processes; 0 loads in this one.
         device, dtype: Where and in what the model runs; metrics are computed in float32.
         classes_from_map: The dataset's indices come from a class map, so its number of classes may be less than the
             model's.
         progress: Show a bar on stderr.
-        world: The processes, from `internimage.engine.distributed.join`; None is this one alone.
+        world: The processes, from `internimage.engine.world.join`; None is this one alone.
         flip: Average the probabilities of each image and its mirror image.
-        protocol: How a variant of ImageNet is counted, from `internimage.engine.imagenet.protocol`.
+        protocol: How a variant of ImageNet is counted, from `internimage.data.imagenet.protocol`.
         keep_answers: Return what was predicted for every image.
         told: Files that are known to be unreadable and are not named again on stderr; is added to.
 

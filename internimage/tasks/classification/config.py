@@ -5,9 +5,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ConfigError
-from .dtypes import DTYPE
-from .values import BadValue, Choice, Flag, Kind, Number, Text, Whole, shown
+from ...config import ConfigError
+from ...dtypes import DTYPE
+from ...values import BadValue, Choice, Flag, Kind, Number, Text, Whole, shown
 
 
 def _setting(kind: Kind, default: Any, help: str, optional: bool = False) -> Any:

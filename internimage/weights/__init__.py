@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Weights: from a name or a file to tensors, and back. Nothing here knows a model class."""
