@@ -23,7 +23,8 @@ from internimage.data.workers import worker_signals
 from internimage.engine import checkpoint, trainer
 from internimage.engine.finite import NotFiniteError
 from internimage.engine.run_folder import UNFINISHED, is_finished, prepare_output
-from internimage.tasks.classification.finetune import finetune, open_data
+from internimage.tasks.classification.finetune import finetune
+from internimage.tasks.classification.task import open_data
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX locks")
 
@@ -65,7 +66,7 @@ def interrupt_in(monkeypatch, owner, name, when=lambda *_: True):
     ],
 )
 def test_an_interrupt_says_what_the_same_command_does(data, tmp_path, monkeypatch, capsys, place, message):
-    module = sys.modules["internimage.tasks.classification.finetune"]
+    module = sys.modules["internimage.engine.run"]
     run = tmp_path / "run"
     if place == "model":
         interrupt_in(monkeypatch, module, "_create_model")
@@ -172,7 +173,7 @@ def test_a_model_that_turns_out_to_be_none_goes_again(data, whole, tmp_path, mon
         assert (tmp_path / "run" / "model.safetensors").exists()
         raise NotFiniteError("an output is nan")
 
-    monkeypatch.setattr(trainer, "evaluate", fail)
+    monkeypatch.setattr("internimage.tasks.classification.task.evaluate", fail)
     assert main(arguments(settings(data, tmp_path / "run", epochs=1))) == 2
     assert "No model was written; the checkpoints stay" in capsys.readouterr().err
     assert listing(tmp_path / "run") == ["checkpoints", "checkpoints/step-000000003.pt", "finetune.yaml", "steps.csv"]
@@ -258,9 +259,9 @@ def test_a_diverged_run_is_not_saved_as_finished(data, tmp_path, capsys, monkeyp
 def test_a_buffer_that_is_infinite_by_intent_is_no_divergence(data, tmp_path, monkeypatch):
     init = trainer.Trainer.__init__
 
-    def patched(self, config, world, model, *arguments):
+    def patched(self, task, world, model, *arguments):
         model.register_buffer("mask", torch.full((2,), -torch.inf))
-        init(self, config, world, model, *arguments)
+        init(self, task, world, model, *arguments)
 
     monkeypatch.setattr(trainer.Trainer, "__init__", patched)
     finetune(settings(data, tmp_path, epochs=1), progress=False)

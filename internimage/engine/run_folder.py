@@ -12,18 +12,17 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..atomic import is_leftover, recover
-from ..config import ConfigError, dump, from_dict, parse_settings, read_text
+from ..config import ConfigError, from_dict, parse_settings, read_text
 from ..files import check_writable, write_text
 from ..locks import LOCK_FILE, hold
-from ..tasks.classification.config import FinetuneConfig
 from .checkpoint import checkpoints, remove_all, remove_if_empty
+from .config import RunConfig, dump, settings_of
 
 CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"
 LOG_FILE, STEPS_FILE = "log.csv", "steps.csv"
@@ -31,12 +30,8 @@ UNFINISHED = ".internimage-unfinished"  # beside a model: of its run, the last e
 CHECKPOINTS, BAD_BATCHES, TENSORBOARD = "checkpoints", "bad-batches", "tensorboard"
 _OURS = {BAD_BATCHES: r"step-\d{9}-process-\d+\.pt", TENSORBOARD: r"events\.out\.tfevents\..+"}
 
-# may differ between a run and its continuation: where and how, not what is computed
-_FREE = ("output", "overwrite", "resume", "workers", "device", "tensorboard", "report", "data",
-         "checkpoint_every", "compile", "grad_checkpointing", "nan_limit")  # fmt: skip
 
-
-def check_output(config: FinetuneConfig) -> bool:
+def check_output(config: RunConfig) -> bool:
     """Look at the result's folder and write nothing; a new result is not mixed with an old one.
 
     Returns:
@@ -58,15 +53,14 @@ def check_output(config: FinetuneConfig) -> bool:
     resumes = not is_finished(output) and config.resume and bool(checkpoints(output / CHECKPOINTS))
     if (output / WEIGHTS_FILE).is_file() and not config.overwrite and not resumes:
         raise ConfigError(f"the folder '{output}' holds an earlier result; overwrite=true replaces it")
-    for name in ("model", "checkpoint"):
-        start = getattr(config, name)
-        start = start and Path(start.removeprefix("local-dir:")).resolve()
-        if start and start.exists() and output.resolve() in (start, *start.parents):
-            raise ConfigError(f"'{name}' stands in '{output}', which this run would replace: set another output")
+    for name, value in config.starts_from.items():
+        start = Path(value.removeprefix("local-dir:")).resolve() if value else None
+        if start is not None and start.exists() and output.resolve() in (start, *start.parents):
+            raise ConfigError(f"'{name}' is inside '{output}', which this run would replace: set another output")
     if resumes:
         _check_same(config, output)
         return True
-    if not _is_run(output):
+    if not _is_run(output, type(config)):
         raise ConfigError(
             f"the folder '{output}' is not empty, and its {CONFIG_FILE} is not one that finetune has written for this "
             f"folder, so nothing in it is replaced: name another output, or empty it yourself"
@@ -76,7 +70,7 @@ def check_output(config: FinetuneConfig) -> bool:
 
 
 @contextmanager
-def own_output(config: FinetuneConfig) -> Iterator[None]:
+def own_output(config: RunConfig) -> Iterator[None]:
     """The result's folder, made ready and for this run alone.
 
     Raises:
@@ -90,7 +84,7 @@ def own_output(config: FinetuneConfig) -> Iterator[None]:
         yield
 
 
-def prepare_output(config: FinetuneConfig) -> None:
+def prepare_output(config: RunConfig) -> None:
     """Make the result's folder ready: removes an earlier run unless that is gone on with.
 
     Raises:
@@ -138,18 +132,17 @@ def _mark(output: Path) -> str:
     return f"# written by `internimage finetune` for its folder {json.dumps(output.resolve().name)}"
 
 
-def _is_run(output: Path) -> bool:
+def _is_run(output: Path, cls: type[RunConfig]) -> bool:
     """Whether a folder's settings prove that `finetune` made it."""
     try:
         text = read_text(output / CONFIG_FILE)
         if text.startswith(_mark(output) + "\n"):
             return True
-        # before there was that line: as yaml writes all the settings that there were, which no recipe is
-        values = parse_settings(text, "it", FinetuneConfig)
-        known = [field.name for field in fields(FinetuneConfig)]
+        # before there was that line: all the settings that there were as yaml writes them, which no recipe is
+        values = parse_settings(text, "it", cls)
         return (
             len(values) >= 48
-            and list(values) == [name for name in known if name in values]
+            and values.keys() <= {field.name for field in fields(cls)}
             and yaml.safe_dump(values, sort_keys=False) == text
             and Path(os.path.abspath(values.get("output"))).name == output.resolve().name
         )
@@ -157,23 +150,25 @@ def _is_run(output: Path) -> bool:
         return False
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, cls: type[RunConfig]) -> RunConfig:
     try:
-        return asdict(from_dict(FinetuneConfig, parse_settings(read_text(path), "it", FinetuneConfig)))
+        return from_dict(cls, parse_settings(read_text(path), "it", cls))
     except ConfigError as error:
         raise ConfigError(
-            f"'{path}' cannot be read ({error}), so the run cannot go on: put the file back as it was, or name another "
-            f"output"
+            f"'{path}' cannot be read ({error}), so the run cannot resume: put the file back as it was, or name "
+            f"another output"
         ) from error
 
 
-def _check_same(config: FinetuneConfig, output: Path) -> None:
-    earlier = _settings(output / CONFIG_FILE)
-    differ = [f"{k} was {earlier[k]}, now {v}" for k, v in asdict(config).items() if k not in _FREE and earlier[k] != v]
+def _check_same(config: RunConfig, output: Path) -> None:
+    earlier = _read_config(output / CONFIG_FILE, type(config))
+    compared = [field.name for field in settings_of(type(config)) if not field.metadata["free"]]
+    pairs = [(name, getattr(earlier, name), getattr(config, name)) for name in compared]
+    differ = [f"{name} was {before}, now {now}" for name, before, now in pairs if before != now]
     if differ:
         raise ConfigError(
             f"the folder '{output}' holds an unfinished run of other settings ({'; '.join(differ)}): set them back to "
-            f"go on with it, or resume=false to begin anew"
+            f"resume it, or resume=false to start over"
         )
 
 
