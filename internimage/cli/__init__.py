@@ -12,7 +12,7 @@ import signal
 import sys
 
 from ..errors import UserError
-from ..terminal import joined, others_too, say
+from ..terminal import joined, printable_warnings, say
 from .verbs import parser
 
 __all__ = ["main", "parser"]
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         logger = logging.getLogger("internimage")  # ours alone: other packages have handlers of their own
         if not logger.handlers:
             logger.addHandler(MessageHandler())
-        with others_too(MessageHandler()):
+        with printable_warnings(MessageHandler()):
             return importlib.import_module(f".{arguments.verb}", __name__).run(arguments)
     except UserError as error:
         return _fail(error, getattr(error, "prog", prog), running)
