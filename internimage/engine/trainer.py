@@ -17,6 +17,7 @@ from ..config import ConfigError
 from ..data.datasets import DataError
 from ..data.fingerprint import fingerprint
 from ..data.workers import signals_for_us
+from ..dtypes import torch_dtype
 from ..errors import UserError, one_line
 from ..files import WriteError, archive_errors, writing
 from ..progress import message
@@ -24,7 +25,6 @@ from ..tasks.classification.augment import TrainingBatch, training_loader, train
 from ..tasks.classification.config import FinetuneConfig
 from ..tasks.classification.evaluate import Evaluation, evaluate
 from . import checkpoint, parallel
-from .create import DTYPES
 from .finite import NotFiniteError, finite_weights, weights_problem
 from .freeze import frozen_parts
 from .log import TrainingLog
@@ -95,7 +95,7 @@ class Trainer:
         self.average = None
         if config.ema_decay:
             self.average = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, foreach=not self.sharded)
-        dtype = DTYPES[config.precision]
+        dtype = torch_dtype(config.precision)
         if self.sharded:
             parallel.shard(model, world, dtype)
             if self.average is not None:
