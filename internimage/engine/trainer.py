@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_map_only
 from ..config import ConfigError
 from ..data.images import DataError
 from ..data.workers import signals_for_us
+from ..dtypes import torch_dtype
 from ..errors import UserError, one_line
 from ..layers.sync_batch_norm import synchronize_batch_norm
 from ..progress import message
 from . import checkpoint, parallel
 from .bad_batches import keep_batch
-from .create import DTYPES
 from .finite import NotFiniteError, finite_weights, weights_problem
 from .freeze import frozen_parts
 from .log import TrainingLog
@@ -67,7 +67,7 @@ class Trainer(Generic[Config, Result]):
 
         self._prepare_model(model)
         self.optimizer, self.scheduler = create_optimizer(model, config, self.plan.steps_per_epoch)
-        dtype = DTYPES[config.precision]
+        dtype = torch_dtype(config.precision)
         autocast = dtype != torch.float32 and not self.sharded
         self.autocast = torch.autocast(world.device.type, dtype=dtype if autocast else None, enabled=autocast)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
@@ -105,7 +105,7 @@ class Trainer(Generic[Config, Result]):
             self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, foreach=not self.sharded)
         if self.sharded:
             for sharded in [model] if self.ema is None else [model, self.ema.module]:
-                parallel.shard(sharded, world, DTYPES[config.precision])
+                parallel.shard(sharded, world, torch_dtype(config.precision))
         if config.compile:
             # torch (2.14) cannot compile training with variable image sizes, which it assumes after a second size in
             # the same process; here every batch but the last one of a validation has one shape

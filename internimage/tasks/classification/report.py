@@ -10,10 +10,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from ...analysis.points import dcnv3_layers, point_tiles
+from ...analysis.points import point_tiles
 from ...data.datasets import GuardedDataset
 from ...engine.curves import curve
 from ...engine.report import Page, column, escape
+from ...models.parts import sampling_layers_of_stage
 from .evaluate import Evaluation
 
 _MOST_IN_MATRIX = 40  # classes; with more, the pairs that are confused most are listed
@@ -165,8 +166,8 @@ def _mistakes(
     guarded = GuardedDataset(dataset, lambda image: image)
     images = [(answer, guarded[answer[0]][0]) for answer in shown]
     images = [(answer, image) for answer, image in images if image is not None]
-    layers = dcnv3_layers(model) if model is not None else {}
-    layer = next((name for name in layers if name.startswith("levels.1.")), None)
+    layers = sampling_layers_of_stage(model, 2) if model is not None else []
+    layer = layers[0] if layers else None
     tiles = []
     if layer is not None and images:
         _, tiles = point_tiles(model, [image for _, image in images], data_config, layer)
