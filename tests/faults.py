@@ -154,7 +154,7 @@ def unreadable(name):
 
 def unwritable_result(name):
     """Training goes to its end, and there is no room for the model."""
-    module = sys.modules["internimage.engine.run"]
+    module = sys.modules["internimage.tasks.classification.task"]
     save = module.save_model
 
     def patched(*arguments):

@@ -93,25 +93,25 @@ def test_an_epoch_holds_every_image_once_and_an_image_is_drawn_anew_in_the_next(
     assert sum(torch.equal(images[0, i], images[1, i]) for i in range(27)) == 0
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_mixing_the_parts_of_a_batch_is_mixing_the_batch(parts):
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_mixing_the_micro_batches_is_mixing_the_batch(count):
     """Against timm's Mixup on the whole batch."""
     size = 16
     images, targets = torch.rand(size, 3, 8, 8), torch.arange(size) % 5
-    plan = BatchPlan(100, size, parts, 0)
+    plan = BatchPlan(100, size, count, 0)
     mix = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=5)
-    assert sorted(i for part in range(parts) for i in plan.positions(part)) == list(range(size))
+    assert sorted(i for part in range(count) for i in plan.positions(part)) == list(range(size))
     for seed in range(4):
         np.random.seed(seed)
         expected, expected_targets = mix(images.clone(), targets.clone())
-        for part in range(parts):
+        for part in range(count):
             places = plan.positions(part)
             np.random.seed(seed)
             found, found_targets = mix(images[places].clone(), targets[places].clone())
             assert torch.equal(found, expected[places]) and torch.equal(found_targets, expected_targets[places])
 
 
-def test_drop_path_draws_do_not_depend_on_the_parts_and_have_the_rate():
+def test_drop_path_draws_do_not_depend_on_the_micro_batches_and_have_the_rate():
     model = nn.Sequential(nn.Linear(4, 4), DropPath(0.25), nn.Sequential(DropPath(0.6)), DropPath(0.0))
     whole = DropPathDraws(model, BatchPlan(1000, 16, 1, 0), seed=3)
     assert [layer.drop_prob for layer in whole.layers] == [0.25, 0.6]
@@ -198,7 +198,7 @@ def test_a_report_that_fails_costs_a_message_and_not_the_model(data, tmp_path, m
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(sys.modules["internimage.tasks.classification.finetune"], "write_report", fail)
+    monkeypatch.setattr("internimage.engine.run.write_report", fail)
     assert command(data, tmp_path / "run", epochs=1, report=True) == 1  # done, with something left out
     out, err = capsys.readouterr()
     (line,) = [line for line in err.splitlines() if "could not be written" in line]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config import ConfigError
 from . import checkpoint, integrity, shards
+from .integrity import DamagedError
 from .world import World
 
 _logger = logging.getLogger(__name__)
@@ -40,20 +41,20 @@ class Progress:
         """From what `dataclasses.asdict` gave and a checkpoint kept.
 
         Raises:
-            internimage.engine.checkpoint.DamagedError: It is something else.
+            internimage.engine.integrity.DamagedError: It is something else.
         """
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or "step" not in values or values.keys() - fields.keys():
-            raise checkpoint.DamagedError("its 'progress' is not that of a run")
+            raise DamagedError("its 'progress' is not that of a run")
         for name, value in values.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            valid = {
+            checks: dict[Any, bool] = {
                 int: isinstance(value, int) and number and value >= 0,
                 float: number,
                 list[dict]: isinstance(value, list) and all(isinstance(row, dict) and "epoch" in row for row in value),
-            }[fields[name]]
-            if not valid:
-                raise checkpoint.DamagedError(f"its 'progress' has {value!r:.50} for '{name}'")
+            }
+            if not checks[fields[name]]:
+                raise DamagedError(f"its 'progress' has {value!r:.50} for '{name}'")
         return cls(**values)
 
 
@@ -127,7 +128,7 @@ class RunState:
 
     def _metadata(self) -> dict[str, Any]:
         """All but the tensors of weights and optimizer."""
-        name, keys, position, has_gauss, cached = np.random.get_state()
+        name, keys, *rest = np.random.get_state(legacy=True)
         return {
             "progress": dataclasses.asdict(self.progress),
             "scaler": self.scaler.state_dict(),
@@ -136,7 +137,7 @@ class RunState:
             # every draw is derived from seed, epoch, sample and step; these are for code that draws beside them
             "random": {
                 "python": random.getstate(),
-                "numpy": (name, keys.tolist(), position, has_gauss, cached),
+                "numpy": (name, np.asarray(keys).tolist(), *rest),
                 "torch": torch.get_rng_state(),
             },
         }
@@ -154,7 +155,7 @@ class RunState:
         try:
             difference = self.difference(state["data"], self.data)
         except ValueError as error:
-            raise checkpoint.DamagedError(f"its 'data' is not that of such a run ({error})") from error
+            raise DamagedError(f"its 'data' is not that of such a run ({error})") from error
         if difference is not None:
             raise ConfigError(
                 f"the run in '{path.parent.parent}' was trained on {difference}: give it the same images to resume, or "
@@ -183,23 +184,29 @@ class RunState:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             _logger.debug("restoring '%s'", path, exc_info=error)
-            raise checkpoint.DamagedError("its tensors are not those of this run") from error
+            raise DamagedError("its tensors are not those of this run") from error
         self.progress = progress
 
 
 def _check(state: dict[str, Any], path: Path, sharded: bool) -> Progress:
     """That a state is whole, as far as this can be seen without loading it; returns its progress."""
-    kinds = {"progress": dict, "scaler": dict, "data": dict, "random": dict, "schedule": (dict, type(None))}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "progress": dict,
+        "scaler": dict,
+        "data": dict,
+        "random": dict,
+        "schedule": (dict, type(None)),
+    }
     if not sharded:
         kinds |= {"model": dict, "optimizer": dict, "average": (dict, type(None))}
     for name, kind in kinds.items():
         if name not in state:
-            raise checkpoint.DamagedError(f"it has no '{name}'")
+            raise DamagedError(f"it has no '{name}'")
         if not isinstance(state[name], kind):
-            raise checkpoint.DamagedError(f"its '{name}' is of another kind ({type(state[name]).__name__})")
+            raise DamagedError(f"its '{name}' is of another kind ({type(state[name]).__name__})")
     progress = Progress.read(state["progress"])
     if progress.step != checkpoint.step_of(path):
-        raise checkpoint.DamagedError(f"it is of step {progress.step}")
+        raise DamagedError(f"it is of step {progress.step}")
     return progress
 
 

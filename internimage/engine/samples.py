@@ -58,7 +58,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple, tuple[int, int], list[Failure], bool]:
         epoch, index = key
         seed_sample(self.seed, epoch, index)
-        failures = []
+        failures: list[Failure] = []
         for attempt in range(min(_ATTEMPTS, len(self))):
             *sample, failure = self.dataset[(index + attempt) % len(self)]
             if failure is None:

@@ -60,9 +60,9 @@ class Trainer(Generic[Config, Result]):
         self.plan = BatchPlan(task.train_size, config.batch_size, world.size * config.accumulate, config.seed)
         self.micro_batches = [world.rank * config.accumulate + i for i in range(config.accumulate)]
         self.total = config.epochs * self.plan.steps_per_epoch
-        self.log: TrainingLog | None = None
+        self._log: TrainingLog | None = None
         self.final: Result | None = None  # of the last validation, at the end of the run
-        self._problem: Exception | None = None
+        self._problem: UserError | OSError | None = None
         self._unreadable = UnreadableFiles(world)
 
         self._prepare_model(model)
@@ -93,7 +93,7 @@ class Trainer(Generic[Config, Result]):
             model.to(memory_format=torch.channels_last)
         if config.grad_checkpointing:
             try:
-                model.set_grad_checkpointing()
+                model.set_grad_checkpointing()  # type: ignore[operator]  # timm's models have it
             except (AssertionError, AttributeError) as error:  # how timm's models refuse
                 raise ConfigError(
                     f"'grad_checkpointing' is not for '{self.task.model_name}', which cannot do it"
@@ -142,6 +142,12 @@ class Trainer(Generic[Config, Result]):
         return self.state.progress
 
     @property
+    def log(self) -> TrainingLog:
+        """Open from `run` to `close`."""
+        assert self._log is not None
+        return self._log
+
+    @property
     def result(self) -> nn.Module:
         """The model whose weights are saved: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
@@ -153,7 +159,7 @@ class Trainer(Generic[Config, Result]):
                 raise self._problem
             self.log.flush()
 
-    def _note(self, problem: Exception) -> None:
+    def _note(self, problem: UserError) -> None:
         """Something went wrong in this process alone: the next exchange tells the others, and all stop."""
         self._problem = self._problem or problem
 
@@ -175,7 +181,7 @@ class Trainer(Generic[Config, Result]):
         """
         config, state, plan = self.config, self.progress, self.plan
         with self.world.raise_on_all_ranks():
-            self.log = TrainingLog(
+            self._log = TrainingLog(
                 self.output, state.epochs, state.step, self.total, config.batch_size, config.tensorboard, progress,
                 self.world.first, self._note, config.epochs,
             )  # fmt: skip
@@ -214,7 +220,7 @@ class Trainer(Generic[Config, Result]):
 
     def close(self) -> None:
         """End the bar, and close the files of the log."""
-        log, self.log = self.log, None
+        log, self._log = self._log, None
         if log is not None:
             log.close()
 

@@ -49,7 +49,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def raise_any(self, problem: Exception | None) -> None:
+    def raise_any(self, problem: UserError | OSError | None) -> None:
         """Raise in all processes what went wrong in one of them; to be called in all at once.
 
         A process that raised alone would leave the others waiting in their next collective.
@@ -59,7 +59,7 @@ class World:
         """
         problem = next((p for p in self.gather(problem) if p is not None), None)
         if problem is not None:
-            problem.everywhere = True  # raised in all processes, reported by the first
+            problem.everywhere = True  # type: ignore[union-attr]  # raised in all processes, reported by the first
             raise problem
 
     @contextmanager
@@ -68,7 +68,7 @@ class World:
 
         No collectives may be called inside it.
         """
-        problem = None
+        problem: UserError | OSError | None = None
         try:
             yield
         except (UserError, OSError) as error:

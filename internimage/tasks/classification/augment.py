@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Augmentation of training images by timm: crops, flips and colors of one image, and mixing of a batch."""
 
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
 from timm.data import Mixup, create_transform
 from torch import Tensor
 
@@ -9,7 +13,7 @@ from ...engine.rng import seed_mixing
 from .config import FinetuneConfig
 
 
-def training_transform(config: FinetuneConfig, data_config: dict):
+def training_transform(config: FinetuneConfig, data_config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
     """timm's augmentation: Pillow image -> normalized tensor.
 
     Args:

@@ -168,8 +168,8 @@ def _mistakes(
     images = [(answer, image) for answer, image in images if image is not None]
     layers = sampling_layers_of_stage(model, 2) if model is not None else []
     layer = layers[0] if layers else None
-    tiles = []
-    if layer is not None and images:
+    tiles: list[Image.Image] = []
+    if model is not None and layers and images:
         _, tiles = point_tiles(model, [image for _, image in images], data_config, layer)
         intro += (
             f" The second picture of each pair shows where the layer {layer} samples the image: the cross is the "

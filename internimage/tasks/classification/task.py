@@ -18,11 +18,11 @@ from ...data.fingerprint import fingerprint
 from ...engine.create import create_model, data_config
 from ...engine.report import Page
 from ...engine.rng import PlanSampler
-from ...engine.run_folder import WEIGHTS_FILE
 from ...engine.samples import SeededDataset, sample_loader
 from ...engine.task import Task
 from ...engine.world import World
 from ...errors import some
+from ...weights.file_names import CONFIG, WEIGHTS
 from ...weights.safetensors_io import write_safetensors
 from .augment import Mixing, training_transform
 from .config import FinetuneConfig
@@ -205,7 +205,7 @@ def save_model(
     """
     weights = {k: v.detach() for k, v in (model.state_dict() if weights is None else weights).items()}
     with partial_folder(folder) as partial:
-        config, tensors = partial / "config.json", partial / WEIGHTS_FILE
+        config, tensors = partial / CONFIG, partial / WEIGHTS
         save_config_for_hf(model, config, dict(label_names=names), data_config=data_config)
         written = json.loads(config.read_text(encoding="utf-8"))
         written["model_args"].pop("num_classes", None)  # stands beside them too, and transformers would pass it twice
