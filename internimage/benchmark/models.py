@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import torch_dtype
 from . import MODEL_PEERS as PEERS
 from . import memory
 from .official import NO_CHECKOUT, official_model
@@ -37,7 +38,7 @@ from .timing import significant as short
 
 OURS = "internimage_tiny"
 OFFICIAL = "official InternImage-T"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ("fp32", "bf16")  # as rows name them
 # deviation of the logits of the largest: the official operator rounds in its normalised coordinates, block after block
 TOLERANCE = {"official": 1e-3, "bf16": 0.1}
 
@@ -73,12 +74,12 @@ class Contender:
                 model = timm.create_model(self.name, **extra)
             if self.name == OURS:
                 spread_points(model)
-        model = model.eval().to(DTYPES[self.dtype])
+        model = model.eval().to(torch_dtype(self.dtype))
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def images(self, batch: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        images = torch.randn(batch, 3, self.img_size, self.img_size, generator=generator).to(DTYPES[self.dtype])
+        images = torch.randn(batch, 3, self.img_size, self.img_size, generator=generator).to(torch_dtype(self.dtype))
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
@@ -279,7 +280,7 @@ def benchmark_models(
     if with_memory:
         memory.check_system()
     models = {}
-    for contender in contenders(peers, checkout, list(DTYPES), img_size):
+    for contender in contenders(peers, checkout, DTYPES, img_size):
         with _blamed(contender):
             models[contender] = contender.build()
     check(models)

@@ -4,21 +4,19 @@
 Exit status: 0 done, 1 done with something left out that was not to be left out, 2 bad input, 130 interrupted.
 """
 
-import errno
 import importlib
 import logging
 import os
 import signal
 import sys
 
-from ..errors import UserError
-from ..terminal import joined, others_too, say
+from ..errors import UserError, is_disk_full, is_write_protected
+from ..terminal import joined, printable_warnings, say
 from .verbs import parser
 
 __all__ = ["main", "parser"]
 
 _MISSING = (FileNotFoundError, PermissionError, NotADirectoryError)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         logger = logging.getLogger("internimage")  # ours alone: other packages have handlers of their own
         if not logger.handlers:
             logger.addHandler(MessageHandler())
-        with others_too(MessageHandler()):
+        with printable_warnings(MessageHandler()):
             return importlib.import_module(f".{arguments.verb}", __name__).run(arguments)
     except UserError as error:
         return _fail(error, getattr(error, "prog", prog), running)
@@ -44,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:  # of a file: it is not there, is not ours, the disk is full
-        if error.filename is None and error.errno not in _FULL and not isinstance(error, _MISSING):
+        named = error.filename is not None or isinstance(error, _MISSING)
+        if not (named or is_disk_full(error) or is_write_protected(error)):
             raise
         return _fail(error, prog, running)
     except KeyboardInterrupt as interrupt:

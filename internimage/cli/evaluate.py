@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, world: World) -> int:
     # the data and the other arguments first: a model may have to be downloaded
     expected = None if arguments.expect == "published" else arguments.expect
-    with world.together():  # what is wrong is wrong in all processes, and one of them says it
+    with world.raise_on_all_ranks():  # what is wrong is wrong in all processes, and one of them says it
         if arguments.labels is not None:
             dataset = open_labelled_folder(arguments.data, arguments.labels)
         else:
