@@ -18,11 +18,12 @@ copyright = "the internimage developers"
 release = version = internimage.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = []
 
 html_theme = "furo"
 html_title = f"internimage {release}"
 html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 # ---- Markdown
 
@@ -32,6 +33,7 @@ myst_heading_anchors = 3  # links such as training.md#many-gpus
 myst_substitutions = {
     "models": tables.models(),
     "recipes": tables.recipes(),
+    "recipe_settings": tables.recipe_settings(),
     "recipe_files": tables.recipe_files(),
     "commands": tables.commands(),
 }
@@ -45,6 +47,7 @@ autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # torch's docstring of `forward` says nothing about ours
 autodoc_preserve_defaults = True
 add_module_names = False
+maximum_signature_line_length = 90
 python_use_unqualified_type_names = True
 # types of other packages: their inventories would have to be downloaded
 nitpick_ignore_regex = [

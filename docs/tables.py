@@ -75,15 +75,19 @@ def _purpose(path: Path) -> str:
 
 
 def recipes() -> str:
-    """A row for each recipe: its purpose and the settings that differ most between recipes."""
+    """Every recipe and its purpose."""
+    rows = [[f"[`{path.name}`](#{path.stem})", _purpose(path)] for path in _recipe_paths()]
+    return _table("recipe | purpose", rows)
+
+
+def recipe_settings() -> str:
+    """The settings that differ most between recipes; empty where a recipe leaves the default."""
+    columns = ("model", "img_size", "epochs", "batch_size", "lr", "layer_decay", "freeze")
     rows = []
     for path in _recipe_paths():
         settings = yaml.safe_load(path.read_text())
-        columns = [str(settings.get(key, "")) for key in ("img_size", "epochs", "batch_size", "lr", "layer_decay")]
-        rows.append([f"[`{path.name}`](#{path.stem})", _purpose(path), f"`{settings['model']}`", *columns])
-    return _table(
-        "recipe | purpose | model | image size: | epochs: | batch size: | learning rate: | layer decay:", rows
-    )
+        rows.append([f"`{path.stem}`", *(f"{settings.get(name, '')}" for name in columns)])
+    return _table(" | ".join(("recipe", "model", *(f"{name}:" for name in columns[1:]))), rows)
 
 
 def recipe_files() -> str:
