@@ -207,10 +207,10 @@ def test_sigterm_to_the_whole_group_of_processes(data, tmp_path):
 FAILING = """
 import sys
 from internimage.cli import main
-from internimage.tasks.classification import augment
+from internimage.engine import samples
 def fail(self, key):
     raise RuntimeError("a bug")
-augment.SeededDataset.__getitem__ = fail
+samples.SeededDataset.__getitem__ = fail
 main(sys.argv[1:])
 """
 
