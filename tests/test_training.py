@@ -186,7 +186,10 @@ def test_the_help_says_what_eval_every_0_does(capsys):
 def test_a_run_without_validation_images_says_so(data, tmp_path, capsys):
     assert command(data / "train", tmp_path / "run", epochs=1, report=True) == 0
     out = capsys.readouterr().out
-    assert "there are no validation images, so the accuracy is not known" in out and f"model: {tmp_path / 'run'}" in out
+    assert (
+        "there are no validation images (DATA/val/CLASS/IMAGE), so the accuracy is unknown" in out
+        and f"model: {tmp_path / 'run'}" in out
+    )
     assert "report" not in out and not (tmp_path / "run" / "report.html").exists()
 
 
@@ -220,7 +223,7 @@ def test_some_validation_images_that_cannot_be_read_are_told(data, tmp_path, cap
     (folder / "val" / "1" / "0.png").write_bytes(b"nothing")
     assert command(folder, tmp_path / "run", epochs=1) == 0
     out, err = capsys.readouterr()
-    assert " on 5 validation images" in out and "validation images that could not be read and do not count: 1" in err
+    assert " on 5 validation images" in out and "validation images that could not be read and are not counted: 1" in err
 
 
 def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
