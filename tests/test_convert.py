@@ -650,7 +650,7 @@ def test_command_line(in22k, tmp_path, capsys):
     expected = {**state_dict, **{key: state_dict[key][rows_of_1k()] for key in HEAD}}
     assert_equal(load(tmp_path / "out", dtype=torch.bfloat16).state_dict(), formats.cast(expected, torch.bfloat16))
     assert "overwrite replaces it" in fails(capsys, *command)
-    assert "argument --shard-size: must be a number of bytes or such as '5GB'" in fails(
+    assert "argument --shard-size: must be a positive number of bytes, with or without a unit, such as '5GB'" in fails(
         capsys, *command, "--overwrite", "--shard-size", "big"
     )
     assert "argument --model-kwargs: must be KEY=VALUE, got 'channels'" in fails(capsys, *command[:-3], "channels")
