@@ -362,6 +362,4 @@ def test_wrong_arguments_are_told_once_on_each_machine(ending, capsys, monkeypat
 
 
 def test_an_option_without_a_kind_is_a_switch():
-    assert (
-        Option("--flip", "help").default_value is False and Option("--n", "help", Whole(1)).default_value is None
-    )
+    assert Option("--flip", "help").default_value is False and Option("--n", "help", Whole(1)).default_value is None

@@ -252,7 +252,7 @@ def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
 def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
     """20 kills with SIGKILL: at random times, half way in a checkpoint, before and after its rename, in a removal."""
     result = subprocess.run(
-        [sys.executable, "scripts/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "scripts/checks/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -265,7 +265,7 @@ def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
 def test_killed_runs_with_damaged_checkpoints_name_them_and_end_bitwise():
     """Of one process, and of two whose parent alone is killed as well, so that they have to end by themselves."""
     result = subprocess.run(
-        [sys.executable, "scripts/kill_resume.py", "--kills", "24", "--kinds", "file,ddp,fsdp", "--damage",
+        [sys.executable, "scripts/checks/kill_resume.py", "--kills", "24", "--kinds", "file,ddp,fsdp", "--damage",
          "flip,zero,truncate,delete"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

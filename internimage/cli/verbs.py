@@ -134,7 +134,7 @@ VERBS = (
         """
         internimage finetune configs/own_data.yaml data=photos output=runs/photos
         internimage finetune data=photos output=runs/photos model=internimage_small.ogvl_in1k epochs=20
-        scripts/train_one_machine.sh configs/own_data.yaml data=photos output=runs/photos
+        scripts/launch/train_one_machine.sh configs/own_data.yaml data=photos output=runs/photos
         """,
         _check_finetune,
     ),

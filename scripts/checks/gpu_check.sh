@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # What only a machine with a GPU can tell, in stages of at most 8 minutes; needs no network. Appends to one report.
 #
-#   scripts/gpu_check.sh build|test|sanitize|bench-ops|bench-models|all
+#   scripts/checks/gpu_check.sh build|test|sanitize|bench-ops|bench-models|all
 #
 # PYTHON    the interpreter, with torch, timm and pytest     (python3)
 # REPORT    the Markdown file to append to                   (docs/benchmarks/gpu.md)
@@ -11,14 +11,14 @@
 #
 # `build` takes an internimage/_C_cuda*.so that is there, if it loads; else it builds one, for this GPU alone.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 stage=${1:-}
 python=${PYTHON:-python3}
 case $stage in
 build | test | sanitize | bench-ops | bench-models)
-    exec timeout --kill-after=10 480 "$python" scripts/gpu_check.py "$stage" --report "${REPORT:-docs/benchmarks/gpu.md}" \
+    exec timeout --kill-after=10 480 "$python" scripts/checks/gpu_check.py "$stage" --report "${REPORT:-docs/benchmarks/gpu.md}" \
         ${OFFICIAL:+--official "$OFFICIAL"} ${DCNV4:+--dcnv4 "$DCNV4"}
     ;;
 all)

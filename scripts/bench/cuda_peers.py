@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).resolve().parent.parent / "build" / "peers"
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "peers"
 
 # pattern, replacement, why; in C++ and CUDA sources
 PATCHES = [

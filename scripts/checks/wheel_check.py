@@ -18,7 +18,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEST_TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
 TESTS = [
     "test_dcnv3.py",

@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NO_TESTS = 5  # pytest's status where a selection selects none
 SECONDS = 450  # of the 480 that gpu_check.sh gives
 # What the sanitizers run: all paths of the kernels on small problems. They make each launch a hundred times slower.
@@ -117,7 +117,8 @@ def build(report: Report, arguments: argparse.Namespace) -> int:
     status = build_ours(report)
     if peers(arguments):
         report.write("\nPeers:\n")
-        if report.run([sys.executable, "scripts/cuda_peers.py", *peers(arguments)], seconds=SECONDS - 100) is None:
+        command = [sys.executable, "scripts/bench/cuda_peers.py", *peers(arguments)]
+        if report.run(command, seconds=SECONDS - 100) is None:
             report.write("The time was up.")
     return status
 
@@ -213,7 +214,7 @@ def sanitize(report: Report, _) -> int:
 
 def bench(what: str):
     def run(report: Report, arguments: argparse.Namespace) -> int:
-        command = [sys.executable, "scripts/bench_cuda.py", what, "--budget", str(SECONDS - 80)]
+        command = [sys.executable, "scripts/bench/bench_cuda.py", what, "--budget", str(SECONDS - 80)]
         command += (
             peers(arguments) if what == "ops" else peers(argparse.Namespace(official=arguments.official, dcnv4=None))
         )
@@ -249,7 +250,7 @@ def main() -> int:
         parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")
     report = Report(arguments.report)
     if not arguments.report.exists():
-        report.write("# What a GPU says\n\nMade by scripts/gpu_check.sh.")
+        report.write("# What a GPU says\n\nMade by scripts/checks/gpu_check.sh.")
     now = datetime.datetime.now(datetime.timezone.utc)
     report.write(f"\n## {arguments.stage}, {now:%Y-%m-%d %H:%M} UTC\n")
     report.write("\n".join(f"- {fact}" for fact in facts()) + "\n")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the training loop costs beside the model, how soon it starts, and whether the loader keeps up; on the CPU.
 
-    python scripts/loop_overhead.py --csv overhead.csv
+    python scripts/bench/loop_overhead.py --csv overhead.csv
 
 * loop: a run of `finetune` on made-up photographs, with its calls timed. Forward, loss, backward, the gradients' norm
   and clipping and the optimizer's step are what the recipe asks for; all the rest of a step (seeds, drop path's draws,
@@ -23,7 +23,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import timm  # noqa: E402
 import torch  # noqa: E402
@@ -39,7 +39,7 @@ from internimage.tasks.classification.augment import training_loader  # noqa: E4
 from internimage.tasks.classification.config import FinetuneConfig  # noqa: E402
 from internimage.tasks.classification.finetune import finetune  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 AUGMENTATION = ["auto_augment=rand-m9-mstd0.5-inc1", "color_jitter=0.4", "random_erasing=0.25", "scale_min=0.08"]
 WORK = ("forward", "loss", "backward", "norm and clipping", "optimizer")
 

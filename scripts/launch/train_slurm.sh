@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
 # Train under Slurm. Two minutes before its time is over Slurm sends SIGTERM: the run saves, and the job queues again.
-#   sbatch --nodes 4 scripts/train_slurm.sh configs/imagenet_huge_640.yaml data=/data/imagenet output=/shared/huge
+#   sbatch --nodes 4 scripts/launch/train_slurm.sh configs/imagenet_huge_640.yaml data=/data/imagenet output=/shared/huge
 #SBATCH --job-name internimage
 #SBATCH --nodes 1
 #SBATCH --ntasks-per-node 1

@@ -5,7 +5,7 @@ The instruction sets that torch, oneDNN and our kernels choose are lowered, the 
 in a random order, and those about files run as another user than root. Each run is one row of the table at the end. A
 processor cannot be raised: what this one lacks runs with the best it has.
 
-    python scripts/machines_check.py [--only NAME ...] [further arguments for pytest]
+    python scripts/checks/machines_check.py [--only NAME ...] [further arguments for pytest]
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 NUMERIC = [
     "test_cpu_kernels.py", "test_dcnv3.py", "test_dcnv3_properties.py", "test_distributed.py", "test_imagenet.py",

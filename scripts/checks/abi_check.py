@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TORCH_TARGET = "0x020a000000000000ULL"  # as in setup.py
 VERSIONS = ["2.10", "2.11", "2.13", "newest"]
 BESIDE_TORCH = [
@@ -116,7 +116,8 @@ def operators_alone(module: Path, work: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     package = folder / "internimage"
     shutil.copytree(ROOT / "internimage" / "ops", package / "ops", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "internimage" / "extension.py", package)
+    for file in (ROOT / "internimage").glob("[!_]*.py"):  # the modules that the operators may import
+        shutil.copy(file, package)
     shutil.copy(module, package)
     (package / "__init__.py").write_text(
         '"""The operators of internimage, without the models."""\n\nfrom . import ops\n'

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """DCNv3 and InternImage on a GPU against their peers, as Markdown tables.
 
-    python scripts/bench_cuda.py ops --official PATH --dcnv4 PATH
-    python scripts/bench_cuda.py models --official PATH
+    python scripts/bench/bench_cuda.py ops --official PATH --dcnv4 PATH
+    python scripts/bench/bench_cuda.py models --official PATH
 
 The operator is timed by replaying CUDA graphs between events: no launch cost of Python's is in the figures. Each
 graph calls a function once for each of several sets of tensors that together do not fit the L2 cache. Models are
@@ -20,7 +20,7 @@ import cuda_peers
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a clone that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a clone that is not installed
 
 import internimage  # noqa: E402, F401  (registers operator and models)
 from internimage.ops import dcnv3_reference as reference  # noqa: E402

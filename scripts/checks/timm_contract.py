@@ -5,7 +5,7 @@ The test file comes from the source package of the installed timm, downloaded by
 committed. Importing `internimage` registers our models there as if they were timm's. Every test function that timm runs
 over all its models must have been passed by some of ours, so that a filter that forgets them cannot look like a pass.
 
-Further arguments go to pytest: `python scripts/timm_contract.py -k tiny`.
+Further arguments go to pytest: `python scripts/checks/timm_contract.py -k tiny`.
 """
 
 import ast
@@ -16,7 +16,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / ".contract"
+FOLDER = Path(__file__).resolve().parents[2] / ".contract"
 NAMES = "internimage_"
 DOWNLOADING = {"test_model_load_pretrained", "test_model_features_pretrained"}
 
@@ -51,9 +51,7 @@ def add_our_module(file: Path) -> None:
     anchor = "FEAT_INTER_FILTERS = [\n"
     text = file.read_text()
     if text.count(anchor) != 1:
-        sys.exit(
-            f"{file.name} of this timm has no single line '{anchor.strip()}'; adapt scripts/timm_contract.py to it"
-        )
+        sys.exit(f"timm_contract: {file.name} of this timm has no single line '{anchor.strip()}', which is needed here")
     file.write_text(text.replace(anchor, f"{anchor}    'internimage',\n"))
 
 

@@ -4,7 +4,7 @@
 # torchrun by itself sends the signal on, kills what has not saved within 30 seconds, and reports a failure. Here the
 # training processes get the signal directly, and torchrun ends with them; where it gets the signal, too, it waits $GRACE
 # seconds.
-#   scripts/torchrun.sh --standalone --nproc-per-node 4 -m internimage finetune configs/own_data.yaml data=photos output=runs/photos
+#   scripts/launch/torchrun.sh --standalone --nproc-per-node 4 -m internimage finetune configs/own_data.yaml data=photos output=runs/photos
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-300}"
 torchrun "$@" &
