@@ -6,14 +6,18 @@ PYTEST_ARGS ?=
 WORKERS ?= auto
 BENCH_ARGS ?=
 CHECK_ARGS ?=
-BIN := $(VENV)/bin
+# which torch and torchvision to install, such as "torch==2.10.* torchvision==0.25.*"; they must match; empty: the newest
+TORCH ?=
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+# from nothing each time: a page that was not read again shows no warning
+SPHINX := $(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet --fresh-env --doctree-dir build/doctrees
 CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # OpenMP threads that wait by spinning starve each other where another process wants a core too: small models become
 # up to 50 times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-machines test-slow timm-contract lint format bench overhead abi asan aarch64 wheel gpu-check clean
+.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi asan aarch64 wheel gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -37,11 +41,20 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/actionlint .github/workflows/*.yml
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# the site, in build/docs; a broken link or reference, or a public name without a docstring, is an error
+docs: $(VENV)/.installed-docs
+	$(SPHINX) -b html docs build/docs
+
+# whether the links to other sites work; needs a network
+docs-links: $(VENV)/.installed-docs
+	$(SPHINX) -b linkcheck docs build/docs-links
 
 # BENCH_ARGS="--official PATH --rounds N": with a checkout of OpenGVLab/InternImage its code is a peer, too
 bench: $(VENV)/.installed-dev
@@ -79,7 +92,7 @@ clean:
 
 $(VENV)/.installed-torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" "torch>=2.10" torchvision timm
+	$(BIN)/pip install --quiet "setuptools>=77" "torch>=2.10" $(or $(TORCH),torchvision) timm
 	touch $@
 
 # without build isolation, so that the torch above is built against and none is downloaded twice

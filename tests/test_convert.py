@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from internimage import CheckpointError
 from internimage.cli import main
 from internimage.convert import convert as convert_module
-from internimage.convert import detect as identify
+from internimage.convert import detect
 from internimage.convert.convert import check_folder, convert
 from internimage.convert.detect import ConvertError
+from internimage.models.internimage import FAMILY
 from internimage.weights import hub, imagenet22k
 from internimage.weights.safetensors_io import DTYPES, write_safetensors
 
@@ -130,9 +131,9 @@ def test_released_weights_are_known_by_their_shapes(file):
     shapes = {key: tuple(shape) for key, shape in golden.manifest()[file]["shapes"].items()}
     # the two of huge with 1000 classes are the same but for the image size; one of them has a file
     expected = HUGE if file == "internimage_h_22kto1k_384" else golden.MODELS[file]
-    assert identify._guess(shapes, Path("w.pth")) == expected
+    assert detect._guess(FAMILY, shapes, Path("w.pth")) == expected
     other = {**shapes, "head.weight": (7, shapes["head.weight"][1])}
-    assert identify._guess(other, Path("w.pth")) == expected.partition(".")[0]
+    assert detect._guess(FAMILY, other, Path("w.pth")) == expected.partition(".")[0]
 
 
 def test_size_that_was_not_released_must_be_named(weights, tmp_path):
@@ -150,7 +151,7 @@ def test_size_that_was_not_released_must_be_named(weights, tmp_path):
 
 
 def test_hub_sources(local_hub, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(identify, "_guess", lambda shapes, path: "internimage_atto")
+    monkeypatch.setattr(detect, "_guess", lambda family, shapes, path: "internimage_atto")
     cache, kwargs = str(tmp_path / "cache"), dict(SMALL, layer_scale=1.0)
     plain = filled()
     commit = local_hub.add("OpenGVLab/internimage_t_1k_224", {"model.safetensors": save(formats.hub_names(plain))})

@@ -20,8 +20,8 @@ from internimage.layers import linear as layer_linear
 from internimage.layers import mlp as layer_mlp
 from internimage.layers import norm as layer_norm
 from internimage.models import PUBLISHED, CheckpointError, InternImage
-from internimage.models.backbone import check_fusable
 from internimage.models.blocks import Block
+from internimage.models.classifier import check_fusable
 
 ARCHITECTURES = [
     f"internimage_{size}" for size in ("atto", "tiny", "small", "base", "large", "xlarge", "huge", "giant")
@@ -650,7 +650,9 @@ def test_tags_are_the_published_weights():
 @pytest.mark.parametrize("name", ["internimage_atto", "internimage_huge.ogvl_joint_in22k_ft_in1k_384"])
 def test_asking_for_weights_that_were_never_released(name, monkeypatch):
     # timm builds a model before it asks for weights, and this one is big
-    monkeypatch.setattr("internimage.models.backbone.InternImage.__init__", lambda self, **_: nn.Module.__init__(self))
+    monkeypatch.setattr(
+        "internimage.models.classifier.InternImage.__init__", lambda self, **_: nn.Module.__init__(self)
+    )
     with pytest.raises(CheckpointError, match="no weights were released"):
         timm.create_model(name, pretrained=True)
 

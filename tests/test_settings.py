@@ -109,7 +109,7 @@ def test_help_lists_every_setting_with_its_default(capsys):
         assert field.metadata["help"].split()[0] in line
     flat = " ".join(text.split())
     assert "image side in pixels; null: the model's own; from 1 to 16384; default null" in flat
-    assert "start from the weights that the name stands for; default true" in flat and "default None" not in flat
+    assert "start from the weights that the name refers to; default true" in flat and "default None" not in flat
     assert "folder for the result; required" in flat
 
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import torch_dtype
 from .official import official_model
 
 OURS = "internimage_tiny"
 OFFICIAL = "official InternImage-T"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ("fp32", "bf16")  # as rows name them
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Contender:
                 model = timm.create_model(self.name, **arguments)
             if self.name == OURS:
                 randomize_sampling(model)
-        model = model.eval().to(DTYPES[self.dtype])
+        model = model.eval().to(torch_dtype(self.dtype))
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def images(self, batch: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        images = torch.randn(batch, 3, self.img_size, self.img_size, generator=generator).to(DTYPES[self.dtype])
+        images = torch.randn(batch, 3, self.img_size, self.img_size, generator=generator).to(torch_dtype(self.dtype))
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 

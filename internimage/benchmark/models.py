@@ -214,7 +214,7 @@ def benchmark_models(
     if with_memory:
         memory.check_system()
     models: dict[Contender, nn.Module] = {}
-    for contender in contenders(peers, checkout, list(DTYPES), img_size):
+    for contender in contenders(peers, checkout, DTYPES, img_size):
         with _errors_of(contender):
             models[contender] = contender.build()
     check(models)

@@ -4,21 +4,19 @@
 Exit status: 0 success, 1 done but incomplete or not as expected, 2 user error, 130 interrupted.
 """
 
-import errno
 import importlib
 import logging
 import os
 import signal
 import sys
 
-from ..errors import UserError
+from ..errors import UserError, is_disk_full, is_write_protected
 from ..terminal import joined, printable_warnings, say
 from .verbs import parser
 
 __all__ = ["main", "parser"]
 
 _MISSING = (FileNotFoundError, PermissionError, NotADirectoryError)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:  # a file is missing or not accessible, or the disk is full
-        if error.filename is None and error.errno not in _FULL and not isinstance(error, _MISSING):
+        named = error.filename is not None or isinstance(error, _MISSING)
+        if not (named or is_disk_full(error) or is_write_protected(error)):
             raise
         return _fail(error, prog, running)
     except KeyboardInterrupt as interrupt:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.create import DTYPES, create_model, data_config, pick_device
+from ..dtypes import torch_dtype
+from ..engine.create import create_model, data_config, pick_device
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], torch.device, torch.dtype]:
@@ -20,4 +21,4 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
         use_ema=arguments.use_ema,
         img_size=arguments.img_size,
     )
-    return model, data_config(model, arguments.img_size, arguments.crop_pct), device, DTYPES[arguments.dtype]
+    return model, data_config(model, arguments.img_size, arguments.crop_pct), device, torch_dtype(arguments.dtype)

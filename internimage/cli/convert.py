@@ -3,9 +3,8 @@
 
 import argparse
 
-import torch
-
 from ..convert.convert import convert
+from ..dtypes import torch_dtype
 from ..progress import progress_bar
 from ..terminal import say
 
@@ -17,7 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.destination,
             model=arguments.model,
             model_kwargs=arguments.model_kwargs,
-            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            dtype=torch_dtype(arguments.dtype) if arguments.dtype else None,
             shard_size=arguments.shard_size,
             head=arguments.head,
             use_ema=arguments.use_ema,

@@ -5,14 +5,15 @@ import argparse
 import os
 import sys
 
-from ..tasks.classification.finetune import Outcome, Preempted, train
+from ..engine.run import Outcome, Preempted
+from ..tasks.classification.finetune import finetune
 from ..terminal import say
 
 
 def run(arguments: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"  # in a torchrun launch, only the first process prints
     try:
-        outcome = train(arguments.config)
+        outcome = finetune(arguments.config)
     except Preempted as stopped:
         if first:
             say(stopped)

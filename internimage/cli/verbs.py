@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..config import load_config, split_arguments
+from ..engine.config import settings_of
 from ..tasks.classification.config import FinetuneConfig
 from ..values import Number, Whole
 from . import tables
@@ -234,7 +235,7 @@ def _add_verb(verbs: "argparse._SubParsersAction[Parser]", verb: Verb) -> Parser
 def _describe_settings() -> str:
     """The settings of `finetune` with meaning, range and default, for the help."""
     lines = []
-    for field in dataclasses.fields(FinetuneConfig):
+    for field in settings_of(FinetuneConfig):
         text = field.metadata["help"]
         if isinstance(field.metadata["kind"], (Whole, Number)):
             words = field.metadata["kind"].words.removeprefix("a whole number ").removeprefix("a number ")

@@ -171,6 +171,19 @@ class DCNv3(nn.Module):
         location = sampling_locations(self.offset(query), self.geometry)
         return location, self.mask(query).view(location.shape[:-1]).softmax(-1)
 
+    @torch.jit.ignore
+    def input_size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of an input; see `SamplingLayer`."""
+        return x.shape[1], x.shape[2]
+
+    @torch.jit.ignore
+    def offset_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the offsets and of the center feature scale, which upstream trains more slowly."""
+        parameters = list(self.offset.parameters())
+        if self.center_feature_scale:
+            parameters += [self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias]
+        return parameters
+
     def _sample(self, projected: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Call the operator without the checks of `ops.dcnv3`: the shapes are right by construction, and the call is
         visible to TorchScript, FX and export."""

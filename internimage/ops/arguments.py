@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import dtypes
+from ..dtypes import torch_dtype
 from .sampling import Geometry, Pair, num_points, output_size
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = tuple(map(torch_dtype, dtypes.FLOATING))
 
 
 def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:

@@ -27,9 +27,9 @@ NUMERIC = [
     "test_training.py", "test_transforms.py",
 ]  # fmt: skip
 FILES = [  # tests of permissions, locks, links, caches
-    "test_atomic.py", "test_checkpoints.py", "test_cli.py", "test_containers.py", "test_convert.py", "test_damage.py",
-    "test_data.py", "test_engine_model.py", "test_files.py", "test_hub.py", "test_hub_cache.py", "test_images.py",
-    "test_image_tars.py", "test_kills.py", "test_overwrite.py", "test_resume.py", "test_run_folder.py",
+    "test_atomic.py", "test_cli.py", "test_convert.py", "test_create.py", "test_damage.py", "test_data.py",
+    "test_files.py", "test_hub.py", "test_hub_cache.py", "test_image_tars.py", "test_images.py", "test_kills.py",
+    "test_load.py", "test_overwrite.py", "test_readers.py", "test_resume.py", "test_run_folder.py",
     "test_terminal.py", "test_unfinished.py",
 ]  # fmt: skip
 

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 from internimage import CheckpointError
-from internimage.weights.readers import open_checkpoint
+from internimage.weights.readers import open_weights
 from internimage.weights.torch_file import TorchFile
 
 STATE_DICT = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "n": torch.tensor(7)}
 
 
 def assert_opens(path, expected=STATE_DICT, **options) -> None:
-    entries = open_checkpoint(path, **options)
+    entries = open_weights(path, **options)
     assert set(entries) == set(expected)
     for key, entry in entries.items():
         assert entry.shape == tuple(expected[key].shape)
@@ -105,10 +105,10 @@ def test_folder_holds_one_that_is_meant(files, expected, tmp_path):
         else:
             torch.save(marked, tmp_path / file)
     if expected is not None:
-        assert list(open_checkpoint(tmp_path)) == [expected]
+        assert list(open_weights(tmp_path)) == [expected]
     else:
         with pytest.raises(CheckpointError, match=r"several weight files \(best.pth, last.pt\)"):
-            open_checkpoint(tmp_path)
+            open_weights(tmp_path)
 
 
 # ---- lazy
@@ -116,7 +116,7 @@ def test_folder_holds_one_that_is_meant(files, expected, tmp_path):
 
 def test_safetensors_are_read_tensor_by_tensor(monkeypatch, tmp_path):
     reads = formats.record_reads(monkeypatch)
-    entries = open_checkpoint(formats.save_index(tmp_path, STATE_DICT))
+    entries = open_weights(formats.save_index(tmp_path, STATE_DICT))
     assert len(entries) == 3 and reads == []
     entries["a.bias"].read()
     assert reads == [(2,)]
@@ -126,7 +126,7 @@ def test_safetensors_are_read_tensor_by_tensor(monkeypatch, tmp_path):
 def test_tensors_are_the_callers_own(kind, tmp_path):
     """They outlive the file, and what is done to one is done to no other."""
     path = formats.write(kind, tmp_path, STATE_DICT)
-    entries = open_checkpoint(path)
+    entries = open_weights(path)
     first = entries["a.weight"].read()
     first.zero_()
     assert torch.equal(entries["a.weight"].read(), STATE_DICT["a.weight"])
@@ -139,7 +139,7 @@ def test_tensors_are_the_callers_own(kind, tmp_path):
 @pytest.mark.parametrize("change", ["replaced", "cut", "removed"])
 def test_file_that_changes_while_it_is_read(change, kind, tmp_path):
     path = formats.write(kind, tmp_path, STATE_DICT)
-    entries = open_checkpoint(path)
+    entries = open_weights(path)
     if change == "replaced":
         formats.write(kind, tmp_path / "other", formats.shifted(STATE_DICT)).replace(path)
     elif change == "cut":
@@ -155,7 +155,7 @@ def test_pickles_are_read_tensor_by_tensor_and_never_unpickled(options, monkeypa
     path = formats.save_torch(tmp_path / "w.pth", STATE_DICT, **options)
     monkeypatch.setattr(torch, "load", None)
     monkeypatch.setattr(pickle, "Unpickler", None)
-    entries = open_checkpoint(path)
+    entries = open_weights(path)
     read = []
     monkeypatch.setattr(TorchFile, "read", lambda file, tensor: read.append(tensor.shape))
     assert len(entries) == 3 and read == []
@@ -181,7 +181,7 @@ def test_averaged_weights_that_are_not_there(tmp_path, caplog):
     path = formats.save_torch(tmp_path / "w.pth", {"model": STATE_DICT, "model_ema": None, "epoch": 1})
     assert_opens(path)
     with pytest.raises(CheckpointError, match="no averaged weights .* has epoch, model, model_ema"):
-        open_checkpoint(path, use_ema=True)
+        open_weights(path, use_ema=True)
     # one set of weights and no other: nothing to choose from, as in what is saved after training
     for path in (
         formats.save_torch(tmp_path / "bare.pth", STATE_DICT),
@@ -214,7 +214,7 @@ def test_what_a_process_has_allowed_is_neither_used_nor_lost(tmp_path):
     with torch.serialization.safe_globals(mine):
         before = set(torch.serialization.get_safe_globals())
         with pytest.raises(CheckpointError, match="Harmless"):
-            open_checkpoint(path)
+            open_weights(path)
         assert set(torch.serialization.get_safe_globals()) == before
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
@@ -222,7 +222,7 @@ def test_what_a_process_has_allowed_is_neither_used_nor_lost(tmp_path):
 def test_environment_does_not_open_the_door(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(CheckpointError, match="Harmless"):
-        open_checkpoint(formats.save_torch(tmp_path / "w.pth", {"model": STATE_DICT, "x": Harmless()}))
+        open_weights(formats.save_torch(tmp_path / "w.pth", {"model": STATE_DICT, "x": Harmless()}))
 
 
 CALLS = {
@@ -245,7 +245,7 @@ def test_pickle_that_runs_code_is_refused_and_named(name, pickler, tmp_path):
     content = {"model": dict(STATE_DICT), "epoch": [{"deep": (CALLS[name](marker),)}]}
     formats.PICKLERS[pickler](path, content)
     with pytest.raises(CheckpointError, match="refused") as error:
-        open_checkpoint(path)
+        open_weights(path)
     assert str(path) in str(error.value)
     assert name in str(error.value)
     assert not marker.exists()
@@ -263,20 +263,20 @@ def test_shard_that_runs_code_is_refused(tmp_path):
     shard = sorted(tmp_path.glob("*.bin"))[1]
     torch.save({"a.bias": torch.ones(2), "x": CALLS["builtins.eval"](tmp_path / "marker")}, shard)
     with pytest.raises(CheckpointError, match=rf"{shard.name}.*builtins.eval"):
-        open_checkpoint(index)
+        open_weights(index)
     assert not (tmp_path / "marker").exists()
 
 
 def test_whole_pickled_model_is_refused_and_named(tmp_path):
     path = formats.save_torch(tmp_path / "w.pth", torch.nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match="torch.nn.modules.linear.Linear"):
-        open_checkpoint(path)
+        open_weights(path)
 
 
 def assert_reason(path, reason) -> None:
     """One line with a reason of our own: torch's advice is for programmers, and opens the door to code."""
     with pytest.raises(CheckpointError, match=reason) as error:
-        open_checkpoint(path)
+        open_weights(path)
     message = str(error.value)
     assert "\n" not in message and not message.rstrip().endswith((":", "()"))
     for advice in ("weights_only", "add_safe_globals", "PyTorch 2.6", "miniz", "file an issue", "torch.load("):
@@ -383,7 +383,7 @@ def test_broken_file_is_named(what, tmp_path):
     write, message = BROKEN[what]
     write(tmp_path)
     with pytest.raises(CheckpointError, match=message) as error:
-        open_checkpoint(tmp_path / "w.pth")
+        open_weights(tmp_path / "w.pth")
     assert str(tmp_path / "w.pth") in str(error.value)
 
 
@@ -401,7 +401,7 @@ def test_damage_anywhere_is_an_error_or_harmless(kind, tmp_path):
                 damaged[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            entries = open_checkpoint(path)
+            entries = open_weights(path)
         except CheckpointError as error:
             assert "\n" not in str(error) and "weights_only" not in str(error) and "safe_globals" not in str(error)
             continue
@@ -418,22 +418,22 @@ def test_pipe_is_refused_and_not_waited_for(where, tmp_path):
     if where == "shard":
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": path.name}}))
     with pytest.raises(CheckpointError, match="not a regular file|missing: model-1"):
-        open_checkpoint(path if where in ("named", "index") else tmp_path)
+        open_weights(path if where in ("named", "index") else tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no device files like these")
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
 def test_device_is_refused(path):
     with pytest.raises(CheckpointError, match=f"'{path}' is not a regular file"):
-        open_checkpoint(path)
+        open_weights(path)
 
 
 def test_nothing_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no checkpoint at.*missing.pth"):
-        open_checkpoint(tmp_path / "missing.pth")
+        open_weights(tmp_path / "missing.pth")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
-        open_checkpoint("missing.pth")
+        open_weights("missing.pth")
     assert str(tmp_path) in str(error.value)
 
 
@@ -482,7 +482,7 @@ def test_header_that_lies(what, tmp_path):
         data[:8] = (10**7).to_bytes(8, "little")
         (tmp_path / "w.pth").write_bytes(data)
     with pytest.raises(CheckpointError, match="is damaged or truncated") as error:
-        open_checkpoint(tmp_path / "w.pth")
+        open_weights(tmp_path / "w.pth")
     assert str(tmp_path / "w.pth") in str(error.value)
 
 
@@ -492,7 +492,7 @@ def test_header_that_lies(what, tmp_path):
 def test_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"holds no weights: no .safetensors, .pth"):
-        open_checkpoint(tmp_path)
+        open_weights(tmp_path)
 
 
 def test_several_files_without_index(tmp_path):
@@ -500,14 +500,14 @@ def test_several_files_without_index(tmp_path):
     with pytest.raises(
         CheckpointError, match="several weight files .*00001-of-00003.*no 'model.safetensors.index.json'"
     ):
-        open_checkpoint(tmp_path)
+        open_weights(tmp_path)
 
 
 def test_missing_shard(tmp_path):
     index = formats.save_index(tmp_path, STATE_DICT)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="names 3 shards; 1 are missing: model-00002-of-00003"):
-        open_checkpoint(index)
+        open_weights(index)
 
 
 def test_truncated_shard(tmp_path):
@@ -515,7 +515,7 @@ def test_truncated_shard(tmp_path):
     shard = tmp_path / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="00002-of-00003.safetensors' is damaged"):
-        open_checkpoint(index)
+        open_weights(index)
 
 
 @pytest.mark.parametrize("change", ["unlisted", "listed", "elsewhere", "twice"])
@@ -538,7 +538,7 @@ def test_index_that_disagrees_with_its_shards(change, tmp_path):
         name = "a.bias"
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=f"disagree about .*{name}"):
-        open_checkpoint(index)
+        open_weights(index)
 
 
 @pytest.mark.parametrize(
@@ -556,7 +556,7 @@ def test_broken_index(content, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match="is not a shard index") as error:
-        open_checkpoint(tmp_path)
+        open_weights(tmp_path)
     assert str(index) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
@@ -565,4 +565,4 @@ def test_index_that_is_too_large_is_not_read(tmp_path):
     with index.open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(CheckpointError, match="is not a shard index.*larger than"):
-        open_checkpoint(tmp_path)
+        open_weights(tmp_path)

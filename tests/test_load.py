@@ -20,8 +20,10 @@ from internimage import CheckpointError
 from internimage.cli import main
 from internimage.models import PUBLISHED, InternImage
 from internimage.weights import hub
-from internimage.weights import load as checkpoints
-from internimage.weights.readers import Entry
+from internimage.weights.comparison import find_model
+from internimage.weights.key_maps import INTERNIMAGE
+from internimage.weights.load import count_classes
+from internimage.weights.readers import Entry, Weights, open_weights
 
 # a model of every part in a hundredth of the time; the layer scale has names of its own in some formats
 SMALL = dict(channels=8, depths=(1, 1, 2, 1), groups=(1, 1, 2, 4))
@@ -190,7 +192,7 @@ def test_hub_names_of_every_released_model(file):
     entries = {
         key: Entry(tuple(shape), torch.float32, lambda: None) for key, shape in formats.hub_names(shapes).items()
     }
-    found, beside = checkpoints._own_names(entries, "it")
+    found, beside = find_model(Weights(entries, "it"), INTERNIMAGE)
     assert beside == []
     assert {key: list(entry.shape) for key, entry in found.items()} == shapes
 
@@ -258,7 +260,7 @@ CHANGES = {
     ),
     "whole numbers": (
         lambda sd: sd.update({"levels.0.norm.0.bias": torch.ones(8, dtype=torch.int32)}),
-        "dtype: levels.0.norm.0.bias holds torch.int32 in the file, and numbers of a torch.float32 are needed",
+        "dtype: levels.0.norm.0.bias holds torch.int32 in the file, and the model needs torch.float32",
     ),
     "classifier's width": (
         lambda sd: sd.update({"head.weight": torch.ones(1000, 95)}),
@@ -505,13 +507,13 @@ def test_classes_of_imagenet_22k(tmp_path, caplog):
 @pytest.mark.parametrize("kind", formats.KINDS)
 def test_classes_are_counted_without_a_model(kind, files, monkeypatch):
     reads = formats.record_reads(monkeypatch)
-    assert checkpoints.count_classes(files(kind)) == (0 if kind in formats.HEADLESS else 1000)
+    assert count_classes(open_weights(files(kind)), INTERNIMAGE) == (0 if kind in formats.HEADLESS else 1000)
     assert reads == []
 
 
 def test_classes_of_a_broken_classifier(weights, tmp_path):
     path = formats.save_safetensors(tmp_path / "w.safetensors", {**weights, "head.weight": torch.tensor(1.0)})
-    assert checkpoints.count_classes(path) == 0
+    assert count_classes(open_weights(path), INTERNIMAGE) == 0
     assert_refused(new(), path, r"shape: head.weight is \(\) in the file and \(1000, 96\) in the model")
 
 
