@@ -170,7 +170,7 @@ def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):
     ]
     env = environment() | {"GPUS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     commands = (
-        [str(ROOT / "scripts" / "train_one_machine.sh"), *arguments],
+        [str(ROOT / "scripts" / "launch" / "train_one_machine.sh"), *arguments],
         torchrun_command(2, "-m", "internimage", "finetune", *arguments),
     )
     done = 0
