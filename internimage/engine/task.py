@@ -69,7 +69,8 @@ class Task(ABC, Generic[Config, Result]):
     def identity(self) -> dict[str, Any]:
         """What each process knows of the data at once, such as their number and classes.
 
-        Numbers, texts and lists. It is kept in the checkpoints; a run only resumes with the same. "samples" is the number of samples.
+        Numbers, texts and lists. It is kept in the checkpoints; a run only resumes with the same. "samples" is the
+        number of samples.
         """
 
     def fingerprint(self) -> Any:
