@@ -20,7 +20,7 @@ from double import in_double
 from internimage.cli import evaluate, main
 from internimage.engine import checkpoint, trainer
 from internimage.engine.checkpoint import checkpoints
-from internimage.tasks.classification.finetune import finetune
+from internimage.engine.run import train as train_task
 
 DATA, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 SETTINGS = [
@@ -30,7 +30,7 @@ SETTINGS = [
 
 dist.init_process_group("gloo")
 RANK = dist.get_rank()
-for verb in (finetune, evaluate.run):
+for verb in (train_task, evaluate.run):
     verb.__globals__["leave"] = lambda: None  # the processes stay together for all scenarios
 RESULTS = {}
 
