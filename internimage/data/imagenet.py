@@ -25,9 +25,9 @@ from .variants import VARIANTS
 class Protocol:
     """How a variant is counted."""
 
-    classes: list[int] | None = None  # the outputs that the dataset's classes stand for, in order; None: all
-    names: list[str] | None = None  # of these
-    real: dict[str, list[int]] | None = None  # file name -> the labels that are right
+    classes: list[int] | None = None  #: the model's output for each class of the dataset; None if they are the same
+    names: list[str] | None = None  #: the names of these
+    real: dict[str, list[int]] | None = None  #: file name -> the labels that are right
 
 
 def open_labelled_folder(root: str | Path, labels: str | Path) -> Dataset:

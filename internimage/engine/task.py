@@ -67,9 +67,10 @@ class Task(ABC, Generic[Config, Result]):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What each process knows of the data at once, such as their number and classes: numbers, texts and lists.
+        """What each process knows of the data at once, such as their number and classes.
 
-        It is kept in the checkpoints; a run only resumes with the same. "samples" is the number of samples.
+        Numbers, texts and lists. It is kept in the checkpoints; a run only resumes with the same. "samples" is the
+        number of samples.
         """
 
     def fingerprint(self) -> Any:

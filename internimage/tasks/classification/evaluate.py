@@ -32,21 +32,23 @@ _MOST_REPORTED = 20  # unreadable images that a process names; the rest would on
 class Evaluation:
     """Counts and rates of one run. Accuracies in percent of the images that could be read."""
 
-    images: int = 0
-    top1: float = 0.0
-    top5: float = 0.0
-    loss: float = 0.0  # mean cross entropy, nats
-    real_images: int = 0  # with ImageNet-ReaL labels: those that have one
-    real_top1: float | None = None
-    real_top5: float | None = None
-    seconds: float = 0.0  # wall time, loading included
-    images_per_second: float = 0.0
-    model_images_per_second: float = 0.0  # without loading, all processes together
-    peak_memory: int = 0  # bytes, the largest of the processes: of the device, or on the CPU of the process; 0: unknown
-    processes: int = 1
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # file, reason
-    per_class: list[dict] = field(default_factory=list)  # class, images, top1
-    predictions: list[tuple[int, int, int, float]] = field(default_factory=list)  # index, target, class, probability
+    images: int = 0  #: that could be read
+    top1: float = 0.0  #: percent
+    top5: float = 0.0  #: percent
+    loss: float = 0.0  #: mean cross entropy, nats
+    real_images: int = 0  #: those that have an ImageNet-ReaL label
+    real_top1: float | None = None  #: percent
+    real_top5: float | None = None  #: percent
+    seconds: float = 0.0  #: wall time, loading included
+    images_per_second: float = 0.0  #: loading included, all processes together
+    model_images_per_second: float = 0.0  #: without loading, all processes together
+    #: bytes, the largest of the processes (of the device, or on a CPU of the process); 0 if unknown
+    peak_memory: int = 0
+    processes: int = 1  #: that shared the images
+    #: file and reason of each image that could not be read
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    per_class: list[dict] = field(default_factory=list)  #: class, images and top1 of each class, if asked for
+    predictions: list[tuple[int, int, int, float]] = field(default_factory=list)  #: index, target, class, probability
 
 
 @torch.no_grad()  # not inference mode: sharded weights gathered in that could not be trained on afterwards

@@ -22,10 +22,10 @@ from ...progress import message
 class Prediction:
     """The most likely classes of one image, best first."""
 
-    name: str
-    labels: list[str]
-    indices: list[int]
-    probabilities: list[float]
+    name: str  #: of the image
+    labels: list[str]  #: names of the classes
+    indices: list[int]  #: indices of the classes
+    probabilities: list[float]  #: of the classes, from 0 to 1
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
