@@ -216,7 +216,7 @@ def test_validation_images_that_cannot_be_read_cost_the_accuracy_and_not_the_mod
         file.write_bytes(b"nothing")
     assert command(folder, tmp_path / "run", epochs=1, report=True) == 1
     out, err = capsys.readouterr()
-    assert "the validation images were not evaluated: no image of 6 could be read" in err and "Traceback" not in err
+    assert "the validation images were not evaluated: none of 6 images could be read" in err and "Traceback" not in err
     assert out == f"model: {tmp_path / 'run'}\n"
     assert (tmp_path / "run" / "model.safetensors").is_file()
 

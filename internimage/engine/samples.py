@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..data.workers import worker_signals
+from ..data.workers import init_worker_signals
 from .rng import PlanSampler, seed_sample
 
 _ATTEMPTS = 20
@@ -104,6 +104,6 @@ def sample_loader(
         num_workers=workers,
         collate_fn=_Collate(collate),
         pin_memory=pin_memory,
-        worker_init_fn=worker_signals,
+        worker_init_fn=init_worker_signals,
         generator=torch.Generator().manual_seed(dataset.seed),  # otherwise it draws from the global one
     )

@@ -10,11 +10,20 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ...atomic import partial_folder, sync_folder
-from ...data.datasets import DataError, GuardedDataset, class_difference, class_names, find_split, open_dataset
+from ...data.datasets import (
+    GuardedDataset,
+    MapDataset,
+    class_difference,
+    class_names,
+    open_dataset,
+    read_as_gray,
+)
 from ...data.fingerprint import fingerprint
+from ...data.image_sets import find_split
+from ...data.images import DataError
 from ...engine.create import create_model, data_config
 from ...engine.report import Page
 from ...engine.rng import PlanSampler
@@ -35,8 +44,8 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
 
     loss_unit = "cross entropy, nats"
 
-    train_set: Dataset
-    val_set: Dataset | None
+    train_set: MapDataset
+    val_set: MapDataset | None
     names: list[str]  # of the classes
     data_config: dict[str, Any]  # timm's preprocessing
     mixing: Mixing | None = None
@@ -69,7 +78,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
         if self.data_config["input_size"][0] == 1:
             for split in (self.train_set, self.val_set):
                 if split is not None:
-                    split.input_img_mode = "L"
+                    read_as_gray(split)
         self.transform = training_transform(config, self.data_config)
         self.loss_function: nn.Module = LabelSmoothingCrossEntropy(config.smoothing)
         if config.mixes:
@@ -157,7 +166,7 @@ def _describe_images(data: dict[str, Any]) -> str:
     return f"{data['samples']} images of {len(data['classes'])} classes ({some(data['classes'], 3)})"
 
 
-def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str]]:
+def open_data(config: FinetuneConfig) -> tuple[MapDataset, MapDataset | None, list[str]]:
     """Training set, validation set or None, and the classes.
 
     Raises:
