@@ -46,8 +46,7 @@ def list_models(pretrained: bool = False) -> list[str]:
     Args:
         pretrained: The released weights, as `name.tag`; else the architectures.
     """
-    import timm
-
     from . import models  # noqa: F401  (registers them)
+    from .models import families
 
-    return timm.list_models("internimage_*", module="internimage", pretrained=pretrained)
+    return families.list_models(pretrained)

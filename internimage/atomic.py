@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import locks
+from .errors import is_write_protected
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def replacing(target: Path, mode: int | None = None) -> Iterator[BinaryIO]:
     try:
         file, half = stack.enter_context(_partial_file(target))
     except OSError as error:
-        if mode is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if mode is None or not is_write_protected(error):
             raise
         with target.open("wb") as file:  # of this folder, this file alone may be written to
             yield file

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a user can have got wrong, as one family of exceptions: the command line prints them without a traceback."""
+"""User errors, as one family of exceptions: the command line prints them without a traceback."""
 
+import errno
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,10 +10,21 @@ class UserError(Exception):
     """Bad input. The message names what was wrong and what would be right."""
 
     status = 2  # of the command that it ends
+    everywhere = False  # raised in all processes of a launch, for the first one to report
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be read, or is not of this model. Nothing was written to the model."""
+    """Weights or a checkpoint that cannot be read, or do not fit the model. Nothing was written to the model."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk, a quota or the largest size of a file is exhausted."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_write_protected(error: BaseException) -> bool:
+    """Whether a file or its file system may not be written to."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def some(names: Iterable[Any], most: int = 10) -> str:

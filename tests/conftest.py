@@ -88,7 +88,7 @@ def copy(stopped, tmp_path):
 # longest one at the beginning, so that none is left over at the end for one process while others wait.
 LONG = [
     "test_faults", "test_training", "test_cuda_host", "test_models_goldens", "test_cuda_compile", "test_cpu_kernels",
-    "test_hub", "test_models", "test_convert", "test_checkpoints", "test_setup", "test_distributed", "test_start",
+    "test_hub", "test_models", "test_convert", "test_load", "test_setup", "test_distributed", "test_start",
 ]  # fmt: skip
 
 

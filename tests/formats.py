@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from internimage.weights import readers as containers
+from internimage.weights import readers
 
 HEAD = ("conv_head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.", "head.")
 
@@ -182,13 +182,13 @@ def write(kind: str, folder: Path, state_dict: Mapping[str, Tensor]) -> Path:
 def record_reads(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the tensors that are read from safetensors files from now on."""
     reads: list[tuple[int, ...]] = []
-    read_tensor = containers.read_tensor
+    read_tensor = readers.read_tensor
 
     def record(path, position, shape, dtype):
         reads.append(shape)
         return read_tensor(path, position, shape, dtype)
 
-    monkeypatch.setattr(containers, "read_tensor", record)
+    monkeypatch.setattr(readers, "read_tensor", record)
     return reads
 
 

@@ -28,7 +28,7 @@ from internimage.data.image_tars import open_tar
 from internimage.data.imagenet import open_labelled_folder, protocol
 from internimage.engine.log import read_steps
 from internimage.engine.run_folder import check_output
-from internimage.models.model_config import ModelConfigError, has_model_config, read_model_config
+from internimage.models.model_config import ModelConfigError, find_model_config
 from internimage.tasks.classification.config import FinetuneConfig
 
 # ---- settings and lists
@@ -42,7 +42,8 @@ def _config_seeds(folder: Path) -> list[Seed]:
 
 
 def _read_config(folder: Path) -> object:
-    return has_model_config(folder) and dataclasses.asdict(read_model_config(folder))
+    config = find_model_config(folder)
+    return config and dataclasses.asdict(config)
 
 
 def _recipe_seeds(folder: Path) -> list[Seed]:

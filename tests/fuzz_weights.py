@@ -30,7 +30,8 @@ from internimage.engine.world import World
 from internimage.errors import CheckpointError
 from internimage.weights import hub
 from internimage.weights.load import load_pretrained
-from internimage.weights.readers import open_checkpoint
+from internimage.weights.readers import open_weights
+from internimage.weights.shard_index import weight_map
 
 CONFIG = {
     "architecture": "internimage_tiny",
@@ -107,7 +108,7 @@ def _zip_seeds(folder: Path) -> list[Seed]:
 
 
 def _read_weights(path: Path) -> dict:
-    return {key: _content(entry.read()) for key, entry in open_checkpoint(path).items() if not entry.problem}
+    return {key: _content(entry.read()) for key, entry in open_weights(path).items() if not entry.problem}
 
 
 def _content(tensor: torch.Tensor) -> tuple:
@@ -278,7 +279,7 @@ WEIGHTS = (
     ),
     Reader("safetensors", _safetensors_seeds, lambda f: _read_weights(f / "w.safetensors"), (CheckpointError,), 2),
     Reader("shards", _shard_seeds, _read_weights, (CheckpointError,), 2),
-    Reader("index.json", _index_seeds, lambda folder: hub.weight_map(folder / "index.json"), (ValueError,)),
+    Reader("index.json", _index_seeds, lambda folder: weight_map(folder / "index.json"), (ValueError,)),
     Reader("model", _model_seeds, _load_model, (CheckpointError,)),
     Reader("checkpoint", _run_seeds(False), _take_up(False), (CheckpointError,), 2, sealed=change.BLIND),
     Reader("sharded checkpoint", _run_seeds(True), _take_up(True), (CheckpointError,), 2, sealed=change.BLIND),

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from internimage import CheckpointError
 from internimage.cli import main
 from internimage.convert import convert as convert_module
-from internimage.convert import detect as identify
+from internimage.convert import detect
 from internimage.convert.convert import check_folder, convert
 from internimage.convert.detect import ConvertError
+from internimage.models.internimage import FAMILY
 from internimage.weights import hub, imagenet22k
 from internimage.weights.safetensors_io import DTYPES, write_safetensors
 
@@ -130,9 +131,9 @@ def test_released_weights_are_known_by_their_shapes(file):
     shapes = {key: tuple(shape) for key, shape in golden.manifest()[file]["shapes"].items()}
     # the two of huge with 1000 classes are the same but for the image size; one of them has a file
     expected = HUGE if file == "internimage_h_22kto1k_384" else golden.MODELS[file]
-    assert identify._guess(shapes, Path("w.pth")) == expected
+    assert detect._guess(FAMILY, shapes, Path("w.pth")) == expected
     other = {**shapes, "head.weight": (7, shapes["head.weight"][1])}
-    assert identify._guess(other, Path("w.pth")) == expected.partition(".")[0]
+    assert detect._guess(FAMILY, other, Path("w.pth")) == expected.partition(".")[0]
 
 
 def test_size_that_was_not_released_must_be_named(weights, tmp_path):
@@ -150,7 +151,7 @@ def test_size_that_was_not_released_must_be_named(weights, tmp_path):
 
 
 def test_hub_sources(local_hub, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(identify, "_guess", lambda shapes, path: "internimage_atto")
+    monkeypatch.setattr(detect, "_guess", lambda family, shapes, path: "internimage_atto")
     cache, kwargs = str(tmp_path / "cache"), dict(SMALL, layer_scale=1.0)
     plain = filled()
     commit = local_hub.add("OpenGVLab/internimage_t_1k_224", {"model.safetensors": save(formats.hub_names(plain))})
@@ -556,7 +557,7 @@ def folder(weights, tmp_path) -> Path:
 def test_dry_run_prints_and_uploads_nothing(folder, local_hub, capsys):
     assert main(["push", str(folder), "me/mine", "--dry-run", "--revision", "v1"]) == 0
     out = capsys.readouterr().out
-    assert f"would go to {local_hub.url}/me/mine (v1)" in out and "not uploaded: notes.txt" in out
+    assert f"would upload to {local_hub.url}/me/mine (v1)" in out and "not uploaded: notes.txt" in out
     for file in folder.iterdir():
         if file.name != "notes.txt":
             assert f"{file.stat().st_size:>16,}  {file.name}" in out
@@ -646,11 +647,11 @@ def test_command_line(in22k, tmp_path, capsys):
     command = ["convert", str(path), str(tmp_path / "out"), "--model", "internimage_atto", *ON_THE_COMMAND_LINE]
     assert main([*command, "--dtype", "bf16", "--shard-size", "2MB", "--head", "22k-to-1k", "--verify"]) == 0
     out = capsys.readouterr().out
-    assert "every tensor read again and compared" in out and f"local-dir:{tmp_path / 'out'}" in out
+    assert "every tensor read back and compared" in out and f"local-dir:{tmp_path / 'out'}" in out
     expected = {**state_dict, **{key: state_dict[key][rows_of_1k()] for key in HEAD}}
     assert_equal(load(tmp_path / "out", dtype=torch.bfloat16).state_dict(), formats.cast(expected, torch.bfloat16))
     assert "overwrite replaces it" in fails(capsys, *command)
-    assert "argument --shard-size: must be a number of bytes or such as '5GB'" in fails(
+    assert "argument --shard-size: must be a positive number of bytes, with or without a unit, such as '5GB'" in fails(
         capsys, *command, "--overwrite", "--shard-size", "big"
     )
     assert "argument --model-kwargs: must be KEY=VALUE, got 'channels'" in fails(capsys, *command[:-3], "channels")

@@ -227,7 +227,7 @@ def test_the_library_loads_where_torch_has_cuda(library):
     result = subprocess.run(command, cwd=library.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     expected = (
-        "True True loaded" if torch.version.cuda else "False False there, but not loaded under a torch without CUDA"
+        "True True loaded" if torch.version.cuda else "False False installed, but not loaded: this torch has no CUDA"
     )
     assert result.stdout.startswith(expected)
 
@@ -295,6 +295,6 @@ def test_info_tells_of_a_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("old", "new")[i])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((7, 0), (9, 0))[i])
-    said = extension._unserved({"architectures": ["sm_80", "compute_80"]})
+    said = extension._unsupported_gpus({"architectures": ["sm_80", "compute_80"]})
     assert said == ", but not for old (compute capability 7.0): build with TORCH_CUDA_ARCH_LIST"
-    assert extension._unserved({"architectures": ["sm_70", "sm_90"]}) == ""
+    assert extension._unsupported_gpus({"architectures": ["sm_70", "sm_90"]}) == ""

@@ -134,14 +134,14 @@ CASES = {
 READER = """
 import json, os, resource, sys
 from pathlib import Path
-from internimage.weights.readers import open_checkpoint
+from internimage.weights.readers import open_weights
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 def read(path):
     try:
-        for entry in open_checkpoint(path).values():
+        for entry in open_weights(path).values():
             if not entry.problem:
                 entry.read()
     except Exception as error:

@@ -70,10 +70,17 @@ def test_flat_folder_with_labels(flat, tmp_path, kind):
     dataset = open_labelled_folder(flat, tmp_path / "labels.txt")
     model = ByColor()
     result = evaluate(
-        model, dataset, CONFIG, 4, 0, progress=False, protocol=protocol("imagenet", model, dataset), keep_answers=True
+        model,
+        dataset,
+        CONFIG,
+        4,
+        0,
+        progress=False,
+        protocol=protocol("imagenet", model, dataset),
+        keep_predictions=True,
     )
     assert (result.images, result.top1) == (6, pytest.approx(100 * 4 / 6))
-    assert [answer[:3] for answer in result.answers] == [
+    assert [answer[:3] for answer in result.predictions] == [
         (0, 5, 5), (1, 7, 7), (2, 8, 7), (3, 999, 999), (4, 0, 0), (5, 13, 12),
     ]  # fmt: skip
 
@@ -198,10 +205,10 @@ def test_flips_average_the_two_sides(tmp_path):
     model = timm.create_model("internimage_atto", num_classes=2).eval()
     config = CONFIG | dict(input_size=(3, 32, 32))
     dataset = open_dataset(tmp_path)
-    result = evaluate(model, dataset, config, 4, 0, progress=False, flip=True, keep_answers=True)
+    result = evaluate(model, dataset, config, 4, 0, progress=False, flip=True, keep_predictions=True)
     transform = timm.data.create_transform(**config)
     loss = 0.0
-    for index, target, predicted, sure in result.answers:
+    for index, target, predicted, sure in result.predictions:
         x = transform(dataset[index][0])[None]
         with torch.no_grad():
             mean = (model(x).softmax(-1) + model(x.flip(-1)).softmax(-1))[0] / 2
@@ -232,8 +239,8 @@ def test_variants_are_read_as_published_and_other_images_upright(tmp_path):
         image.save(tmp_path / label / "0.png", exif=exif)
     dataset = open_dataset(tmp_path)
     for counting, wins in ((None, 1), (Protocol([0, 1], ["a", "b"]), 0)):
-        result = evaluate(DarkSide(), dataset, CONFIG, 4, 0, progress=False, protocol=counting, keep_answers=True)
-        assert [answer[2] for answer in result.answers] == [wins, wins]
+        result = evaluate(DarkSide(), dataset, CONFIG, 4, 0, progress=False, protocol=counting, keep_predictions=True)
+        assert [answer[2] for answer in result.predictions] == [wins, wins]
 
 
 def test_expected_accuracy(tmp_path, capsys):
@@ -249,7 +256,7 @@ def test_expected_accuracy(tmp_path, capsys):
     assert main([*arguments, "--expect", "50.11"]) == 1
     assert "top-1 is 50.00 %, expected 50.11 within 0.1" in capsys.readouterr().err
     assert main([*arguments, "--expect", "published"]) == 2
-    assert "no top-1 on ImageNet-1k was published for 'internimage_atto'" in capsys.readouterr().err
+    assert "no ImageNet-1k top-1 is published for 'internimage_atto'" in capsys.readouterr().err
     assert main([*arguments, "--expect", "good"]) == 2
     assert main([*arguments, "--flip", "--json", str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())

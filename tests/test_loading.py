@@ -7,16 +7,16 @@ import formats
 import pytest
 import timm
 import torch
-from test_checkpoints import assert_equal, assert_refused, filled, new, warnings_of
 from test_convert import ATTO
+from test_load import assert_equal, assert_refused, filled, new, warnings_of
 from torch import Tensor, nn
 
 from internimage import CheckpointError
 from internimage.convert.convert import convert
 from internimage.convert.detect import ConvertError
+from internimage.dtypes import problem_of
 from internimage.engine.create import create_model
-from internimage.weights import readers as containers
-from internimage.weights.dtypes import problem_of
+from internimage.weights import readers
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def of_dtype(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 def test_read_that_fails_leaves_the_model_as_it_was(meta, after, kind, weights, tmp_path, monkeypatch):
     """On meta, a part of the model that the file lacks (a new classifier) gets no memory either."""
     path = formats.write(kind, tmp_path, weights)
-    entries, reads = containers.open_checkpoint(path), []
+    entries, reads = readers.open_weights(path), []
     after = after % len(entries)
 
     def failing(read):
@@ -65,10 +65,11 @@ def test_read_that_fails_leaves_the_model_as_it_was(meta, after, kind, weights, 
         return fail
 
     damaged = {
-        key: containers.Entry(entry.shape, entry.dtype, failing(entry.read), entry.problem)
+        key: readers.Entry(entry.shape, entry.dtype, failing(entry.read), entry.problem)
         for key, entry in entries.items()
     }
-    monkeypatch.setattr("internimage.weights.load.open_checkpoint", lambda *_: damaged)
+    damaged = readers.Weights(damaged, "the file", entries.files)
+    monkeypatch.setattr("internimage.weights.load.open_weights", lambda *_: damaged)
     if not meta:
         assert_refused(new(), path, "the disk is at fault")
     else:
@@ -86,7 +87,7 @@ def test_new_classifier_of_a_failing_file_stays_on_meta(weights, tmp_path, monke
     def read_tensor(*_):
         raise EOFError("the file ends early")
 
-    monkeypatch.setattr(containers, "read_tensor", read_tensor)
+    monkeypatch.setattr(readers, "read_tensor", read_tensor)
     with pytest.raises(CheckpointError, match="reading '.*failed: the file ends early"):
         model.load_pretrained(path, device="cpu", pretrained_cfg=dict(num_classes=1000))
     assert all(value.is_meta for value in model.state_dict().values())
@@ -131,7 +132,7 @@ def test_parameter_of_the_model_that_cannot_be_filled(what, weights, monkeypatch
     layer.weight = nn.Parameter(make(layer.weight.detach()), requires_grad=False)
     before = {key: value.clone() for key, value in model.state_dict().items() if "levels.3" not in key}
     reads: list[str] = []
-    monkeypatch.setattr(containers, "_own", reads.append)
+    monkeypatch.setattr(readers, "_own", reads.append)
     with pytest.raises(CheckpointError, match=rf"the model.*'levels.3.blocks.0.mlp.fc1.weight' is {message}") as error:
         model.load_pretrained(weights)
     assert "\n" not in str(error.value)

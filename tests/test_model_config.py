@@ -20,8 +20,8 @@ from internimage.cli import main
 from internimage.convert.convert import check_folder
 from internimage.engine.create import create_model, data_config, label_names
 from internimage.errors import CheckpointError, UserError
-from internimage.models import model_config
-from internimage.models.model_config import ModelConfigError, has_model_config, read_model_config
+from internimage.models.families import family_of
+from internimage.models.model_config import ModelConfigError, find_model_config, read_model_config
 
 SMALL = dict(channels=8, depths=(1, 1, 1, 1), groups=(1, 1, 2, 4), num_classes=3)
 LABELS = dict(label_names=["a", "b", "c"])
@@ -66,7 +66,7 @@ FILES = {
     "string": (b'"internimage_atto"', "must hold a JSON object, got a str"),
     "null": (b"null", "must hold a JSON object, got a NoneType"),
     "number": (b"1" * 5000, "a number of 400 digits or more"),
-    "NaN": (b'{"architecture": "internimage_atto", "x": NaN}', "NaN is not a number of JSON"),
+    "NaN": (b'{"architecture": "internimage_atto", "x": NaN}', "NaN is not a number in JSON"),
     "nested deeply": (b'{"architecture": ' + b"[" * 100_000, "nested too deeply"),
     "nested deeply, and closed": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "nested less deeply": (b'{"architecture": ' + b"[" * 40 + b"]" * 40 + b"}", "nested too deeply"),
@@ -74,9 +74,9 @@ FILES = {
     "byte order mark": (b'\xef\xbb\xbf{"architecture": "internimage_atto"}', "begins with a byte order mark"),
     "a key twice": (
         b'{"architecture": "internimage_atto", "num_classes": 3, "num_classes": 4}',
-        "the key 'num_classes' stands twice in an object",
+        "the key 'num_classes' occurs twice in an object",
     ),
-    "too large": (b" " * (16 * 2**20 + 1), "a model's configuration has less"),
+    "too large": (b" " * (16 * 2**20 + 1), "larger than 16 MiB"),
 }
 
 # changed values: None removes one, ... is for null
@@ -97,7 +97,7 @@ VALUES = {
     "argument device": (dict(model_args=dict(device="meta")), "'device', which is no argument of a model"),
     "depths of a billion": (dict(model_args=dict(SMALL, depths=[10**9, 1, 1, 1])), "'depths' of model_args is too"),
     "channels of a trillion": (dict(model_args=dict(SMALL, channels=10**12)), "'channels' of model_args is too large"),
-    "channels infinite": (dict(model_args=dict(SMALL, channels=1e400)), "not a number of JSON"),
+    "channels infinite": (dict(model_args=dict(SMALL, channels=1e400)), "not a number in JSON"),
     "classes in words": (dict(num_classes="ten"), "num_classes must be a whole number from 0 to 10000000, got 'ten'"),
     "classes negative": (dict(num_classes=-1), "num_classes must be a whole number"),
     "classes huge": (dict(num_classes=10**12), "num_classes must be a whole number"),
@@ -275,7 +275,7 @@ def test_what_timm_writes_is_read(name, tmp_path):
 def test_configuration_of_transformers(folder, image, capsys):
     """Beside official weights; they load by their names, and convert finds the model out from the shapes."""
     (folder / "config.json").write_text('{"model_type": "internimage", "architectures": ["InternImage"]}')
-    assert not has_model_config(folder)
+    assert find_model_config(folder) is None
     with pytest.raises(ModelConfigError, match="not timm's.*transformers.*load by their names"):
         create_model(str(folder))
     with pytest.raises(CheckpointError, match="no folder with timm's config.json"):
@@ -284,14 +284,14 @@ def test_configuration_of_transformers(folder, image, capsys):
     assert model.num_classes == 3  # the weights alone
 
 
-def test_damaged_config_beside_a_file_of_weights_is_left_out_with_a_warning(folder, tmp_path, capsys, caplog):
+def test_damaged_config_beside_a_file_of_weights_is_ignored_with_a_warning(folder, tmp_path, capsys, caplog):
     (folder / "config.json").write_text("{")
     arguments = [f"{key}={json.dumps(value)}" for key, value in SMALL.items() if key != "num_classes"]
     command = ["convert", str(folder / "model.safetensors"), str(tmp_path / "out"), "--model", "internimage_atto"]
     assert main([*command, "--model-kwargs", *arguments]) == 0
     assert main([*command[:2], str(tmp_path / "second")]) == 2  # no model is named, and its size is not a released one
     assert "is of no released size" in capsys.readouterr().err
-    assert "is not JSON" in caplog.text and "left out" in caplog.text
+    assert "is not JSON" in caplog.text and "ignored" in caplog.text
 
 
 def test_folder_of_another_architecture_is_neither_converted_nor_pushed(tmp_path, capsys):
@@ -342,7 +342,7 @@ def replaced(content: dict, path: tuple, value: object) -> object:
 def corpus(content: dict) -> list[tuple]:
     """Everywhere in a config.json, and where it has nothing."""
     more = [("labels",), ("model_args", "device"), ("model_args", "x"), ("pretrained_cfg", "x")]
-    more += [("model_args", name) for name in model_config._our_arguments()]
+    more += [("model_args", name) for name in family_of("internimage_atto").arguments]
     more += [("pretrained_cfg", field.name) for field in dataclasses.fields(timm.models.PretrainedCfg)]
     return sorted({*places(content), *more}, key=str)
 

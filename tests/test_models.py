@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What our models promise beyond what timm's own tests ask (scripts/timm_contract.py runs those)."""
+"""What our models promise beyond what timm's own tests ask (scripts/checks/timm_contract.py runs those)."""
 
 import copy
 import re
@@ -20,8 +20,8 @@ from internimage.layers import linear as layer_linear
 from internimage.layers import mlp as layer_mlp
 from internimage.layers import norm as layer_norm
 from internimage.models import PUBLISHED, CheckpointError, InternImage
-from internimage.models.backbone import check_fusable
 from internimage.models.blocks import Block
+from internimage.models.classifier import check_fusable
 
 ARCHITECTURES = [
     f"internimage_{size}" for size in ("atto", "tiny", "small", "base", "large", "xlarge", "huge", "giant")
@@ -264,7 +264,7 @@ WRONG_ARGUMENTS = [
     (dict(post_norm="yes"), "post_norm must be true or false.*'yes'"),
     (dict(attentive_head=[]), "attentive_head must be true or false"),
     (dict(dw_kernel_size=0), "dw_kernel_size.*from 1"),
-    (dict(dw_kernel_size=4), "dw_kernel_size 4 cannot be centred"),
+    (dict(dw_kernel_size=4), "dw_kernel_size 4 cannot be centered"),
     (dict(dw_kernel_size=10**9 + 1), "dw_kernel_size.*to 255"),
     (dict(stage3_post_norm_blocks=(3,)), "stage3_post_norm_blocks must be a whole number from 0 to 2"),
     (dict(stage3_post_norm_blocks="02"), "stage3_post_norm_blocks must be a sequence"),
@@ -650,7 +650,9 @@ def test_tags_are_the_published_weights():
 @pytest.mark.parametrize("name", ["internimage_atto", "internimage_huge.ogvl_joint_in22k_ft_in1k_384"])
 def test_asking_for_weights_that_were_never_released(name, monkeypatch):
     # timm builds a model before it asks for weights, and this one is big
-    monkeypatch.setattr("internimage.models.backbone.InternImage.__init__", lambda self, **_: nn.Module.__init__(self))
+    monkeypatch.setattr(
+        "internimage.models.classifier.InternImage.__init__", lambda self, **_: nn.Module.__init__(self)
+    )
     with pytest.raises(CheckpointError, match="no weights were released"):
         timm.create_model(name, pretrained=True)
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from internimage.cli import main
 from internimage.convert.convert import check_folder
-from internimage.weights.readers import open_checkpoint
+from internimage.weights.readers import open_weights
 
 HERE = Path(inputs.__file__).parent
 EXPECTED = json.loads((HERE / "expected.json").read_text())
@@ -182,7 +182,7 @@ def test_a_converted_model_loads_and_is_ready_for_the_hub(capsys):
 
 def test_a_converted_model_is_converted_again():
     assert main(["convert", "converted", "again", "--verify"]) == 0
-    old, new = open_checkpoint("converted"), open_checkpoint("again")
+    old, new = open_weights("converted"), open_weights("again")
     assert old.keys() == new.keys()
     assert all(torch.equal(old[key].read(), new[key].read()) for key in old)
 

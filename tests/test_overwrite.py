@@ -21,7 +21,7 @@ from internimage.convert.convert import check_folder, convert
 from internimage.convert.detect import ConvertError
 from internimage.errors import CheckpointError
 from internimage.locks import LOCK_FILE, LockedError, hold
-from internimage.weights.readers import open_checkpoint
+from internimage.weights.readers import open_weights
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 FILES = {"model.safetensors", "config.json", "README.md"}
@@ -96,7 +96,7 @@ def test_a_folder_of_an_older_version_says_nothing_of_whose_it_is(source, out, c
 
 def test_a_run_is_not_a_conversion(source, tmp_path):
     from internimage.engine.create import data_config
-    from internimage.tasks.classification.finetune import save_model
+    from internimage.tasks.classification.task import save_model
 
     model = timm.create_model("internimage_atto", num_classes=3)
     save_model(model, tmp_path, ["a", "b", "c"], data_config(model))
@@ -237,7 +237,7 @@ def loads(folder):
         check_folder(folder)
     except CheckpointError:
         return None
-    return {key: entry.read() for key, entry in open_checkpoint(folder).items()}
+    return {key: entry.read() for key, entry in open_weights(folder).items()}
 
 
 def equal(a, b):
@@ -289,7 +289,7 @@ def test_killed_at_any_place_the_next_command_ends_it(converted, tmp_path, start
             assert not (here / "config.json").exists()
             entries = None
             try:  # weights alone, without the configuration
-                entries = open_checkpoint(here)
+                entries = open_weights(here)
             except (CheckpointError, FileNotFoundError):
                 pass
             if entries is not None:

@@ -56,7 +56,7 @@ def test_official_settings(name):
     assert config.auto_augment == "rand-m9-mstd0.5-inc1" and config.color_jitter == 0.4
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("train_*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts" / "launch").glob("train_*.sh")), ids=lambda path: path.stem)
 def test_launch_scripts_are_bash(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     text = script.read_text()

@@ -15,7 +15,7 @@ from torch import nn
 
 from internimage import CheckpointError
 from internimage.weights.archive import ArchiveError, check_archive
-from internimage.weights.readers import open_checkpoint
+from internimage.weights.readers import open_weights
 
 STATE_DICT = {"a.weight": torch.arange(600.0).reshape(20, 30), "a.bias": torch.ones(2), "n": torch.tensor(7)}
 WHOLE = torch.arange(24.0)
@@ -53,7 +53,7 @@ OPTIONS = {"zip": {}, "before torch 1.6": formats.LEGACY}
 
 
 def read_all(path) -> dict[str, torch.Tensor]:
-    return {key: entry.read() for key, entry in open_checkpoint(path).items()}
+    return {key: entry.read() for key, entry in open_weights(path).items()}
 
 
 def assert_same(found, expected) -> None:
@@ -141,7 +141,7 @@ def test_flipped_bit_in_the_numbers(packed, place, tmp_path):
         place //= 10
     check_archive(path)
     flip(path, spans(path)["data/0"][place])
-    entries = open_checkpoint(path)
+    entries = open_weights(path)
     assert torch.equal(entries["a.bias"].read(), STATE_DICT["a.bias"])  # the damage is elsewhere
     with pytest.raises(CheckpointError, match="record 'w/data/0' .*(CRC does not match|decompressed|cut off)") as error:
         entries["a.weight"].read()
@@ -156,7 +156,7 @@ def test_flipped_bit_in_a_part_of_a_storage(tmp_path):
     assert_same(read_all(path), {"a": WHOLE[5:11], "b": WHOLE[8:]})
     flip(path, spans(path)["data/0"][0])
     with pytest.raises(CheckpointError, match="CRC does not match"):
-        open_checkpoint(path)["a"].read()
+        open_weights(path)["a"].read()
 
 
 @pytest.mark.parametrize("record", ["data.pkl", "byteorder"])
@@ -164,7 +164,7 @@ def test_flipped_bit_in_what_describes_the_numbers(record, tmp_path):
     path = formats.save_torch(tmp_path / "w.pth", STATE_DICT)
     flip(path, spans(path)[record][3])
     with pytest.raises(CheckpointError, match=f"record 'w/{record}' .*CRC does not match"):
-        open_checkpoint(path)
+        open_weights(path)
 
 
 def test_zeroed_page(tmp_path):
@@ -229,7 +229,7 @@ def test_archive_whose_directory_is_empty(tmp_path):
     data[-6:-2] = (len(data) - 22).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="has no records"):
-        open_checkpoint(path)
+        open_weights(path)
 
 
 def test_archive_that_does_not_lie(tmp_path):
@@ -274,7 +274,7 @@ def test_pickle_that_lies(what, tmp_path):
     content, reason = CLAIMS[what]
     path = hostile.torch_archive(tmp_path / "w.pth", pickled(content))
     with pytest.raises(CheckpointError, match=reason) as error:
-        open_checkpoint(path)
+        open_weights(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
@@ -288,7 +288,7 @@ def test_every_instruction_is_followed_or_refused_with_a_reason(start, before_16
         content = start + bytes([code]) + b"\x01\x00\x00\x00a\nb\n."
         hostile.before_torch_16(path, content, {}) if before_16 else hostile.torch_archive(path, content)
         with pytest.raises(CheckpointError) as error:
-            open_checkpoint(path)
+            open_weights(path)
         message = str(error.value)
         assert "\n" not in message and message[-1] not in ":( ", message
         assert len(message.removeprefix(f"'{path}'")) > 20, message

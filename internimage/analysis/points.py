@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sampled points of DCNv3 layers, as numbers and drawn over images."""
+"""Sampled points of deformable layers, as numbers and drawn over images."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import writing
-from ..layers.dcnv3 import DCNv3
+from ..models.parts import NoSuchParts, name_of, sampling_layers, sampling_layers_of_stage
 from ..terminal import printable
 
 _TILE = 224  # longest side of one drawn image in pixels
@@ -22,36 +22,31 @@ _INK, _PALE, _PAPER = "#1a1a1a", "#5f6368", "#ffffff"
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45")
 
 
-def dcnv3_layers(model: nn.Module) -> dict[str, DCNv3]:
-    """The DCNv3 layers of a model by name, in order of execution."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DCNv3)}
-
-
 @torch.inference_mode()
 def sampled_points(model: nn.Module, images: Tensor, layer: str | None = None) -> tuple[str, Tensor, Tensor]:
     """Where a layer samples, in pixels of the model's input.
 
     Args:
-        model: A model with DCNv3 layers.
+        model: A model with layers that sample at learned offsets, such as DCNv3.
         images: (N, C, H, W), preprocessed.
         layer: Name of the layer; None takes the last one of stage 3.
 
     Returns:
-        The layer's name; locations (N, Ho, Wo, groups, P, 2) as (x, y), where 0 is the centre of the first pixel; and
+        The layer's name; locations (N, Ho, Wo, groups, P, 2) as (x, y), where 0 is the center of the first pixel; and
         weights (N, Ho, Wo, groups, P).
 
     Raises:
         UserError: The model has no such layer.
     """
-    layers = dcnv3_layers(model)
-    if layer is None:
-        candidates = [name for name in layers if name.startswith("levels.2.")] or list(layers)
-        layer = candidates[-1] if candidates else None
+    layers = sampling_layers(model)
     if not layers:
-        raise UserError("the model has no DCNv3 layers, so there are no sampled points to draw")
+        raise NoSuchParts(f"'{name_of(model)}' has no layers that sample at learned offsets, such as DCNv3")
+    if layer is None:
+        layer = (sampling_layers_of_stage(model, 3) or list(layers))[-1]
     if layer not in layers:
-        some = ", ".join(list(layers)[:3]) + ", ..."
-        raise UserError(f"the model has no DCNv3 layer '{layer}'; it has {some}")
+        raise NoSuchParts(
+            f"'{name_of(model)}' has no sampling layer '{layer}'; it has {', '.join(list(layers)[:3])}, ..."
+        )
     seen = []
     handle = layers[layer].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
@@ -60,8 +55,9 @@ def sampled_points(model: nn.Module, images: Tensor, layer: str | None = None) -
         handle.remove()
     (x,) = seen
     location, weight = layers[layer].sampling(x)
-    # a feature pixel covers `stride` image pixels, with its centre in their middle
-    stride = torch.tensor([images.shape[3] / x.shape[2], images.shape[2] / x.shape[1]], device=location.device)
+    # a feature pixel covers `stride` image pixels, with its center in their middle
+    height, width = layers[layer].input_size(x)
+    stride = torch.tensor([images.shape[3] / width, images.shape[2] / height], device=location.device)
     return layer, (location.float() + 0.5) * stride - 0.5, weight.float()
 
 
@@ -73,7 +69,7 @@ def point_tiles(
     A cross marks the output pixel, a dot each sampled point: its color tells the group, its size the weight.
 
     Args:
-        model: A model with DCNv3 layers; is left in eval mode.
+        model: As in `sampled_points`; is left in eval mode.
         images: At least one.
         config: timm's preprocessing.
         layer: As in `sampled_points`.
@@ -137,7 +133,7 @@ def draw_points(
     """Draw the points that the output pixel in the middle of each image is computed from, as one picture with a legend.
 
     Args:
-        model: A model with DCNv3 layers; is left in eval mode.
+        model: As in `sampled_points`; is left in eval mode.
         images: (name, image) pairs, at least one; the end of the name stands below the image.
         config: timm's preprocessing.
         path: File to write; its ending tells the format, such as `.png`. A pipe gets PNG.

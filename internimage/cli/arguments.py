@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""The model that the options shared by several verbs ask for."""
+"""Loading the model that the options of `tables.MODEL` specify."""
 
 import argparse
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..engine.create import DTYPES, create_model, data_config, pick_device
+from ..dtypes import torch_dtype
+from ..engine.create import create_model, data_config, pick_device
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict, torch.device, torch.dtype]:
-    """Model, preprocessing, device and dtype from the options of `tables.MODEL`."""
+def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], torch.device, torch.dtype]:
+    """Model, preprocessing (timm's data config), device and dtype."""
     device = pick_device(arguments.device)
     model = create_model(
         arguments.model,
@@ -19,4 +21,4 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict, torch.de
         use_ema=arguments.use_ema,
         img_size=arguments.img_size,
     )
-    return model, data_config(model, arguments.img_size, arguments.crop_pct), device, DTYPES[arguments.dtype]
+    return model, data_config(model, arguments.img_size, arguments.crop_pct), device, torch_dtype(arguments.dtype)

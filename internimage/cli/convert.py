@@ -3,9 +3,8 @@
 
 import argparse
 
-import torch
-
 from ..convert.convert import convert
+from ..dtypes import torch_dtype
 from ..progress import progress_bar
 from ..terminal import say
 
@@ -17,7 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.destination,
             model=arguments.model,
             model_kwargs=arguments.model_kwargs,
-            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            dtype=torch_dtype(arguments.dtype) if arguments.dtype else None,
             shard_size=arguments.shard_size,
             head=arguments.head,
             use_ema=arguments.use_ema,
@@ -27,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for file, size in result.files.items():
         say(f"{size:>16,}  {result.folder / file}")
-    checked = "every tensor read again and compared" if result.verified else "not read again (--verify does)"
-    size = f"{result.tensors} tensors, {result.parameters:,} parameters, {', '.join(result.dtypes)}"
-    say(f"{result.model}: {size}; {checked}")
+    checked = "every tensor read back and compared" if result.verified else "not verified (see --verify)"
+    contents = f"{result.tensors} tensors, {result.parameters:,} parameters, {', '.join(result.dtypes)}"
+    say(f"{result.model}: {contents}; {checked}")
     say(f'load it with timm.create_model("local-dir:{result.folder}", pretrained=True)')
     return 0

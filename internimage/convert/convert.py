@@ -5,7 +5,6 @@ The folder has `model.safetensors` (or shards and their index) under our names, 
 Weights are read, cast and written a tensor at a time.
 """
 
-import errno
 import json
 import logging
 import shutil
@@ -20,23 +19,23 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from ..errors import CheckpointError, UserError, one_line
+from ..dtypes import FLOATING, is_weights, name_of
+from ..errors import CheckpointError, UserError, is_disk_full, one_line
 from ..files import write_text
-from ..models.model_config import CONFIG, has_model_config, read_model_config
-from ..ops.arguments import FLOATING
+from ..models.families import families
+from ..models.model_config import find_model_config
 from ..values import shown
-from ..weights import hub
-from ..weights import load as checkpoints
-from ..weights.dtypes import is_weights, name_of
-from ..weights.readers import Entry, open_checkpoint
+from ..weights.file_names import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from ..weights.load import match
+from ..weights.readers import Entry, open_weights
+from ..weights.resolve import find_source
 from ..weights.safetensors_io import nbytes, write_safetensors
-from .detect import ConvertError, find_source, model_of
+from .detect import ConvertError, model_of
 from .folder import CARD, check_destination, check_source, mark, place, staging
 from .model_card import model_card
 
 _logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
 HEAD_22K_TO_1K = "22k-to-1k"
 
 
@@ -90,7 +89,7 @@ def convert(
         CheckpointError: The weights cannot be read, or do not fit the model.
     """
     if dtype is not None and not is_weights(dtype):
-        raise ConvertError(f"dtype must be {', '.join(map(name_of, FLOATING))} or None, got {shown(dtype)}")
+        raise ConvertError(f"dtype must be {', '.join(FLOATING)} or None, got {shown(dtype)}")
     destination = Path(destination).expanduser()
     if head not in (None, HEAD_22K_TO_1K):
         raise ConvertError(f"head must be '{HEAD_22K_TO_1K}' or None, got '{head}'")
@@ -99,12 +98,11 @@ def convert(
     found_source = find_source(str(source), cache_dir)
     check_source(found_source.path, destination)
     reduce_head = head == HEAD_22K_TO_1K
-    built, headless = model_of(found_source, model, dict(model_kwargs or {}), use_ema, reduce_head)
-    origin, found = checkpoints.match(
-        built, found_source.path, backbone_only=headless, use_ema=use_ema, head_from_22k=reduce_head
-    )
+    weights = open_weights(found_source.path, use_ema)
+    built, headless = model_of(found_source, weights, model, dict(model_kwargs or {}), reduce_head)
+    found = match(built, weights, backbone_only=headless, head_from_22k=reduce_head)
     if headless:
-        _logger.warning("%s has no head: the folder is for features_only=True and num_classes=0", origin)
+        _logger.warning("%s has no head: the folder is for features_only=True and num_classes=0", weights.origin)
     entries = {key: _cast(key, entry, dtype) for key, entry in found.items()}
     # other classes under a released name are somebody's own weights, of which nothing is known
     own = built.num_classes != built.pretrained_cfg["num_classes"] and not reduce_head
@@ -117,7 +115,7 @@ def convert(
         name,
         tensors=len(entries),
         parameters=sum(torch.Size(entries[key].shape).numel() for key, _ in built.named_parameters() if key in entries),
-        dtypes=sorted({str(e.dtype).removeprefix("torch.") for e in entries.values() if e.dtype.is_floating_point}),
+        dtypes=sorted({name_of(entry.dtype) for entry in entries.values() if entry.dtype.is_floating_point}),
     )
     card = model_card(
         built,
@@ -142,7 +140,7 @@ def convert(
     except UserError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(error):
             raise ConvertError(
                 f"'{destination.parent}' has no room for the result ({error.strerror}); nothing was left there"
             ) from error
@@ -196,7 +194,7 @@ def _write_weights(
         write_safetensors(folder / file, {key: (entries[key].shape, entries[key].dtype) for key in keys}, read)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_text(folder / f"{WEIGHTS}{hub.INDEX_SUFFIX}", json.dumps(index, indent=2) + "\n")
+        write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(path: Path, model: torch.nn.Module, card: str, known: bool) -> None:
@@ -216,7 +214,7 @@ def _write_config(path: Path, model: torch.nn.Module, card: str, known: bool) ->
 
 
 def _verify(folder: Path, entries: dict[str, Entry]) -> None:
-    written = open_checkpoint(folder)
+    written = open_weights(folder)
     if set(written) != set(entries):
         raise ConvertError(f"the result has other tensors than the source: {sorted(set(written) ^ set(entries))[:10]}")
     for key, entry in entries.items():
@@ -239,19 +237,19 @@ def check_folder(folder: str | Path) -> list[str]:
         CheckpointError: Its configuration and its weights do not belong together, or some of them are missing.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir() or not has_model_config(folder):
+    config = find_model_config(folder) if folder.is_dir() else None
+    if config is None:
         raise CheckpointError(f"'{folder}' is no folder with timm's {CONFIG}; `internimage convert` makes one")
-    config = read_model_config(folder)
     if not config.ours:
-        raise CheckpointError(f"'{folder}' is of the architecture '{config.architecture}', which is no InternImage")
+        ours = " or ".join(family.name for family in families())
+        raise CheckpointError(f"'{folder}' is of the architecture '{config.architecture}', which is no {ours}")
     try:
         model = timm.create_model(f"local-dir:{folder}", device="meta")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"the {CONFIG} of '{folder}' builds no model: {one_line(error)}") from error
-    entries = open_checkpoint(folder)
-    checkpoints.match(model, folder, backbone_only=not checkpoints.has_head(entries))
-    index = folder / f"{WEIGHTS}{hub.INDEX_SUFFIX}"
-    weights = [index.name, *sorted(set(hub.weight_map(index).values()))] if index.is_file() else [WEIGHTS]
-    if not index.is_file() and not (folder / WEIGHTS).is_file():
+    weights = open_weights(folder)
+    match(model, weights, backbone_only=not model.key_map.has_head(weights))
+    files = [path.relative_to(folder).as_posix() for path in weights.files]
+    if files[0] not in (WEIGHTS, WEIGHTS_INDEX):
         raise CheckpointError(f"'{folder}' has no {WEIGHTS}; `internimage convert` writes one")
-    return [*weights, CONFIG, *(name for name in (CARD, "LICENSE") if (folder / name).is_file())]
+    return [*files, CONFIG, *(name for name in (CARD, "LICENSE") if (folder / name).is_file())]

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..atomic import exchange, is_leftover, noted, partial_folder, recover, sync_folder
 from ..locks import hold
-from ..weights.hub import CONFIG, INDEX_SUFFIX
+from ..weights.file_names import CONFIG, INDEX_SUFFIX
 from .detect import ConvertError
 
 _logger = logging.getLogger(__name__)

@@ -13,18 +13,18 @@ from timm.models import clean_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..dtypes import NAMES
 from ..errors import CheckpointError, UserError, one_line, some
 from ..models.arguments import check_num_classes, check_whole_number, is_number
-from ..models.backbone import InternImage, check_fusable
-from ..models.model_config import CONFIG, LARGEST_SIDE, ModelConfig, has_model_config, is_ours, read_model_config
+from ..models.families import families, family_of, known_models, list_models
+from ..models.model_config import LARGEST_SIDE, ModelConfig, ModelConfigError, find_model_config, read_model_config
+from ..models.parts import check_image_size
 from ..weights import hub
-from ..weights.load import check_plain, count_classes
-from ..weights.readers import existing_path, open_checkpoint
+from ..weights.comparison import check_plain
+from ..weights.file_names import CONFIG, WEIGHT_FILES
+from ..weights.load import count_classes
+from ..weights.readers import existing_path, open_weights
 
 _logger = logging.getLogger(__name__)
-
-DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 # how building a model fails for a user's mistake; others of timm's have no checks of their own, and fail in any way
 _FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
@@ -33,11 +33,6 @@ _FOREIGN_FAILURES = (*_FAILURES, KeyError, IndexError, AttributeError, Assertion
 
 class ModelError(UserError, ValueError):
     """A model that does not exist, or that cannot do what it was asked."""
-
-
-def known_models() -> list[str]:
-    """Our names, with and without tags."""
-    return timm.list_models("internimage_*", include_tags=True) + timm.list_models("internimage_*")
 
 
 def create_model(
@@ -72,41 +67,45 @@ def create_model(
     architecture = name.partition(".")[0] if config is None else config.architecture
     if checkpoint is not None:
         path = _existing_checkpoint(checkpoint)
-        if path.is_dir() and has_model_config(path):
-            config, asked = read_model_config(path), architecture
-            if config.architecture != asked:
+        beside = find_model_config(path) if path.is_dir() else _config_beside(path)
+        if beside is not None and path.is_dir():
+            if beside.architecture != architecture:
                 raise ModelError(
-                    f"the checkpoint '{checkpoint}' is of the architecture '{config.architecture}', and the model "
-                    f"'{name}' is of '{asked}': name '{config.architecture}', or the folder itself, as the model"
+                    f"the checkpoint '{checkpoint}' is of the architecture '{beside.architecture}', and the model "
+                    f"'{name}' is of '{architecture}': name '{beside.architecture}', or the folder itself, as the model"
                 )
-            name, checkpoint, pretrained = f"local-dir:{path}", None, True
-        elif has_model_config(path.parent) and path.name in hub.WEIGHT_FILES:
+            name, config, checkpoint, pretrained = f"local-dir:{path}", beside, None, True
+        elif beside is not None:
             _logger.warning(
                 "'%s' is read without the %s beside it: name the folder to take image size and labels from there",
                 checkpoint, CONFIG,
             )  # fmt: skip
-    ours = is_ours(architecture)
-    if not ours and kwargs.get("head_from_22k"):
-        raise ModelError(f"'head_from_22k' is for InternImage models, which '{name}' is not")
+    family = family_of(architecture)
+    if family is None and kwargs.get("head_from_22k"):
+        ours = " and ".join(one.name for one in families())
+        raise ModelError(f"'head_from_22k' is for {ours} models, which '{name}' is not")
     _check_img_size(img_size)
     try:
         if num_classes is not None:
             check_num_classes(num_classes)  # some models take any number, and fail later
             kwargs["num_classes"] = num_classes
-        if not ours:
+        if family is None:
             return _create_foreign(name, config, checkpoint, pretrained, use_ema, img_size, kwargs)
         if use_ema:
             kwargs["use_ema"] = True
         if checkpoint is not None:
-            kwargs["pretrained_cfg_overlay"] = dict(file=str(checkpoint), source="")
+            weights = open_weights(checkpoint, use_ema)  # here and nowhere else: an old pickle is read whole
+            overlay = dict(file=str(checkpoint), source="", state_dict=weights)
             if num_classes is None:
-                kwargs["num_classes"] = count_classes(checkpoint, use_ema)
-                kwargs["pretrained_cfg_overlay"]["num_classes"] = kwargs["num_classes"]
-        return timm.create_model(name, pretrained=pretrained or checkpoint is not None, **kwargs)
+                kwargs["num_classes"] = overlay["num_classes"] = count_classes(weights, family.key_map)
+            kwargs["pretrained_cfg_overlay"] = overlay
+        model = timm.create_model(name, pretrained=pretrained or checkpoint is not None, **kwargs)
+        model.pretrained_cfg.pop("state_dict", None)
+        return model
     except UserError:
         raise
     except _FOREIGN_FAILURES as error:
-        if ours and not isinstance(error, _FAILURES):
+        if family is not None and not isinstance(error, _FAILURES):
             raise
         size = f" for images of {img_size} x {img_size}" if "img_size" in kwargs else ""
         raise ModelError(f"cannot create '{name}'{size}: {_reason(error)}") from error
@@ -115,7 +114,7 @@ def create_model(
 def _find(name: str, cache_dir: str | None) -> tuple[str, ModelConfig | None]:
     """timm's name for what a user names, and the config.json that comes with it; None without one."""
     if not name:
-        raise ModelError(f"the name of the model is empty; ours are {', '.join(timm.list_models('internim*'))}")
+        raise ModelError(f"the name of the model is empty; ours are {', '.join(list_models())}")
     source, colon, rest = name.partition(":")
     if not colon and (Path(name) / CONFIG).exists():
         source, colon, rest = "local-dir", ":", name
@@ -131,16 +130,33 @@ def _find(name: str, cache_dir: str | None) -> tuple[str, ModelConfig | None]:
         return name, None
     if Path(name).is_dir():
         raise ModelError(f"the folder '{name}' has no {CONFIG}, so it is not a model that finetune has written")
-    names = timm.list_models(include_tags=True) if not name.startswith("intern") else []
-    near = difflib.get_close_matches(name, known_models() + names, n=3, cutoff=0.5)
-    instead = f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(timm.list_models('internim*'))}"
-    raise ModelError(f"there is no model '{name}'; {instead}")
+    raise ModelError(f"there is no model '{name}'; {_instead_of(name)}")
+
+
+def _instead_of(name: str) -> str:
+    """What a misspelled name may have been, for a message; ours alone if the nearest is one of ours."""
+    ours = known_models()
+    near = difflib.get_close_matches(name, [*ours, *timm.list_models(include_tags=True)], n=3, cutoff=0.5)
+    if near and near[0] in ours:
+        near = difflib.get_close_matches(name, ours, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(list_models())}"
 
 
 def _existing_checkpoint(checkpoint: str | Path) -> Path:
     if not str(checkpoint):  # as a path, that would be this folder
         raise ModelError("the path of the checkpoint is empty")
     return existing_path(checkpoint)
+
+
+def _config_beside(file: Path) -> ModelConfig | None:
+    """What the config.json says that belongs to a file of weights; None without a usable one."""
+    if file.name not in WEIGHT_FILES:
+        return None
+    try:
+        return find_model_config(file.parent)
+    except ModelConfigError as error:
+        _logger.warning("%s; it is ignored, as a file of weights was named", error)
+        return None
 
 
 def _reason(error: BaseException) -> str:
@@ -178,9 +194,9 @@ def _create_foreign(
     weights = checkpoint or (folder if pretrained else None)
     if weights is None:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    entries = open_checkpoint(weights, use_ema)
-    check_plain(entries, entries, f"'{weights}'")
-    entries = clean_state_dict(entries)  # of the prefixes that parallel and compiled training leaves
+    opened = open_weights(weights, use_ema)
+    check_plain(opened, opened, opened.origin)
+    entries = clean_state_dict(dict(opened))  # of the prefixes that parallel and compiled training leaves
     overlay = dict(state_dict={key: entry.read() for key, entry in entries.items()}, source="", custom_load=False)
     classifier = cfg.get("classifier")
     first = classifier[0] if isinstance(classifier, (list, tuple)) and classifier else classifier
@@ -196,7 +212,8 @@ def _create_foreign(
         if "loading state_dict" not in str(error):
             raise
         detail = one_line(RuntimeError(str(error).partition("\n")[2]))
-        hint = "; it holds an InternImage" if any(key.endswith(".dcn.offset.weight") for key in entries) else ""
+        held = next((family.name for family in families() if family.key_map.is_in(opened)), None)
+        hint = f"; it holds an {held}" if held is not None else ""
         raise CheckpointError(f"'{weights}' does not fit '{name}'; nothing was loaded{hint}: {detail}") from error
     model.pretrained_cfg.pop("state_dict", None)
     if asked is not None and asked != in_file:
@@ -265,12 +282,11 @@ def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float |
     if channels == 1:
         for key in ("mean", "std"):
             config[key] = (sum(config[key]) / len(config[key]),)
-    if getattr(model, "fuses_stages", False):
-        try:
-            check_fusable(torch.empty(1, *config["input_size"], device="meta"))
-        except ValueError as error:
-            raise ModelError(str(error)) from error
-    if not isinstance(model, InternImage):
+    try:
+        known = check_image_size(model, *size)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if not known:
         _check_takes(model, config["input_size"])
     return config
 

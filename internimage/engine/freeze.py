@@ -4,19 +4,24 @@
 from torch import nn
 
 from ..config import ConfigError
+from ..models.parts import NoSuchParts, name_of, stem_and_stages
 
 
 def frozen_parts(model: nn.Module, freeze: int) -> list[nn.Module]:
-    """The modules that `freeze` keeps as they are.
+    """The modules that `freeze` keeps as they are: the stem and so many stages, or with 5 all but the classifier.
 
     Raises:
-        ConfigError: The model has no stages.
+        ConfigError: The model has no stages, or not so many.
     """
     if not freeze:
         return []
     if freeze == 5:
         classifier = model.get_classifier()
         return [part for part in model.children() if part is not classifier]
-    if not hasattr(model, "levels"):
-        raise ConfigError("'freeze' of 1 to 4 is for InternImage models; 5 works with every model")
-    return [model.patch_embed, *list(model.levels)[:freeze]]
+    try:
+        stem, stages = stem_and_stages(model)
+    except NoSuchParts as error:
+        raise ConfigError(f"'freeze' of 1 to 4 is for models with stages: {error}; 5 works with every model") from error
+    if freeze > len(stages):
+        raise ConfigError(f"'freeze' cannot be {freeze}: '{name_of(model)}' has {len(stages)} stages")
+    return [*stem, *(module for stage in stages[:freeze] for module in stage)]

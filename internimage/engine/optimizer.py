@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""timm's optimizer and schedule by the settings, and what is done to gradients before a step."""
+"""timm's optimizer and schedule by the config, and what is done to gradients before a step."""
 
 import difflib
 
@@ -10,12 +10,12 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..layers.dcnv3 import DCNv3
-from ..tasks.classification.config import FinetuneConfig
+from ..models.parts import NoSuchParts, offset_parameters
+from .config import RunConfig
 
 
 def create_optimizer(
-    model: nn.Module, config: FinetuneConfig, steps_per_epoch: int
+    model: nn.Module, config: RunConfig, steps_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Scheduler | None]:
     """Optimizer and schedule; the schedule is None with `sched=none`.
 
@@ -57,15 +57,10 @@ def create_optimizer(
 
 def _scale_offsets(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
     """Give the parameters of `offset_lr_factor` groups of their own."""
-    offsets = set()
-    for module in model.modules():
-        if isinstance(module, DCNv3):
-            offsets.update(id(parameter) for parameter in module.offset.parameters())
-            if module.center_feature_scale:
-                offsets.add(id(module.center_feature_scale_proj_weight))
-                offsets.add(id(module.center_feature_scale_proj_bias))
-    if not offsets:
-        raise ConfigError("'offset_lr_factor' is for models with DCNv3 layers, and this one has none")
+    try:
+        offsets = {id(parameter) for parameter in offset_parameters(model)}
+    except NoSuchParts as error:
+        raise ConfigError(f"'offset_lr_factor' must be 1: {error}") from error
     for group in list(optimizer.param_groups):
         is_offset = [id(parameter) in offsets for parameter in group["params"]]
         if not any(is_offset):

@@ -13,11 +13,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import ConfigError
+from ..models.parts import NoSuchParts, repeated_blocks
 from .world import World
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
-    """The model in DDP, or as it is in a single process. Buffers are the processes' own: batch norm is synchronised."""
+    """The model in DDP, or as it is in a single process. Buffers are the processes' own: batch norm is synchronized."""
     if world.size == 1:
         return model
     # of depthwise kernels torch counts the strides otherwise than their gradients', and warns that this costs a copy
@@ -33,17 +35,23 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     """Spread a model's weights over all processes, in place; each block's are gathered when it runs.
 
     Args:
-        model: InternImage is sharded block by block, another model as a whole.
+        model: Is sharded block by block.
         world: The processes.
         dtype: What blocks compute in; sharded weights, gradients' sums and batch norm stay in float32.
+
+    Raises:
+        ConfigError: timm does not know the model's blocks; as one piece, each process would gather all of it.
     """
+    try:
+        blocks = repeated_blocks(model)
+    except NoSuchParts as error:
+        raise ConfigError(f"'parallel' cannot be fsdp: {error}") from error
     mesh = init_device_mesh(world.device.type, (world.size,))
     low = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=None)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, output_dtype=low)
-    for stage in getattr(model, "levels", ()):
-        for block in stage.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     if low is not None:
         for module in model.modules():
             if isinstance(module, _BatchNorm):

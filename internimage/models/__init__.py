@@ -4,6 +4,6 @@
 from ..errors import CheckpointError
 from ..weights.released import PUBLISHED, Published
 from . import internimage  # noqa: F401  (registers the models)
-from .backbone import InternImage
+from .classifier import InternImage
 
 __all__ = ["PUBLISHED", "CheckpointError", "InternImage", "Published"]

@@ -1,216 +1,105 @@
 # SPDX-License-Identifier: MIT
-"""InternImage: the stages, the heads, and what timm asks of a model.
+"""The stem and stages of InternImage: how they are made, initialized and named to those who ask for parts of them.
 
 Paper: "InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions", CVPR 2023,
 https://arxiv.org/abs/2211.05778. State-dict keys and shapes are those of the official classification models
-(https://github.com/OpenGVLab/InternImage, MIT licence).
+(https://github.com/OpenGVLab/InternImage, MIT license).
 """
 
+from typing import Any
+
 import torch
-from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, trunc_normal_
-from timm.layers.helpers import get_device_dtype
-from timm.models import register_notrace_function
-from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from timm.layers import calculate_drop_path_rates, trunc_normal_
+from torch import nn
 
 from ..layers.attention_pool import AttentivePool
 from ..layers.dcnv3 import DCNv3
-from ..layers.norm import create_norm
-from ..weights import load as checkpoints
-from .arguments import check_arguments, check_num_classes
 from .blocks import Block, Stage, Stem
 
-__all__ = ["InternImage"]
-
-# The attentive head of huge and giant, the same in both.
-_HEAD_CHANNELS, _HEAD_HEADS, _HEAD_OUT = 1024, 16, 768
+__all__ = ["Backbone"]
 
 
-@register_notrace_function
-def check_fusable(x: Tensor) -> Tensor:
-    """The image batch x, if the attentive head can take its size.
+class Backbone(nn.Module):
+    """Stem and four stages at strides 4, 8, 16, 32 with C, 2C, 4C, 8C channels, C = `channels`.
 
-    The head joins stage 4, doubled by a pixel shuffle, with stage 3, so stage 3 must have even sides.
-
-    Raises:
-        ValueError: It cannot; the message names sizes that fit.
-    """
-    height, width = x.shape[-2], x.shape[-1]
-    if (height + 15) // 16 % 2 != 0 or (width + 15) // 16 % 2 != 0:
-        raise ValueError(
-            f"this model takes image sides of which ceil(side / 16) is even, got {height} x {width}; "
-            f"multiples of 32 always fit, the next are {(height + 31) // 32 * 32} x {(width + 31) // 32 * 32}"
-        )
-    return x
-
-
-class InternImage(nn.Module):
-    """InternImage classifier and backbone.
-
-    Four stages at strides 4, 8, 16, 32 with C, 2C, 4C, 8C channels, C = `channels`. Tensors are channels last inside,
-    (N, C, H, W) outside (`forward_features`, `forward_intermediates`).
-
-    The head of tiny to xlarge is a 1x1 convolution to `cls_scale` * 8C channels with batch norm and GELU, pooling and a
-    linear layer. The attentive head of huge and giant joins stages 3 and 4 to 1024 channels at stride 16, pools them by
-    attention to 768 and normalises: `forward_features` gives that joint map, and the image's sides must fit
-    (`check_fusable`).
+    Has no forward of its own: a subclass calls `patch_embed`, then each of `levels` and its `downsample`.
 
     Args:
         in_chans: Image channels.
-        num_classes: Classes of the linear layer; 0 leaves it out.
-        global_pool: "avg", "max", "avgmax", "catavgmax", or "" for an unpooled map (no classes then); with
-            `attentive_head`, "attn" or "". None takes "avg" or "attn".
         channels: Channels C of the first stage.
         depths: Blocks a stage.
         groups: DCNv3 groups a stage.
-        mlp_ratio: Hidden over outer channels of the MLP.
-        layer_scale: Initial layer scale, None for no layer scale.
-        offset_scale: DCNv3's factor on kernel grid and offsets.
-        post_norm: Norm after instead of before each branch.
-        res_post_norm: A norm on both sides of each branch.
-        dw_kernel_size: Kernel of DCNv3's depthwise convolution, None for 3.
-        center_feature_scale: DCNv3's mixing of its input.
-        remove_center: DCNv3 without the kernel's centre point.
-        stage3_post_norm_blocks: Blocks of the third stage after which an extra norm stands.
-        attentive_head: The head of huge and giant instead of that of tiny to xlarge.
-        cls_scale: Widening of the head's 1x1 convolution.
-        act_layer: Activation, by timm's name.
-        drop_rate: Dropout before the classifier.
+        norm: Whether a norm follows the last block of each stage.
+        stage3_post_norm_blocks: Blocks of the third stage that an extra norm follows.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
+        act_layer: Activation, by timm's name.
         device, dtype: Of the parameters; "meta" allocates nothing.
-
-    Shapes:
-        (N, in_chans, H, W) -> (N, num_classes), any H and W (see above for the attentive head).
-
-    Raises:
-        ValueError: An argument is out of range or does not fit another; the message names it.
+        block_kwargs: Arguments of `Block`.
     """
+
+    feature_info: list[dict[str, Any]]
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str | None = None,
-        channels: int = 64,
-        depths: tuple[int, ...] = (4, 4, 18, 4),
-        groups: tuple[int, ...] = (4, 8, 16, 32),
-        mlp_ratio: float = 4.0,
-        layer_scale: float | None = None,
-        offset_scale: float = 1.0,
-        post_norm: bool = False,
-        res_post_norm: bool = False,
-        dw_kernel_size: int | None = None,
-        center_feature_scale: bool = False,
-        remove_center: bool = False,
-        stage3_post_norm_blocks: tuple[int, ...] = (),
-        attentive_head: bool = False,
-        cls_scale: float = 1.5,
-        act_layer: str = "gelu",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        in_chans: int,
+        channels: int,
+        depths: tuple[int, ...],
+        groups: tuple[int, ...],
+        norm: bool,
+        stage3_post_norm_blocks: tuple[int, ...],
+        drop_path_rate: float,
+        act_layer: str,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **block_kwargs: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        check_arguments(
-            in_chans=in_chans,
-            num_classes=num_classes,
-            channels=channels,
-            depths=depths,
-            groups=groups,
-            mlp_ratio=mlp_ratio,
-            layer_scale=layer_scale,
-            offset_scale=offset_scale,
-            dw_kernel_size=dw_kernel_size,
-            stage3_post_norm_blocks=stage3_post_norm_blocks,
-            cls_scale=cls_scale,
-            act_layer=act_layer,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            post_norm=post_norm,
-            res_post_norm=res_post_norm,
-            center_feature_scale=center_feature_scale,
-            remove_center=remove_center,
-            attentive_head=attentive_head,
-        )
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.fuses_stages = attentive_head  # forward_features joins stages 3 and 4
-        self.attentive = attentive_head  # pooling is by attention
-        self.patch_embed = Stem(in_chans, channels, act_layer, **dd)
+        self.patch_embed = Stem(in_chans, channels, act_layer, device=device, dtype=dtype)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [channels * 2**i for i in range(4)]
         self.levels = nn.ModuleList()
         self.feature_info = []
         for i in range(4):
             stage = Stage(
-                dims[i],
+                channels * 2**i,
                 depth=depths[i],
-                groups=groups[i],
                 drop_path=rates[i],
-                norm=not post_norm or center_feature_scale,
+                norm=norm,
                 post_norm_blocks=tuple(stage3_post_norm_blocks) if i == 2 else (),
                 downsample=i < 3,
-                mlp_ratio=mlp_ratio,
-                layer_scale=layer_scale,
-                offset_scale=offset_scale,
-                post_norm=post_norm,
-                res_post_norm=res_post_norm,
-                dw_kernel_size=dw_kernel_size,
-                center_feature_scale=center_feature_scale,
-                remove_center=remove_center,
+                groups=groups[i],
                 act_layer=act_layer,
-                **dd,
+                device=device,
+                dtype=dtype,
+                **block_kwargs,
             )
             self.levels.append(stage)
-            self.feature_info += [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"levels.{i}")]
+            self.feature_info += [dict(num_chs=channels * 2**i, reduction=4 * 2**i, module=f"levels.{i}")]
 
-        if attentive_head:
-            self.num_features = _HEAD_CHANNELS
-            self.dcnv3_head_x4 = nn.Sequential(nn.Conv2d(dims[3], _HEAD_CHANNELS * 4, 1, **dd), nn.PixelShuffle(2))
-            self.dcnv3_head_x3 = nn.Conv2d(dims[2], _HEAD_CHANNELS, 1, **dd)
-            self.clip_projector = AttentivePool(_HEAD_CHANNELS, _HEAD_OUT, _HEAD_HEADS, **dd)
-            self.fc_norm = create_norm(_HEAD_OUT, **dd)
-            self.conv_head = nn.Identity()
-            self._head_channels = _HEAD_OUT
-        else:
-            self.num_features = dims[3]
-            self._head_channels = int(dims[3] * cls_scale)
-            self.dcnv3_head_x4 = self.dcnv3_head_x3 = nn.Identity()
-            self.clip_projector = self.fc_norm = nn.Identity()
-            self.conv_head = nn.Sequential(
-                nn.Conv2d(dims[3], self._head_channels, 1, bias=False, **dd),
-                create_norm(self._head_channels, "batchnorm", in_format="NCHW", out_format="NCHW", **dd),
-                get_act_layer(act_layer)(),
-            )
-        self._set_head(num_classes, global_pool, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.apply(self._init_module)
+    # ---- parts, see `parts.HasParts`
 
-    def _set_head(self, num_classes: int, global_pool: str | None, device=None, dtype=None) -> None:
-        """Pooling and classifier; sets `head_hidden_size`."""
-        check_num_classes(num_classes)
-        if global_pool is None:
-            global_pool = "attn" if self.attentive else "avg"
-        pools = ("attn", "") if self.attentive else ("avg", "max", "avgmax", "catavgmax", "")
-        if global_pool not in pools:
-            raise ValueError(f"global_pool must be one of {pools} for this model, got {global_pool!r}")
-        if num_classes > 0 and not global_pool:
-            raise ValueError(f"global_pool='' gives a map, which has no classes: pass num_classes=0, not {num_classes}")
-        self.attend = global_pool == "attn"  # pooling by attention, which is not one of timm's
-        pool_type = "" if self.attend else global_pool
-        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
-        if self.attend:
-            self.global_pool.pool_type = "attn"  # timm saves the name with the model, whose constructor takes it
-        self.global_pool.train(self.training)
-        pooled = self.num_features if self.attentive and not self.attend else self._head_channels
-        self.head_hidden_size = pooled * self.global_pool.feat_mult()
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
-        self.head.train(self.training)
+    @torch.jit.ignore
+    def get_stem(self) -> list[nn.Module]:
+        """What precedes the first stage."""
+        return [self.patch_embed]
+
+    @torch.jit.ignore
+    def get_stages(self) -> list[nn.Module]:
+        """The stages, each with the downsampling to the next."""
+        return list(self.levels)
+
+    @torch.jit.ignore
+    def get_blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in order of execution."""
+        return [block for stage in self.levels for block in stage.blocks]
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.levels:
+            stage.grad_checkpointing = enable
+
+    # ---- initial values
 
     @staticmethod
     def _init_module(module: nn.Module) -> None:
@@ -226,7 +115,7 @@ class InternImage(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialise every parameter and buffer anew, e.g. after `to_empty()` of a model built on the meta device."""
+        """Initialize every parameter and buffer, e.g. after `to_empty()` of a model built on the meta device."""
         self._init_part(self)
 
     def _init_part(self, part: nn.Module) -> None:
@@ -253,184 +142,3 @@ class InternImage(nn.Module):
             child = self.get_submodule(name)
             child.to_empty(device=device)
             self._init_part(child)
-
-    @torch.jit.ignore
-    def load_pretrained(self, checkpoint_path: str, prefix: str = "", **options) -> None:
-        """timm's hook for weights in a format of the model's own: any format that InternImage weights exist in.
-
-        Args:
-            checkpoint_path: File or folder, see `internimage.weights.load.load_pretrained`, which also takes
-                the options.
-            prefix: Of timm's signature; must be empty.
-        """
-        if prefix:
-            raise ValueError(f"prefixes are found by the reader; prefix must be empty, got {prefix!r}")
-        checkpoints.load_pretrained(self, checkpoint_path, **options)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names that take no weight decay, beside the biases and vectors that timm leaves out by itself: none."""
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Parameter groups for layer-wise learning rates, in upstream's grouping.
-
-        Every block is a layer; the stem goes with the first block, a stage's norm and downsampling with the first block
-        of the next stage, the head with the last block.
-        """
-        if coarse:
-            return dict(stem=r"^patch_embed", blocks=r"^levels\.(\d+)")
-        between = [(rf"^levels\.{i}\.(?:norm|downsample)\.", (i + 1, 0)) for i in range(len(self.levels) - 1)]
-        extra = [
-            (rf"^levels\.{i}\.post_norms\.{k}\.", (i, block))
-            for i, stage in enumerate(self.levels)
-            for k, block in enumerate(stage.post_norm_blocks)
-        ]
-        return dict(
-            blocks=[
-                (r"^patch_embed\.", (0, 0)),
-                (r"^levels\.(\d+)\.blocks\.(\d+)\.", None),
-                *between,
-                *extra,
-                (r"^(?:levels|conv_head|dcnv3_head_x3|dcnv3_head_x4|clip_projector|fc_norm|head)\.", (99999,)),
-            ]
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.levels:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and another pooling if one is named; the rest of the head keeps its weights.
-
-        Args:
-            num_classes: Classes of the new classifier; 0 leaves it out.
-            global_pool: As for the constructor. None keeps the pooling, except that a classifier on an unpooled map
-                brings the model's default pooling back.
-
-        Raises:
-            ValueError: As the constructor.
-        """
-        kept = "attn" if self.attend else self.global_pool.pool_type
-        if global_pool is None and (kept or num_classes == 0):
-            global_pool = kept
-        self._set_head(num_classes, global_pool, **get_device_dtype(self))
-        self.head.apply(self._init_module)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of the stages, each after its last norm and before the downsampling.
-
-        Args:
-            x: (N, in_chans, H, W).
-            indices: The last n stages for an int, those named for a list, all for None.
-            norm: Of timm's signature, without effect: a stage's norm belongs to its map.
-            stop_early: Compute no stage after the last one asked for.
-            output_fmt: Layout of the maps, "NCHW" or "NHWC".
-            intermediates_only: Leave out the final features.
-
-        Returns:
-            The maps, or (`forward_features`' result, maps).
-
-        Raises:
-            ValueError: Unknown `output_fmt`.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.levels), indices)
-        stages = self.levels[: last + 1] if stop_early else self.levels
-        if self.fuses_stages and not intermediates_only and len(stages) == 4:
-            x = check_fusable(x)
-        x = self.patch_embed(x)
-        maps = []
-        intermediates = []
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            maps.append(x)
-            if i in take:
-                intermediates.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
-            if i < len(stages) - 1:
-                x = stage.downsample(x)
-        if intermediates_only:
-            return intermediates
-        if self.fuses_stages and len(maps) == 4:
-            return self._fuse(maps[2], maps[3]), intermediates
-        return x.permute(0, 3, 1, 2), intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Drop what the stages named do not need; the counterpart of `forward_intermediates(indices)`.
-
-        Args:
-            indices: As in `forward_intermediates`.
-            prune_norm: Also drop what joins stages 3 and 4 (huge and giant).
-            prune_head: Drop the head.
-
-        Returns:
-            The indices of the stages kept.
-        """
-        take, last = feature_take_indices(len(self.levels), indices)
-        cut = last < len(self.levels) - 1
-        self.levels = self.levels[: last + 1]
-        self.levels[-1].downsample = nn.Identity()
-        if cut or prune_head or (prune_norm and self.fuses_stages):
-            self.conv_head = self.clip_projector = self.fc_norm = nn.Identity()
-            self.attentive = False
-            if cut or prune_norm:
-                self.fuses_stages = False
-                self.dcnv3_head_x4 = self.dcnv3_head_x3 = nn.Identity()
-                self.num_features = self.feature_info[last]["num_chs"]
-            self._head_channels = self.num_features
-            self._set_head(0, "")
-        return take
-
-    def _fuse(self, stage3: Tensor, stage4: Tensor) -> Tensor:
-        """The attentive head's map: (N, h, w, 4C) and (N, h / 2, w / 2, 8C) -> (N, 1024, h, w)."""
-        return self.dcnv3_head_x4(stage4.permute(0, 3, 1, 2)) + self.dcnv3_head_x3(stage3.permute(0, 3, 1, 2))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) -> (N, num_features, h, w): stage 4, or stages 3 and 4 joined for the attentive head."""
-        if self.fuses_stages:
-            x = check_fusable(x)
-        x = self.patch_embed(x)
-        stage3 = x
-        for i, stage in enumerate(self.levels):
-            x = stage(x)
-            if i == 2:
-                stage3 = x
-            x = stage.downsample(x)
-        if self.fuses_stages:
-            return self._fuse(stage3, x)
-        return x.permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, num_features, h, w) -> (N, num_classes), or (N, head_hidden_size) with `pre_logits`."""
-        x = self.conv_head(x)
-        if self.attend:
-            x = self.fc_norm(self.clip_projector(x))
-        else:
-            x = self.global_pool(x)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))

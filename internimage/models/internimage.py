@@ -1,76 +1,20 @@
 # SPDX-License-Identifier: MIT
 """The released InternImage models, registered with timm. Hyper-parameters are those of the official configurations."""
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
+from timm.models import generate_default_cfgs
 
-from ..weights import imagenet22k
-from ..weights import load as checkpoints
+from ..weights.imagenet22k import NUM_CLASSES as IN22K
 from ..weights.released import PUBLISHED
-from ..weights.resolve import resolve_source
-from .backbone import InternImage
-from .model_config import check_given
+from .builder import build_model
+from .classifier import InternImage
+from .families import register_family
 
-__all__ = ["InternImage"]
+FAMILY = register_family("InternImage", InternImage)
 
 
-def _create_internimage(
-    variant: str,
-    pretrained: bool = False,
-    pretrained_cfg: dict | str | None = None,
-    pretrained_cfg_overlay: dict | None = None,
-    cache_dir: str | None = None,
-    use_ema: bool = False,
-    head_from_22k: bool | list[str] = False,
-    **kwargs,
-) -> InternImage:
-    """Build a model, and load its weights by our own reader whatever their source.
-
-    timm's reader would unpickle before any check, read one shard only and load non-strictly where the number of classes
-    differs, so timm is asked for a model without weights, built by a function that loads them.
-    """
-    check_given(variant, pretrained_cfg, kwargs.get("pretrained_model_args") or {})
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    features_only = kwargs.get("features_only", False)
-    if "head_from_22k" in (kwargs.get("pretrained_model_args") or {}):
-        head_from_22k = False  # was done before the folder was saved, whose config.json has every argument
-    if head_from_22k and pretrained:
-        synsets = imagenet22k.imagenet_1k() if head_from_22k is True else head_from_22k
-        kwargs.setdefault("num_classes", len(synsets))
-    device = torch.device(kwargs.get("device") or torch.get_default_device())
-    if pretrained and device.type == "meta":
-        raise checkpoints.CheckpointError(
-            "device='meta' holds no weights: use pretrained=False there, or pretrained=True on another device"
-        )
-    # before the model: it is soon seen that there are no weights
-    source = resolve_source(variant, cfg, cache_dir) if pretrained else None
-
-    def build(**model_kwargs) -> InternImage:
-        if not pretrained:
-            return InternImage(**model_kwargs)
-        # on the meta device first: no memory and no time for initial values that the weights would replace
-        model = InternImage(**{**model_kwargs, "device": "meta"})
-        model.load_pretrained(
-            source,
-            backbone_only=features_only,
-            use_ema=use_ema,
-            pretrained_cfg=cfg,
-            head_from_22k=head_from_22k,
-            device=device,
-        )
-        return model
-
-    return build_model_with_cfg(
-        build,
-        variant,
-        pretrained=False,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **kwargs,
-    )
+def _create_internimage(variant: str, pretrained: bool = False, **kwargs) -> InternImage:
+    return build_model(InternImage, variant, pretrained, **kwargs)
 
 
 def _cfg(name: str, size: int = 224, num_classes: int = 1000, stride: int = 32, **kwargs) -> dict:
@@ -98,8 +42,6 @@ def _cfg(name: str, size: int = 224, num_classes: int = 1000, stride: int = 32, 
     }
 
 
-_IN22K = 21841
-
 default_cfgs = generate_default_cfgs(
     {
         name: _cfg(name, **arguments)
@@ -109,27 +51,27 @@ default_cfgs = generate_default_cfgs(
             "internimage_small.ogvl_in1k": dict(),
             "internimage_base.ogvl_in1k": dict(),
             "internimage_large.ogvl_in22k_ft_in1k_384": dict(size=384),
-            "internimage_large.ogvl_in22k_384": dict(size=384, num_classes=_IN22K),
+            "internimage_large.ogvl_in22k_384": dict(size=384, num_classes=IN22K),
             "internimage_xlarge.ogvl_in22k_ft_in1k_384": dict(size=384),
-            "internimage_xlarge.ogvl_in22k_384": dict(size=384, num_classes=_IN22K),
+            "internimage_xlarge.ogvl_in22k_384": dict(size=384, num_classes=IN22K),
             "internimage_huge.ogvl_joint_in22k_ft_in1k_640": dict(size=640, stride=16),
             "internimage_huge.ogvl_joint_in22k_ft_in1k_384": dict(size=384, stride=16),
-            "internimage_huge.ogvl_joint_in22k_384": dict(size=384, stride=16, num_classes=_IN22K),
+            "internimage_huge.ogvl_joint_in22k_384": dict(size=384, stride=16, num_classes=IN22K),
             "internimage_giant.ogvl_joint_in22k_ft_in1k_512": dict(size=512, stride=16),
-            "internimage_giant.ogvl_joint_in22k_384": dict(size=384, stride=16, num_classes=_IN22K),
+            "internimage_giant.ogvl_joint_in22k_384": dict(size=384, stride=16, num_classes=IN22K),
         }.items()
     }
 )
 
 
-@register_model
+@FAMILY.register
 def internimage_atto(pretrained: bool = False, **kwargs) -> InternImage:
     """A very small one of our own, for demos and tests: under a million parameters at 10 classes. No weights."""
     model_args = dict(channels=16, depths=(1, 1, 3, 1), groups=(1, 2, 4, 8))
     return _create_internimage("internimage_atto", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@FAMILY.register
 def internimage_tiny(pretrained: bool = False, **kwargs) -> InternImage:
     """InternImage-T, 30M parameters."""
     model_args = dict(channels=64, depths=(4, 4, 18, 4), groups=(4, 8, 16, 32))
@@ -139,28 +81,28 @@ def internimage_tiny(pretrained: bool = False, **kwargs) -> InternImage:
 _POST_NORM = dict(post_norm=True, layer_scale=1e-5)
 
 
-@register_model
+@FAMILY.register
 def internimage_small(pretrained: bool = False, **kwargs) -> InternImage:
     """InternImage-S, 50M parameters."""
     model_args = dict(channels=80, depths=(4, 4, 21, 4), groups=(5, 10, 20, 40), **_POST_NORM)
     return _create_internimage("internimage_small", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@FAMILY.register
 def internimage_base(pretrained: bool = False, **kwargs) -> InternImage:
     """InternImage-B, 97M parameters."""
     model_args = dict(channels=112, depths=(4, 4, 21, 4), groups=(7, 14, 28, 56), **_POST_NORM)
     return _create_internimage("internimage_base", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@FAMILY.register
 def internimage_large(pretrained: bool = False, **kwargs) -> InternImage:
     """InternImage-L, 223M parameters at 1000 classes."""
     model_args = dict(channels=160, depths=(5, 5, 22, 5), groups=(10, 20, 40, 80), offset_scale=2.0, **_POST_NORM)
     return _create_internimage("internimage_large", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@FAMILY.register
 def internimage_xlarge(pretrained: bool = False, **kwargs) -> InternImage:
     """InternImage-XL, 335M parameters at 1000 classes."""
     model_args = dict(channels=192, depths=(5, 5, 24, 5), groups=(12, 24, 48, 96), offset_scale=2.0, **_POST_NORM)
@@ -170,7 +112,7 @@ def internimage_xlarge(pretrained: bool = False, **kwargs) -> InternImage:
 _ATTENTIVE = dict(dw_kernel_size=5, center_feature_scale=True, attentive_head=True)
 
 
-@register_model
+@FAMILY.register
 def internimage_huge(pretrained: bool = False, **kwargs) -> InternImage:
     """InternImage-H, 1.09B parameters at 1000 classes; image sides must be multiples of 32 (see `check_fusable`)."""
     model_args = dict(
@@ -184,7 +126,7 @@ def internimage_huge(pretrained: bool = False, **kwargs) -> InternImage:
     return _create_internimage("internimage_huge", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@FAMILY.register
 def internimage_giant(pretrained: bool = False, **kwargs) -> InternImage:
     """InternImage-G, 3.08B parameters at 1000 classes; image sides must be multiples of 32 (see `check_fusable`)."""
     model_args = dict(

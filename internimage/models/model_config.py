@@ -7,14 +7,10 @@ code meets it first, or, as a mean of NaN does, as a wrong result.
 
 import dataclasses
 import difflib
-import inspect
-import json
 import math
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from reprlib import repr  # shortens, so that a message stays a line whatever the file holds
 from typing import Any
@@ -23,10 +19,11 @@ import timm
 from timm.data.transforms import str_to_interp_mode
 from timm.models import PretrainedCfg
 
+from .. import strict_json
 from ..errors import CheckpointError
-from ..weights.hub import CONFIG
+from ..weights.file_names import CONFIG
 from .arguments import MOST_CLASSES, check_whole_number, is_number
-from .backbone import InternImage
+from .families import family_of, is_ours
 
 LARGEST_SIDE = 16384  # of an image; one of this size takes 3 GB as float32
 _MOST_CHANNELS = 65536
@@ -42,8 +39,6 @@ NOT_OF_A_MODEL = (
     "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path",
     "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "file", "url", "state_dict",
 )  # fmt: skip
-# what our registered functions take beside the arguments of the model
-_OUR_OPTIONS = ("head_from_22k", "use_ema")
 
 
 class ModelConfigError(CheckpointError, ValueError):
@@ -60,28 +55,21 @@ class ModelConfig:
 
     @property
     def ours(self) -> bool:
-        """Whether it is an InternImage."""
+        """Whether it is a model of this package."""
         return is_ours(self.architecture)
 
 
-def is_ours(architecture: str) -> bool:
-    """Whether a model of timm's registry is one of this package."""
-    return architecture.partition(".")[0] in _our_names()
-
-
-@cache
-def _our_names() -> frozenset[str]:
-    return frozenset(timm.list_models("internimage_*", module="internimage"))
-
-
-def has_model_config(folder: Path) -> bool:
-    """Whether a folder has a config.json of timm's kind; transformers writes one without an architecture.
+def find_model_config(folder: Path) -> ModelConfig | None:
+    """What the config.json of a folder says; None without one, and for that of transformers, which has no architecture.
 
     Raises:
-        ModelConfigError: It has a config.json that is no JSON object.
+        ModelConfigError: It cannot be read, or a value is wrong.
     """
     path = Path(folder) / CONFIG
-    return path.exists() and "architecture" in _read_object(path)
+    if not path.exists():
+        return None
+    content = _read_object(path)
+    return _checked(path, content) if "architecture" in content else None
 
 
 def check_given(architecture: str, cfg: Any, model_args: Any) -> None:
@@ -124,6 +112,10 @@ def read_model_config(folder: str | Path) -> ModelConfig:
             f"'{path}' is not timm's: it has no 'architecture' (it is of {kind}). `internimage convert` makes a folder "
             f"that has it; released weights load by their names, such as internimage_tiny.ogvl_in1k"
         )
+    return _checked(path, content)
+
+
+def _checked(path: Path, content: dict[str, Any]) -> ModelConfig:
     try:
         return _check(content)
     except ValueError as error:
@@ -132,16 +124,13 @@ def read_model_config(folder: str | Path) -> ModelConfig:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer forever
-            raise ModelConfigError(f"'{path}' is not a regular file")
-        if status.st_size > _LARGEST_FILE:
-            raise ModelConfigError(f"'{path}' has {status.st_size / 1e6:.0f} MB; a model's configuration has less")
-        data = path.read_bytes()
+        data = strict_json.read_bytes(path, _LARGEST_FILE)
     except FileNotFoundError as error:
         raise ModelConfigError(f"the folder '{path.parent}' has no {CONFIG}, so it holds no model") from error
     except OSError as error:
         raise ModelConfigError(f"'{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelConfigError(f"'{path}' is not a model's configuration: {error}") from error
     if data.startswith(b"\xef\xbb\xbf"):  # timm and transformers do not read it either
         raise ModelConfigError(f"'{path}' is not JSON: it begins with a byte order mark; save it as UTF-8 without one")
     if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
@@ -149,11 +138,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     if _LONG_NUMBER.search(data):
         raise ModelConfigError(f"'{path}' is not a model's configuration: it has a number of 400 digits or more")
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ModelConfigError(f"'{path}' is not JSON: it is not UTF-8 text") from error
-    except RecursionError as error:
-        raise ModelConfigError(f"'{path}' is not a model's configuration: it is nested too deeply") from error
+        content = strict_json.parse(data)
     except ValueError as error:
         raise ModelConfigError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -161,19 +146,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if _is_deep(content):  # what copies it, timm among others, recurses
         raise ModelConfigError(f"'{path}' is not a model's configuration: it is nested too deeply")
     return content
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # one reader would take the first, another the last
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {repr(twice)} stands twice in an object")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _is_deep(content: Any) -> bool:
@@ -223,18 +195,20 @@ def check_model_args(architecture: str, model_args: Any) -> None:
     """Arguments of a model as a config.json has them; ValueError, which names the first that is wrong."""
     if not isinstance(model_args, dict):
         raise ValueError(f"model_args must be an object, got {repr(model_args)}")
+    family = family_of(architecture)
+    known = () if family is None else family.arguments
     for key, value in model_args.items():
         if key in NOT_OF_A_MODEL:
             raise ValueError(f"model_args has '{key}', which is no argument of a model")
-        if is_ours(architecture) and key not in _our_arguments():
-            near = difflib.get_close_matches(key, _our_arguments(), n=1)
+        if family is not None and key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"model_args has {repr(key)}, which InternImage does not take{hint}")
+            raise ValueError(f"model_args has {repr(key)}, which {family.name} does not take{hint}")
         blocks = "depth" in key or "layers" in key
         for number in _numbers(value):
             if not -math.inf < number <= (_MOST_BLOCKS if blocks else MOST_CLASSES):  # 1e999 is infinite in JSON
                 raise ValueError(f"{repr(key)} of model_args is too large: {repr(value)}")
-    if is_ours(architecture):
+    if family is not None:
         _check_our_options(model_args)
     if "num_classes" in model_args:
         check_whole_number("num_classes of model_args", model_args["num_classes"], 0, MOST_CLASSES)
@@ -244,11 +218,6 @@ def check_model_args(architecture: str, model_args: Any) -> None:
     for side in size if isinstance(size, list) and len(size) == 2 else [size]:
         if side is not None:
             check_whole_number("img_size of model_args", side, 1, LARGEST_SIDE)
-
-
-@cache
-def _our_arguments() -> tuple[str, ...]:
-    return (*inspect.signature(InternImage).parameters, *_OUR_OPTIONS)
 
 
 def _check_our_options(model_args: dict[str, Any]) -> None:
@@ -316,8 +285,9 @@ def check_cfg(architecture: str, cfg: dict[str, Any]) -> None:
         raise ValueError(f"custom_load must be true, false or text, got {repr(cfg['custom_load'])}")
     if not isinstance(cfg.get("fixed_input_size", False), bool):
         raise ValueError(f"fixed_input_size must be true or false, got {repr(cfg['fixed_input_size'])}")
-    if cfg.get("fixed_input_size") and is_ours(architecture):  # timm would give them an img_size
-        raise ValueError("fixed_input_size must be false: InternImage takes images of any size")
+    family = family_of(architecture)
+    if cfg.get("fixed_input_size") and family is not None:  # timm would give them an img_size
+        raise ValueError(f"fixed_input_size must be false: {family.name} takes images of any size")
     if "label_offset" in cfg:
         check_whole_number("label_offset", cfg["label_offset"], 0, MOST_CLASSES)
     for key in ("pool_size", "test_pool_size"):

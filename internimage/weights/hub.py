@@ -5,13 +5,10 @@ tokens) hold.
 Reading a file once it is here is `weights/load.py`.
 """
 
-import errno
-import json
 import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -32,25 +29,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import download_cached_file
 
-from ..errors import UserError, one_line
+from ..errors import UserError, is_disk_full, is_write_protected, one_line
 from ..progress import on_terminal
+from .file_names import INDEX_SUFFIX, WEIGHT_FILES
 from .hub_cache import CachedFile, verify_mode
+from .shard_index import weight_map
 
 _logger = logging.getLogger(__name__)
 
-INDEX_SUFFIX = ".index.json"  # of a file that maps tensors to shards
-_LARGEST_INDEX = 16 * 2**20  # bytes; a hundred thousand tensors
-CONFIG = "config.json"  # timm's, beside the weights
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-
 
 # what helps where there is no network, for both kinds of readers
 OWN_FILE = "a file of your own (--checkpoint FILE; in Python, pretrained_cfg_overlay=dict(file=PATH))"
@@ -103,47 +90,6 @@ def check_repository(repo_id: str, revision: str | None = None) -> None:
         )
     if revision is not None and (revision == "@" or not _BRANCH.fullmatch(revision)):
         raise BadName(f"'{revision}' is no name for a branch: as in git, without spaces, '..' and any of ~^:?*[\\")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("it has a key twice")
-    return found
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Shard index -> tensor name: shard's file name.
-
-    Raises:
-        ValueError: It is not a shard index.
-    """
-    what = f"'{index}' is not a shard index, JSON with a 'weight_map'"
-    if not index.is_file():  # opening a pipe would wait for its writer forever
-        raise ValueError(f"{what}: it is not a regular file")
-    try:
-        if index.stat().st_size > _LARGEST_INDEX:
-            raise ValueError(f"larger than {_LARGEST_INDEX >> 20} MiB")
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError(f"{what}: it is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{what}: {one_line(error, 100)}") from error
-    shard_of = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shard_of, dict):
-        raise ValueError(f"{what}: it has none")
-    if not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise ValueError(f"{what}: its shards are not file names")
-    odd = [s for s in shard_of.values() if len(s.encode(errors="replace")) > 255] + [
-        n for n in shard_of if len(n) > 1000
-    ]
-    odd += [name for name in (*shard_of, *shard_of.values()) if not name.isprintable()]
-    if odd:
-        raise ValueError(f"{what}: '{ascii(odd[0][:50])[1:-1]}' begins what is neither a file's nor a tensor's name")
-    outside = [s for s in shard_of.values() if PurePosixPath(s).is_absolute() or ".." in PurePosixPath(s).parts]
-    if outside:
-        raise ValueError(f"{what}: its shard '{outside[0]}' lies outside of its folder")
-    return shard_of
 
 
 # ---- download
@@ -303,13 +249,12 @@ def _remove(name: str, file: CachedFile) -> None:
 def _reason(error: Exception, cache_dir: str | None) -> str:
     """What a failed download means, and what to set."""
     cache = cache_dir or constants.HF_HUB_CACHE
-    code = error.errno if isinstance(error, OSError) else None
-    if code in _FULL:
+    if isinstance(error, OSError) and is_disk_full(error):
         return (
             f"the disk of the cache '{cache}' has no room for it ({error.strerror}); no part of it was kept. "
             f"HF_HOME or cache_dir=PATH names another place"
         )
-    if code in _NOT_WRITABLE:
+    if isinstance(error, OSError) and is_write_protected(error):
         return f"'{error.filename or cache}': {error.strerror}. HF_HOME or cache_dir=PATH names another place"
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
         return f"the token was refused (HF_TOKEN): {one_line(error)}"

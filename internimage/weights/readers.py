@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoint containers: safetensors, shards, pickles. Opened lazily, read tensor by tensor, never executed."""
+"""Files of weights: safetensors, shards, pickles. Opened lazily, read tensor by tensor, never executed."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..errors import CheckpointError, one_line, some
-from .hub import INDEX_SUFFIX, weight_map
+from .file_names import INDEX_SUFFIX, WEIGHTS, WEIGHTS_INDEX
 from .safetensors_io import DTYPES, check_length, nbytes, read_header, read_tensor
+from .shard_index import weight_map
 from .stored import MOST_DIMENSIONS, Made, StoredTensor
 from .torch_file import TorchFile
 
@@ -29,7 +31,7 @@ _LONGEST_NAME = 1000  # of a tensor
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint. `read` gives it contiguous and in memory of its own, which the caller may keep."""
+    """One tensor of weights. `read` returns a contiguous copy that the caller owns."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,16 +39,41 @@ class Entry:
     problem: str = ""  # what it is instead of plain numbers in memory; `read` must not be called then
 
 
+class Weights(Mapping[str, Entry]):
+    """Opened weights: tensors by name, of which none has been read. Not a dataclass, since timm copies those by fields.
+
+    Attributes:
+        origin: What messages call them, such as "'model.safetensors'".
+        files: The files that they are in, a shard index first; none for a state dict.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], origin: str, files: tuple[Path, ...] = ()) -> None:
+        self._entries = entries
+        self.origin, self.files = origin, files
+
+    def __getitem__(self, key: str) -> Entry:
+        return self._entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Weights":
+        return self
+
+
 def existing_path(path: str | Path) -> Path:
-    """A checkpoint's path, with `~` resolved; raises FileNotFoundError if there is nothing."""
+    """A path of weights, with `~` resolved; raises FileNotFoundError if there is nothing."""
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}'" + ("" if path.is_absolute() else f" in '{Path.cwd()}'"))
     return path
 
 
-def open_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Entry]:
-    """The tensors of a file or folder, by name; nothing of a safetensors file is read before `Entry.read`.
+def open_weights(path: str | Path, use_ema: bool = False) -> Weights:
+    """The tensors of a file or folder; nothing of a safetensors file but its header is read before `Entry.read`.
 
     Args:
         path: A safetensors file, a shard index, a pickle (`.pth`, `.pt`, `.bin`, `.ckpt`), or a folder with one.
@@ -56,16 +83,19 @@ def open_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Entry]
         CheckpointError: It is none of these, damaged, incomplete, or a pickle with something else than data in it.
         FileNotFoundError: There is nothing at `path`.
     """
-    path = existing_path(path)
+    origin, path = f"'{path}'", existing_path(path)
     if path.is_dir():
         path = _find_in_folder(path)
-    return _open_shards(path, use_ema) if path.name.endswith(INDEX_SUFFIX) else _open_file(path, use_ema)
+    if path.name.endswith(INDEX_SUFFIX):
+        entries, shards = _open_shards(path, use_ema)
+        return Weights(entries, origin, (path, *shards))
+    return Weights(_open_file(path, use_ema), origin, (path,))
 
 
-def from_state_dict(data: object, origin: str = "the state dict", use_ema: bool = False) -> dict[str, Entry]:
-    """What was unpickled, wrapped or not, as a checkpoint; `origin` names it in messages."""
+def from_state_dict(data: object, origin: str = "the state dict", use_ema: bool = False) -> Weights:
+    """The tensors of a state dict, wrapped or not; `origin` names it in messages."""
     tensors = _tensors(data, origin, use_ema, Tensor)
-    return {key: _entry(value, lambda value=value: _own(value)) for key, value in tensors.items()}
+    return Weights({key: _entry(value, partial(_own, value)) for key, value in tensors.items()}, origin)
 
 
 def _entry(tensor: Tensor, read: Callable[[], Tensor]) -> Entry:
@@ -120,10 +150,10 @@ class _Unchanged:
 
 def _find_in_folder(folder: Path) -> Path:
     for patterns in (
-        ["model.safetensors" + INDEX_SUFFIX],
+        [WEIGHTS_INDEX],
         ["*.safetensors" + INDEX_SUFFIX],
         ["*.bin" + INDEX_SUFFIX],
-        ["model.safetensors"],
+        [WEIGHTS],
         ["*.safetensors"],
         ["pytorch_model.bin"],
         _PICKLES,
@@ -134,12 +164,12 @@ def _find_in_folder(folder: Path) -> Path:
         if found:
             raise CheckpointError(
                 f"'{folder}' holds several weight files ({some(file.name for file in found)}) and no "
-                f"'model.safetensors{INDEX_SUFFIX}' that says how they belong together; name one file"
+                f"'{WEIGHTS_INDEX}' that says how they belong together; name one file"
             )
     raise CheckpointError(f"'{folder}' holds no weights: no .safetensors, {', '.join(p[1:] for p in _PICKLES)} file")
 
 
-def _open_shards(index: Path, use_ema: bool) -> dict[str, Entry]:
+def _open_shards(index: Path, use_ema: bool) -> tuple[dict[str, Entry], list[Path]]:
     try:
         shard_of = weight_map(index)
     except ValueError as error:
@@ -151,11 +181,13 @@ def _open_shards(index: Path, use_ema: bool) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for shard in shards:
         found = _open_file(index.parent / shard, use_ema)
-        odd = set(found) ^ {key for key, name in shard_of.items() if name == shard}
-        if odd:
-            raise CheckpointError(f"'{index}' and its shard '{shard}' disagree about {len(odd)} tensors: {some(odd)}")
+        mismatched = set(found) ^ {key for key, name in shard_of.items() if name == shard}
+        if mismatched:
+            raise CheckpointError(
+                f"'{index}' and its shard '{shard}' disagree about {len(mismatched)} tensors: {some(mismatched)}"
+            )
         entries.update(found)
-    return entries
+    return entries, [index.parent / shard for shard in shards]
 
 
 # ---- single files
@@ -203,9 +235,9 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         header, start = read_header(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is damaged or truncated: {one_line(error)}") from error
-    odd = {item["dtype"] for item in header.values()} - set(DTYPES)
-    if odd:
-        raise CheckpointError(f"'{path}' has tensors of {some(odd)}, which are no weights of this package")
+    unknown = {item["dtype"] for item in header.values()} - set(DTYPES)
+    if unknown:
+        raise CheckpointError(f"'{path}' has tensors of {some(unknown)}, which are no weights of this package")
     unchanged = _Unchanged(path)
 
     def entry(key: str, item: Mapping[str, Any]) -> Entry:
@@ -233,9 +265,7 @@ def _open_pickle(path: Path, use_ema: bool) -> dict[str, Entry]:
         unchanged.check()
         return file.read(tensors[key])
 
-    return {
-        key: Entry(value.shape, value.dtype, lambda key=key: read(key), value.problem) for key, value in tensors.items()
-    }
+    return {key: Entry(value.shape, value.dtype, partial(read, key), value.problem) for key, value in tensors.items()}
 
 
 # ---- what was unpickled

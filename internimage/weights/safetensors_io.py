@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import strict_json
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,11 +51,11 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     For a file whose header safetensors has checked, if `check_length` has let it pass.
 
     Raises:
-        ValueError: It describes a tensor twice.
+        ValueError: It is not JSON, or describes a tensor twice.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        header = strict_json.parse(file.read(length))
     header.pop("__metadata__", None)
     return header, 8 + length
 
@@ -68,13 +70,6 @@ def check_length(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
     if length > _LONGEST_HEADER:
         raise ValueError(f"its header of {length} bytes is longer than {_LONGEST_HEADER >> 20} MiB")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("its header has two entries of one name")
-    return found
 
 
 def read_tensor(path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

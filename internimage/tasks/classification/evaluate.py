@@ -11,20 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ...data.datasets import Batch, DataError, EvaluationTransform, GuardedDataset, class_difference, class_names
+from ...data.datasets import Batch, DataError, EvaluationTransform, GuardedDataset
 from ...data.imagenet import Protocol
 from ...data.workers import signals_for_us, worker_signals
 from ...engine.finite import NotFiniteError, output_problem
 from ...engine.world import World
-from ...errors import some
+from ...errors import UserError
 from ...progress import message, progress_bar
+from .labels import check_class_map, check_classes
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
-_MOST_TOLD = 20  # unreadable images that a process names; the rest would only push them off the screen
+_MOST_REPORTED = 20  # unreadable images that a process names; the rest would only push them off the screen
 
 
 @dataclass
@@ -45,125 +46,7 @@ class Evaluation:
     processes: int = 1
     skipped: list[tuple[str, str]] = field(default_factory=list)  # file, reason
     per_class: list[dict] = field(default_factory=list)  # class, images, top1
-    answers: list[tuple[int, int, int, float]] = field(
-        default_factory=list
-    )  # index, target, predicted, its probability
-
-
-def _check_classes(model: nn.Module, dataset: Dataset) -> list[str]:
-    names = class_names(dataset)
-    if names is None:
-        return [str(i) for i in range(model.num_classes)]
-    trained = _trained_classes(model)
-    if len(names) > model.num_classes:
-        raise DataError(
-            f"the dataset has {len(names)} classes and the model {model.num_classes}{_unknown(names, trained)}"
-        )
-    if trained and trained != names:
-        odd = next((a, b) for a, b in zip([*trained, None], [*names, None]) if a != b)
-        raise DataError(
-            f"the dataset's classes are not those that the model was trained on (there '{odd[0]}', here '{odd[1]}'; "
-            f"{class_difference(names, trained)}): pass a class map"
-        )
-    if len(names) < model.num_classes:
-        raise DataError(
-            f"the dataset has {len(names)} classes and the model {model.num_classes}, so their indices need not agree: "
-            f"pass a class map (a file with a class a line, in the model's order), or name the dataset with --variant "
-            f"if it is one of ImageNet's"
-        )
-    return names
-
-
-def _trained_classes(model: nn.Module) -> list[str] | None:
-    """The classes that were stored with the weights, in the order of the outputs."""
-    trained = getattr(model, "pretrained_cfg", {}).get("label_names")
-    return list(trained) if trained and len(trained) == model.num_classes else None
-
-
-def _unknown(names: list[str], trained: list[str] | None) -> str:
-    unknown = set(names) - set(trained or names)
-    return f"; it does not know {some(unknown, 5)}" if unknown else ""
-
-
-def _check_class_map(model: nn.Module, dataset: Dataset) -> list[str]:
-    """A map has the last word on the classes' order, but not against the model's own record of it."""
-    names, trained = class_names(dataset), _trained_classes(model)
-    if names is None:
-        return [str(i) for i in range(model.num_classes)]
-    if len(names) > model.num_classes:
-        raise DataError(
-            f"the class map has {len(names)} classes and the model {model.num_classes}{_unknown(names, trained)}"
-        )
-    if trained:
-        if _unknown(names, trained):
-            raise DataError(f"the class map does not fit the model{_unknown(names, trained)}; {_first(trained)}")
-        odd = next(((i, name) for i, name in enumerate(names) if trained[i] != name), None)
-        if odd is not None:
-            raise DataError(
-                f"the class map is not in the model's order: '{odd[1]}' is class {odd[0]} of the map and class "
-                f"{trained.index(odd[1])} of the model; {_first(trained)}"
-            )
-    return names + [str(i) for i in range(len(names), model.num_classes)]
-
-
-def _first(trained: list[str]) -> str:
-    more = f", ... ({len(trained)} in all)" if len(trained) > 5 else ""
-    return f"the model's classes are, in order, {', '.join(trained[:5])}{more}"
-
-
-class _Clock:
-    """Time in the model, and memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.images = device, 0.0, 0
-        self.tracks = device.type == "cuda"
-        if self.tracks:
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-    def run(self, model: nn.Module, images: Tensor, flip: bool) -> tuple[Tensor, NotFiniteError | None]:
-        self._wait()
-        start = time.perf_counter()
-        given = logits = model(images).float()
-        if flip:
-            mirrored = model(images.flip(-1)).float()
-            given = torch.cat([logits, mirrored])
-            mean = (logits.softmax(-1) + mirrored.softmax(-1)).div(2)
-            logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # a probability of 0 has no finite loss
-        self._wait()
-        self.seconds += time.perf_counter() - start
-        self.images += len(images)
-        return logits.cpu(), output_problem(given, model, images.dtype)
-
-    def peak(self) -> int:
-        if self.tracks:
-            return torch.cuda.max_memory_allocated(self.device)
-        if resource is None:
-            return 0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _shares(guarded: GuardedDataset, batch_size: int, workers: int, world: World, pin: bool) -> Iterator[Batch | None]:
-    """This process's batches; None where it has no more and another may have."""
-    indices = range(world.rank, len(guarded), world.size)
-    loader = DataLoader(
-        Subset(guarded, indices),
-        batch_size,
-        num_workers=workers,
-        collate_fn=GuardedDataset.collate,
-        pin_memory=pin,
-        worker_init_fn=worker_signals,
-        generator=torch.Generator(),  # else it draws from the global one, which training may be using
-    )
-    with signals_for_us():
-        batches = iter(loader)
-    yield from batches
-    most = -(-len(range(0, len(guarded), world.size)) // batch_size)
-    yield from [None] * (most - len(loader))
+    predictions: list[tuple[int, int, int, float]] = field(default_factory=list)  # index, target, class, probability
 
 
 @torch.no_grad()  # not inference mode: sharded weights gathered in that could not be trained on afterwards
@@ -180,13 +63,13 @@ def evaluate(
     world: World | None = None,
     flip: bool = False,
     protocol: Protocol | None = None,
-    keep_answers: bool = False,
-    told: set[str] | None = None,
+    keep_predictions: bool = False,
+    reported: set[str] | None = None,
 ) -> Evaluation:
-    """Top-1, top-5 and loss over a whole dataset. Every image counts once; unreadable ones are told and listed.
+    """Top-1, top-5 and loss over a whole dataset. Every image counts once; unreadable ones are reported and listed.
 
-    Several processes share the images, one after the other; each image goes to one of them, whatever the remainder,
-    and all return the same counts.
+    Several processes share the images in turns; each image goes to one of them, whatever the remainder, and all return
+    the same counts.
 
     Args:
         model: Gives (N, num_classes) logits. Is moved to `device` and `dtype` and left in eval mode.
@@ -201,8 +84,8 @@ def evaluate(
         world: The processes, from `internimage.engine.world.join`; None is this one alone.
         flip: Average the probabilities of each image and its mirror image.
         protocol: How a variant of ImageNet is counted, from `internimage.data.imagenet.protocol`.
-        keep_answers: Return what was predicted for every image.
-        told: Files that are known to be unreadable and are not named again on stderr; is added to.
+        keep_predictions: Return what was predicted for every image.
+        reported: Unreadable files that are not named again on stderr; is added to.
 
     Raises:
         DataError: The dataset's classes are not the model's, or a label lies outside them.
@@ -211,112 +94,226 @@ def evaluate(
     world, device = world or World(), torch.device(device)
     protocol = protocol or Protocol()
     if protocol.classes is not None:
-        count, names = len(protocol.classes), protocol.names
+        names = protocol.names
+        count = len(protocol.classes)
     else:
+        with world.raise_on_all_ranks():
+            names = check_class_map(model, dataset) if classes_from_map else check_classes(model, dataset)
         count = model.num_classes
-        with world.together():
-            names = _check_class_map(model, dataset) if classes_from_map else _check_classes(model, dataset)
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device != device or parameter.dtype != dtype:
         model = model.to(device=device, dtype=dtype)
-    model = model.eval()
     # published accuracies on ImageNet were measured without a look at Exif data
     upright = False if protocol.classes is not None else None
     guarded = GuardedDataset(dataset, EvaluationTransform(config), upright)
-    told, named = set() if told is None else told, 0
+    timed = _Model(model.eval(), device, flip)
+    counts = _Counts(count, protocol, guarded, keep_predictions)
+    failures = _Failures(set() if reported is None else reported)
     blank = torch.zeros(1, *config["input_size"], device=device, dtype=dtype)
-    result = Evaluation(processes=world.size)
-    seen, right = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-    right5, real = 0, torch.zeros(3, dtype=torch.long)  # images, top-1, top-5
-    loss, position, skipped = 0.0, world.rank, []
-    problem: DataError | NotFiniteError | None = None
-    clock = _Clock(device)
+    problem: UserError | None = None
     start = time.perf_counter()
     bar = progress_bar(len(guarded), "evaluate", "img", shown=progress and world.first)
-    for batch in _shares(guarded, batch_size, workers, world, device.type == "cuda"):
-        places = []
+    position = world.rank
+    for batch in _batches(guarded, batch_size, workers, world, device.type == "cuda"):
+        indices: list[int] = []
         if batch is not None:
             every = len(batch.places) + len(batch.failures)
-            failed = (i for i in range(every) if i not in batch.places)
-            skipped += [(position + world.size * i, *failure) for i, failure in zip(failed, batch.failures)]
-            for file, reason in batch.failures:
-                if file not in told:
-                    told.add(file)
-                    named += 1
-                    _tell_unreadable(file, reason, named)
-            places = [position + world.size * i for i in batch.places]
+            indices = [position + world.size * i for i in batch.places]
+            failures.add(batch, position, world.size)
             position += world.size * every
             bar.update(min(world.size * every, bar.total - bar.n))
-            odd = next((t for t in batch.targets.tolist() if not 0 <= t < count), None)
-            if odd is not None:
-                problem = DataError(f"the dataset has label {odd}; the model's classes are 0 to {count - 1}")
-                if world.size == 1:
-                    break
-        if not places or problem is not None:
-            if world.size > 1:
-                for _ in range(1 + flip):
-                    model(blank)  # sharded weights are gathered by all processes together
-            continue
-        targets = batch.targets
-        logits, problem = clock.run(model, batch.images.to(device=device, dtype=dtype, non_blocking=True), flip)
-        if problem is not None:
-            if world.size == 1:
-                break
-            continue  # the others' model calls may need this process's
-        if protocol.classes is not None:
-            logits = logits[:, protocol.classes]
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        order = logits.topk(min(5, count)).indices
-        hit = order == targets[:, None]
-        right5 += int(hit.any(1).sum())
-        seen += torch.bincount(targets, minlength=count)
-        right += torch.bincount(targets[hit[:, 0]], minlength=count)
-        if protocol.real is not None:
-            real += _real_hits(protocol.real, [guarded.name(i) for i in places], order)
-        if keep_answers:
-            sure = logits.softmax(-1).gather(1, order[:, :1])[:, 0]
-            result.answers += list(zip(places, targets.tolist(), order[:, 0].tolist(), sure.tolist()))
-        result.images += len(targets)
-        bar.set_postfix(top1=f"{100 * right.sum().item() / result.images:.2f}", refresh=False)
+            problem = problem or counts.problem_with(batch.targets)
+        if indices and problem is None:
+            logits, problem = timed.run(batch.images.to(device=device, dtype=dtype, non_blocking=True))
+            if problem is None:
+                counts.add(logits, batch.targets, indices)
+                bar.set_postfix(top1=f"{counts.top1:.2f}", refresh=False)
+        elif world.size > 1:
+            timed.run_blank(blank)  # all processes gather sharded weights together
+        if problem is not None and world.size == 1:
+            break
     bar.close()
-    world.agree(problem)
-    parts = world.gather(
-        (result.images, seen, right, right5, loss, real, skipped, result.answers, clock.seconds, clock.images,
-         clock.peak())
-    )  # fmt: skip
-    images, seen, right, right5, loss, real, skipped, answers, model_seconds, model_images, peaks = zip(*parts)
-    result.images, right5, loss = sum(images), sum(right5), sum(loss)
-    seen, right, real = sum(seen), sum(right), sum(real)
-    result.skipped = [(file, reason) for _, file, reason in sorted(failure for part in skipped for failure in part)]
-    result.answers = sorted(answer for part in answers for answer in part)
+    world.raise_any(problem)
+    result = counts.gather(world, names)
+    result.skipped = failures.gather(world)
     if result.images == 0:
         file, reason = result.skipped[0]
         raise DataError(f"no image of {len(guarded)} could be read; the first is '{file}' ({reason})")
+    if protocol.real is not None and result.real_images == 0:
+        raise DataError("no image has a ReaL label; they are found by names such as ILSVRC2012_val_00000001.JPEG")
     result.seconds = time.perf_counter() - start
     result.images_per_second = result.images / result.seconds
-    result.model_images_per_second = sum(n / s for n, s in zip(model_images, model_seconds) if s)
-    result.peak_memory = max(peaks)
-    result.top1 = 100 * right.sum().item() / result.images
-    result.top5 = 100 * right5 / result.images
-    result.loss = loss / result.images
-    if protocol.real is not None:
-        result.real_images = int(real[0])
-        if result.real_images == 0:
-            raise DataError("no image has a ReaL label; they are found by names such as ILSVRC2012_val_00000001.JPEG")
-        result.real_top1, result.real_top5 = (100 * real[i].item() / result.real_images for i in (1, 2))
-    result.per_class = [
-        {"class": names[i], "images": seen[i].item(), "top1": 100 * right[i].item() / seen[i].item()}
-        for i in range(count)
-        if seen[i] > 0
-    ]
+    result.model_images_per_second, result.peak_memory = timed.gather(world)
     return result
 
 
-def _tell_unreadable(file: str, reason: str, count: int) -> None:
-    if count <= _MOST_TOLD:
-        message(f"'{file}' cannot be read ({reason}); it does not count")
-    elif count == _MOST_TOLD + 1:
-        message("more images cannot be read; they are counted, and not named here")
+def _batches(guarded: GuardedDataset, batch_size: int, workers: int, world: World, pin: bool) -> Iterator[Batch | None]:
+    """This process's batches; None where it has no more and another may have."""
+    indices = range(world.rank, len(guarded), world.size)
+    loader = DataLoader(
+        Subset(guarded, indices),
+        batch_size,
+        num_workers=workers,
+        collate_fn=GuardedDataset.collate,
+        pin_memory=pin,
+        worker_init_fn=worker_signals,
+        generator=torch.Generator(),  # otherwise it draws from the global one, which training may be using
+    )
+    with signals_for_us():
+        batches = iter(loader)
+    yield from batches
+    most = -(-len(range(0, len(guarded), world.size)) // batch_size)
+    yield from [None] * (most - len(loader))
+
+
+class _Model:
+    """The model in evaluation: its logits, the time it takes, and memory.
+
+    Args:
+        model: In eval mode, on its device.
+        device: That device.
+        flip: Average the probabilities of each image and its mirror image.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, flip: bool) -> None:
+        self.model, self.device, self.flip = model, device, flip
+        self.seconds, self.images = 0.0, 0
+        self.tracks = device.type == "cuda"
+        if self.tracks:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def run(self, images: Tensor) -> tuple[Tensor, NotFiniteError | None]:
+        """Logits on the CPU in float32, and what is wrong with them."""
+        self._wait()
+        start = time.perf_counter()
+        given = logits = self.model(images).float()
+        if self.flip:
+            mirrored = self.model(images.flip(-1)).float()
+            given = torch.cat([logits, mirrored])
+            mean = (logits.softmax(-1) + mirrored.softmax(-1)).div(2)
+            logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # a probability of 0 has no finite loss
+        self._wait()
+        self.seconds += time.perf_counter() - start
+        self.images += len(images)
+        return logits.cpu(), output_problem(given, self.model, images.dtype)
+
+    def run_blank(self, image: Tensor) -> None:
+        """As many calls of the model as `run` makes."""
+        for _ in range(1 + self.flip):
+            self.model(image)
+
+    def gather(self, world: World) -> tuple[float, int]:
+        """Images a second without loading, all processes together; and the largest peak of memory."""
+        seconds, images, peaks = zip(*world.gather((self.seconds, self.images, self._peak())))
+        return sum(n / s for n, s in zip(images, seconds) if s), max(peaks)
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def _peak(self) -> int:
+        if self.tracks:
+            return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Counts:
+    """What was right, of the images of a process.
+
+    Args:
+        classes: Their number.
+        protocol: Which outputs count, and other labels.
+        guarded: For the names of files.
+        keep_predictions: Remember what was predicted for every image.
+    """
+
+    def __init__(self, classes: int, protocol: Protocol, guarded: GuardedDataset, keep_predictions: bool) -> None:
+        self.classes, self.protocol, self.guarded, self.keep_predictions = classes, protocol, guarded, keep_predictions
+        self.seen = torch.zeros(classes, dtype=torch.long)
+        self.right = torch.zeros(classes, dtype=torch.long)
+        self.right5, self.loss = 0, 0.0
+        self.real = torch.zeros(3, dtype=torch.long)  # images, top-1, top-5
+        self.predictions: list[tuple[int, int, int, float]] = []
+
+    def problem_with(self, targets: Tensor) -> DataError | None:
+        """A label that is no class."""
+        for target in targets.tolist():
+            if not 0 <= target < self.classes:
+                return DataError(f"the dataset has label {target}; the model's classes are 0 to {self.classes - 1}")
+        return None
+
+    def add(self, logits: Tensor, targets: Tensor, indices: list[int]) -> None:
+        """Count a batch: (N, outputs), (N,), and which samples they are."""
+        if self.protocol.classes is not None:
+            logits = logits[:, self.protocol.classes]
+        self.loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        order = logits.topk(min(5, self.classes)).indices
+        hit = order == targets[:, None]
+        self.right5 += int(hit.any(1).sum())
+        self.seen += torch.bincount(targets, minlength=self.classes)
+        self.right += torch.bincount(targets[hit[:, 0]], minlength=self.classes)
+        if self.protocol.real is not None:
+            self.real += _real_hits(self.protocol.real, [self.guarded.name(i) for i in indices], order)
+        if self.keep_predictions:
+            best = order[:, 0]
+            sure = logits.softmax(-1).gather(1, order[:, :1])[:, 0]
+            self.predictions += list(zip(indices, targets.tolist(), best.tolist(), sure.tolist()))
+
+    @property
+    def top1(self) -> float:
+        """Of this process, in percent."""
+        return 100 * self.right.sum().item() / max(self.seen.sum().item(), 1)
+
+    def gather(self, world: World, names: list[str]) -> Evaluation:
+        """The counts of all processes."""
+        shares = world.gather((self.seen, self.right, self.right5, self.loss, self.real, self.predictions))
+        seen, right, right5, loss, real, predictions = zip(*shares)
+        seen, right, real = sum(seen), sum(right), sum(real)
+        result = Evaluation(images=int(seen.sum()), processes=world.size)
+        result.predictions = sorted(prediction for share in predictions for prediction in share)
+        if result.images == 0:
+            return result
+        result.top1 = 100 * right.sum().item() / result.images
+        result.top5 = 100 * sum(right5) / result.images
+        result.loss = sum(loss) / result.images
+        result.real_images = int(real[0])
+        if result.real_images:
+            result.real_top1, result.real_top5 = (100 * real[i].item() / result.real_images for i in (1, 2))
+        result.per_class = [
+            {"class": names[i], "images": seen[i].item(), "top1": 100 * right[i].item() / seen[i].item()}
+            for i in range(self.classes)
+            if seen[i] > 0
+        ]
+        return result
+
+
+class _Failures:
+    """Images that could not be read, of a process."""
+
+    def __init__(self, reported: set[str]) -> None:
+        self.reported, self.named = reported, 0
+        self.found: list[tuple[int, str, str]] = []  # index, file, reason
+
+    def add(self, batch: Batch, position: int, stride: int) -> None:
+        """Note and report those of a batch, whose samples are `stride` apart."""
+        every = len(batch.places) + len(batch.failures)
+        failed = (i for i in range(every) if i not in batch.places)
+        self.found += [(position + stride * i, *failure) for i, failure in zip(failed, batch.failures)]
+        for file, reason in batch.failures:
+            if file not in self.reported:
+                self.reported.add(file)
+                self.named += 1
+                if self.named <= _MOST_REPORTED:
+                    message(f"'{file}' cannot be read ({reason}); it does not count")
+                elif self.named == _MOST_REPORTED + 1:
+                    message("more images cannot be read; they are counted, and not named here")
+
+    def gather(self, world: World) -> list[tuple[str, str]]:
+        """Files and reasons of all processes, in the dataset's order."""
+        return [(file, reason) for _, file, reason in sorted(f for share in world.gather(self.found) for f in share)]
 
 
 def _real_hits(labels: dict[str, list[int]], files: list[str], order: Tensor) -> Tensor:

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""What the engine and the analysis ask of a model, ours or another one of timm's.
+
+A model of this package answers by methods (`HasParts`, `ChecksImageSize`). Of another one, the parts are read off what
+timm has of every model: `group_matcher`, which groups parameters into layers, and `feature_info`, which has the
+resolution of its feature maps. Where that gives no sensible answer, the question is refused and the model named.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from ..errors import UserError
+from ..layers.sampling import SamplingLayer
+
+_Layer = tuple[float, ...]  # its place in the order of layers, as timm's group_matcher has it
+
+# the first number of what timm's matchers give to what follows the last block
+_TAIL = 99999.0
+
+
+class NoSuchParts(UserError, ValueError):
+    """A model that has not what it was asked for. The message names it."""
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A model that knows its parts."""
+
+    def get_stem(self) -> list[nn.Module]:
+        """What precedes the first stage."""
+
+    def get_stages(self) -> list[nn.Module]:
+        """The stages, in order of execution."""
+
+    def get_blocks(self) -> list[nn.Module]:
+        """The repeated blocks of all stages, in order of execution."""
+
+
+@runtime_checkable
+class ChecksImageSize(Protocol):
+    """A model that knows which images it takes."""
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raises ValueError for a size that it does not take; the message names sizes that it takes."""
+
+
+def name_of(model: nn.Module) -> str:
+    """The model's name for messages: timm's, or that of its class."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
+
+
+# ---- stages and blocks
+
+
+def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Module]]]:
+    """The modules of the stem, and those of each stage: what works at one resolution, with the way down to it.
+
+    Raises:
+        NoSuchParts: The model has no stages, as a plain vision transformer.
+    """
+    if isinstance(model, HasParts):
+        return model.get_stem(), [[stage] for stage in model.get_stages()]
+    stem, layers = _layers(model, coarse=True)
+    ends: dict[int, _Layer] = {}  # reduction -> the last layer that has it
+    for info in getattr(model, "feature_info", None) or ():
+        last = [layer for layer, keys in layers.items() if any(_is_below(key, info["module"]) for key in keys)]
+        if last:
+            ends[info["reduction"]] = max(last)
+    if len(ends) < 2:
+        raise NoSuchParts(f"'{name_of(model)}' has no stages of several resolutions")
+    stages, begin = [], 0
+    order = sorted(layers)
+    for layer in sorted(ends.values()):
+        end = order.index(layer) + 1
+        stages.append(_modules(model, [key for one in order[begin:end] for key in layers[one]]))
+        begin = end
+    return _modules(model, stem), stages
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model is a sequence of, for sharding them one by one: modules that are called.
+
+    Raises:
+        NoSuchParts: timm does not know them, or there is one.
+    """
+    if isinstance(model, HasParts):
+        return model.get_blocks()
+    _, layers = _layers(model, coarse=False)
+    blocks = [module for _, keys in sorted(layers.items()) for module in _called(_covering(model, "", set(keys)))]
+    if len(blocks) < 2:
+        raise NoSuchParts(f"'{name_of(model)}' has no repeated blocks")
+    return blocks
+
+
+def _layers(model: nn.Module, coarse: bool) -> tuple[list[str], dict[_Layer, list[str]]]:
+    """The names of the stem's parameters, and those of each layer between it and what follows the last."""
+    ask = getattr(model, "group_matcher", None)
+    matcher = ask(coarse=coarse) if callable(ask) else None
+    if not isinstance(matcher, dict) or "stem" not in matcher or len(matcher) < 2:
+        raise NoSuchParts(f"'{name_of(model)}' does not tell its layers apart (timm's group_matcher)")
+    patterns = [
+        (group, re.compile(pattern), tuple(suffix or ()))
+        for group, entry in matcher.items()
+        for pattern, suffix in ([(entry, None)] if isinstance(entry, str) else entry or ())
+    ]
+    order = list(matcher)
+    stem: list[str] = []
+    layers: dict[_Layer, list[str]] = {}
+    for key, _ in model.named_parameters():
+        for group, pattern, suffix in patterns:
+            match = pattern.match(key)
+            if match is None:
+                continue
+            numbers = [float(number) for number in match.groups() if number is not None]
+            layer = (float(order.index(group)), *numbers, *map(float, suffix))
+            if group == "stem":
+                stem.append(key)
+            elif _TAIL not in layer:
+                layers.setdefault(layer, []).append(key)
+            break
+    return stem, layers
+
+
+def _is_below(key: str, module: str) -> bool:
+    """Whether a parameter belongs to a module, by their names."""
+    return key.startswith(f"{module}.")
+
+
+def _modules(model: nn.Module, keys: list[str]) -> list[nn.Module]:
+    """The modules that hold these parameters and no others.
+
+    Raises:
+        NoSuchParts: One of the parameters is not in such a module.
+    """
+    modules = _covering(model, "", set(keys))
+    held = {id(parameter) for module in modules for parameter in module.parameters()}
+    loose = [key for key in keys if id(model.get_parameter(key)) not in held]
+    if loose:
+        raise NoSuchParts(f"'{name_of(model)}' cannot be split into stages: '{loose[0]}' is in no module of one")
+    return modules
+
+
+def _covering(module: nn.Module, prefix: str, keys: set[str]) -> list[nn.Module]:
+    """The largest modules all of whose parameters are among the keys."""
+    own = {f"{prefix}{key}" for key, _ in module.named_parameters()}
+    if not own & keys:
+        return []
+    if own <= keys:
+        return [module]
+    return [found for name, child in module.named_children() for found in _covering(child, f"{prefix}{name}.", keys)]
+
+
+def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules, with what lists of modules hold instead of the lists, which are not called."""
+    return [
+        called
+        for module in modules
+        for called in (_called(module.children()) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else [module])
+        if any(True for _ in called.parameters())
+    ]
+
+
+# ---- layers that sample
+
+
+def sampling_layers(model: nn.Module) -> dict[str, SamplingLayer]:
+    """The layers that sample at predicted locations, by name in order of execution."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SamplingLayer)}
+
+
+def sampling_layers_of_stage(model: nn.Module, stage: int) -> list[str]:
+    """The names of those in one stage, 1 for the first; empty where the model has no such stage, or none in it."""
+    try:
+        _, stages = stem_and_stages(model)
+    except NoSuchParts:
+        return []
+    modules = stages[stage - 1] if stage <= len(stages) else []
+    inside = {id(part) for module in modules for part in module.modules()}
+    return [name for name, layer in sampling_layers(model).items() if id(layer) in inside]
+
+
+def offset_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that sampling locations are predicted with.
+
+    Raises:
+        NoSuchParts: There are none.
+    """
+    found = [parameter for layer in sampling_layers(model).values() for parameter in layer.offset_parameters()]
+    if not found:
+        raise NoSuchParts(f"'{name_of(model)}' has no layers that sample at learned offsets, such as DCNv3")
+    return found
+
+
+# ---- images
+
+
+def check_image_size(model: Any, height: int, width: int) -> bool:
+    """Ask a model whether it takes images of a size; returns whether it can answer.
+
+    Raises:
+        ValueError: It does not; the message names sizes that it takes.
+    """
+    if not isinstance(model, ChecksImageSize):
+        return False
+    model.check_image_size(height, width)
+    return True
