@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a training run is about: the one thing that the engine asks of a task.
+"""What the engine asks of a task.
 
 The engine knows tensors, steps, processes, checkpoints and the folder of a run. All else is the task's: where samples
 come from, what the loss is, how the model is validated, what the report shows and what the saved folder holds.
@@ -33,11 +33,15 @@ class Task(ABC, Generic[Config, Result]):
         config: The settings.
     """
 
-    model_name: str  # for messages
-    loss_unit: str  # what the loss is and its unit, for the axis of a plot
+    loss_unit: str  #: what the loss is, and its unit, for the axis of a plot
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @property
+    @abstractmethod
+    def model_name(self) -> str:
+        """For messages."""
 
     # ---- what there is before training
 
