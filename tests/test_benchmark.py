@@ -157,7 +157,7 @@ def test_the_official_code_without_a_checkout(what, capsys, monkeypatch):
     assert main(["benchmark", what, "--quick"]) == 0
     expected = [peer for peer in {"ops": ops, "models": models}[what].PEERS if peer != "official"]
     assert seen == [(None, expected)] and len(expected) == 2
-    assert "without the official code: --official PATH" in capsys.readouterr().err
+    assert "skipping the official code; --official PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

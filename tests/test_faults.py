@@ -172,7 +172,7 @@ def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):
     ]
     env = environment() | {"GPUS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     commands = (
-        [str(ROOT / "scripts" / "train_one_machine.sh"), *arguments],
+        [str(ROOT / "scripts" / "launch" / "train_one_machine.sh"), *arguments],
         torchrun_command(2, "-m", "internimage", "finetune", *arguments),
     )
     done = 0
@@ -209,10 +209,10 @@ def test_sigterm_to_the_whole_group_of_processes(data, tmp_path):
 FAILING = """
 import sys
 from internimage.cli import main
-from internimage.tasks.classification import augment
+from internimage.engine import samples
 def fail(self, key):
     raise RuntimeError("a bug")
-augment.SeededDataset.__getitem__ = fail
+samples.SeededDataset.__getitem__ = fail
 main(sys.argv[1:])
 """
 

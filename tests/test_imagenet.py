@@ -257,7 +257,7 @@ def test_expected_accuracy(tmp_path, capsys):
     assert main([*arguments, "--expect", "50.11"]) == 1
     assert "top-1 is 50.00 %, expected 50.11 within 0.1" in capsys.readouterr().err
     assert main([*arguments, "--expect", "published"]) == 2
-    assert "no top-1 on ImageNet-1k was published for 'internimage_atto'" in capsys.readouterr().err
+    assert "no ImageNet-1k top-1 is published for 'internimage_atto'" in capsys.readouterr().err
     assert main([*arguments, "--expect", "good"]) == 2
     assert main([*arguments, "--flip", "--json", str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What our models promise beyond what timm's own tests ask (scripts/timm_contract.py runs those)."""
+"""What our models promise beyond what timm's own tests ask (scripts/checks/timm_contract.py runs those)."""
 
 import copy
 import re

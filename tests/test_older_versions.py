@@ -182,7 +182,7 @@ def test_a_converted_model_loads_and_is_ready_for_the_hub(capsys):
 
 def test_a_converted_model_is_converted_again():
     assert main(["convert", "converted", "again", "--verify"]) == 0
-    old, new = open_weights("converted"), open_checkpoint("again")
+    old, new = open_weights("converted"), open_weights("again")
     assert old.keys() == new.keys()
     assert all(torch.equal(old[key].read(), new[key].read()) for key in old)
 

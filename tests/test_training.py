@@ -189,7 +189,10 @@ def test_the_help_says_what_eval_every_0_does(capsys):
 def test_a_run_without_validation_images_says_so(data, tmp_path, capsys):
     assert command(data / "train", tmp_path / "run", epochs=1, report=True) == 0
     out = capsys.readouterr().out
-    assert "there are no validation images, so the accuracy is not known" in out and f"model: {tmp_path / 'run'}" in out
+    assert (
+        "there are no validation images (DATA/val/CLASS/IMAGE), so the accuracy is unknown" in out
+        and f"model: {tmp_path / 'run'}" in out
+    )
     assert "report" not in out and not (tmp_path / "run" / "report.html").exists()
 
 
@@ -223,7 +226,7 @@ def test_some_validation_images_that_cannot_be_read_are_told(data, tmp_path, cap
     (folder / "val" / "1" / "0.png").write_bytes(b"nothing")
     assert command(folder, tmp_path / "run", epochs=1) == 0
     out, err = capsys.readouterr()
-    assert " on 5 validation images" in out and "validation images that could not be read and do not count: 1" in err
+    assert " on 5 validation images" in out and "validation images that could not be read and are not counted: 1" in err
 
 
 def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
@@ -252,7 +255,7 @@ def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
 def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
     """20 kills with SIGKILL: at random times, half way in a checkpoint, before and after its rename, in a removal."""
     result = subprocess.run(
-        [sys.executable, "scripts/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "scripts/checks/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -265,7 +268,7 @@ def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
 def test_killed_runs_with_damaged_checkpoints_name_them_and_end_bitwise():
     """Of one process, and of two whose parent alone is killed as well, so that they have to end by themselves."""
     result = subprocess.run(
-        [sys.executable, "scripts/kill_resume.py", "--kills", "24", "--kinds", "file,ddp,fsdp", "--damage",
+        [sys.executable, "scripts/checks/kill_resume.py", "--kills", "24", "--kinds", "file,ddp,fsdp", "--damage",
          "flip,zero,truncate,delete"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -617,7 +620,7 @@ def test_offset_lr_factor_in_a_schedule_and_in_a_run(data, tmp_path):
     offsets = [value for name, value in weights.items() if ".dcn.offset." in name]
     assert offsets and all((value == 0).all() for value in offsets)  # as they were made
     assert any((value != 0).any() for name, value in weights.items() if ".dcn.mask." in name)
-    with pytest.raises(ConfigError, match="no layers that sample at learned offsets"):
+    with pytest.raises(ConfigError, match="must be 1: .resnet10t. has no layers that sample at learned offsets"):
         finetune(settings(data, tmp_path / "b", model="resnet10t", offset_lr_factor=0.1), progress=False)
 
 

@@ -142,6 +142,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
 
     def validate(self, model: nn.Module, world: World, unreadable: set[str], last: bool) -> Evaluation:
         config = self.config
+        assert self.val_set is not None
         return evaluate(
             model, self.val_set, self.data_config, max(config.batch_size // (world.size * config.accumulate), 1),
             config.workers, world.device, progress=False, world=world, reported=unreadable, keep_predictions=last,
@@ -159,6 +160,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
         save_model(model, folder, self.names, self.data_config, weights)
 
     def page(self, result: Evaluation, model: nn.Module | None, epochs: list[dict]) -> Page:
+        assert self.val_set is not None
         return report_page(self.config.model, result, self.val_set, self.names, epochs, model, self.data_config)
 
 
@@ -176,9 +178,9 @@ def open_data(config: FinetuneConfig) -> tuple[MapDataset, MapDataset | None, li
     if split is None:
         raise DataError(f"there is no data at '{config.data}': expected a folder with train/CLASS/IMAGE")
     train_set = open_dataset(split, split="")
-    names = class_names(train_set)
+    names = class_names(train_set) or []
     if len(names) < 2:
-        raise DataError(f"'{split}' has one class ({names[0]}); two are needed")
+        raise DataError(f"'{split}' has one class ({some(names)}); two are needed")
     if len(train_set) < config.batch_size:
         part = config.accumulate * (2 if config.mixes else 1)
         fitting = len(train_set) // part * part
@@ -215,7 +217,7 @@ def save_model(
     weights = {k: v.detach() for k, v in (model.state_dict() if weights is None else weights).items()}
     with partial_folder(folder) as partial:
         config, tensors = partial / CONFIG, partial / WEIGHTS
-        save_config_for_hf(model, config, dict(label_names=names), data_config=data_config)
+        save_config_for_hf(model, str(config), dict(label_names=names), data_config=data_config)
         written = json.loads(config.read_text(encoding="utf-8"))
         written["model_args"].pop("num_classes", None)  # stands beside them too, and transformers would pass it twice
         config.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

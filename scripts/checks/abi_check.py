@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""One binary for every torch: builds the CPU kernels once, with the newest torch, and tests that file under older ones.
+"""One binary for every torch: builds the CPU kernels once, with the newest torch, and tests that file with older ones.
 
-That the sources build with the older ones, too, is checked by compiling them; those for CUDA where there is an nvcc.
+The sources are also compiled against the headers of the older versions; those for CUDA only if there is an nvcc.
 
-Each torch gets a virtual environment under --work, which later runs use again. torch is installed there without what
-it requires, if it can be imported so (builds for the CPU can) or finds NVIDIA's libraries in the environment of the
-Python that runs this script; with all that it requires otherwise. The kernels are tested with the operators alone, so
-that timm and torchvision are not needed. pip's own variables (PIP_INDEX_URL, PIP_CONFIG_FILE) choose where the
-versions come from.
+Each torch gets a virtual environment under --work, which later runs reuse. torch is installed without its dependencies
+if it can be imported so (CPU builds can) or finds NVIDIA's libraries in the environment of the Python that runs this
+script, otherwise with them. The kernels are tested with the operators only, which need neither timm nor torchvision.
+pip's variables (PIP_INDEX_URL, PIP_CONFIG_FILE) select the index.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TORCH_TARGET = "0x020a000000000000ULL"  # as in setup.py
 VERSIONS = ["2.10", "2.11", "2.13", "newest"]
 BESIDE_TORCH = [
@@ -45,13 +44,13 @@ class Environment:
         self.variables = dict(os.environ)
 
     def prepare(self) -> None:
-        """Make it, or take it as an earlier run left it."""
+        """Create it, unless an earlier run did."""
         if not self.python.exists():
             subprocess.run([sys.executable, "-m", "venv", self.folder], check=True)
         torch = "torch" if self.version == "newest" else f"torch=={self.version}.*"
         if not self.torch_version():
             self.pip("--no-deps", torch)
-            self.pip(*BESIDE_TORCH, "setuptools>=77,<82")  # torch 2.11 takes no newer one
+            self.pip(*BESIDE_TORCH, "setuptools>=77,<82")  # torch 2.11 requires an older one
         if not self.torch_version():
             libraries = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/**/lib"))
             self.variables["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, libraries))
@@ -78,7 +77,7 @@ class Environment:
 
 
 def build_module(python: Path, variables: dict[str, str], work: Path) -> Path:
-    """The compiled module, built anew with the torch of an interpreter's environment."""
+    """The compiled module, rebuilt with the torch of an interpreter's environment."""
     folder = work / "build"
     shutil.rmtree(folder, ignore_errors=True)
     command = [python, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
@@ -93,7 +92,7 @@ def build_module(python: Path, variables: dict[str, str], work: Path) -> Path:
 
 
 def compile_with_headers(environment: Environment, work: Path) -> None:
-    """Whether the sources build with that torch, too: one that is newer than it must not be needed for anything."""
+    """Check that the sources compile against the headers of that torch, and so need no newer one."""
     (include,) = environment.folder.glob("lib/python*/site-packages/torch/include")
     flags = ["-std=c++17", f"-I{include}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     commands = [
@@ -107,16 +106,17 @@ def compile_with_headers(environment: Environment, work: Path) -> None:
         commands.append([nvcc, "-arch=sm_80", "-DUSE_CUDA", *flags, "-c", source, "-o", work / "dcnv3.o"])
     for command in commands:
         subprocess.run(command, check=True)
-    print(f"its headers suffice for the kernels of the CPU{' and of CUDA' if nvcc else ''}", flush=True)
+    print(f"the kernels for CPU{' and CUDA' if nvcc else ''} compile against its headers", flush=True)
 
 
 def operators_alone(module: Path, work: Path) -> Path:
-    """A folder to import from, with an internimage of nothing but the operators and the module."""
+    """A folder for PYTHONPATH with an `internimage` that has only the operators and the module."""
     folder = work / "package"
     shutil.rmtree(folder, ignore_errors=True)
     package = folder / "internimage"
     shutil.copytree(ROOT / "internimage" / "ops", package / "ops", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "internimage" / "extension.py", package)
+    for file in (ROOT / "internimage").glob("[!_]*.py"):  # the modules that the operators may import
+        shutil.copy(file, package)
     shutil.copy(module, package)
     (package / "__init__.py").write_text(
         '"""The operators of internimage, without the models."""\n\nfrom . import ops\n'
@@ -166,4 +166,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except subprocess.CalledProcessError as error:
-        sys.exit(f"abi_check: this failed: {' '.join(map(str, error.cmd))}")
+        sys.exit(f"abi_check: command failed: {' '.join(map(str, error.cmd))}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Train under Slurm. Two minutes before its time is over Slurm sends SIGTERM: the run saves, and the job queues again.
-#   sbatch --nodes 4 scripts/train_slurm.sh configs/imagenet_huge_640.yaml data=/data/imagenet output=/shared/huge
+# Train under Slurm. Two minutes before the time limit Slurm sends SIGTERM: the run saves, and the job is requeued.
+#   sbatch --nodes 4 scripts/launch/train_slurm.sh configs/imagenet_huge_640.yaml data=/data/imagenet output=/shared/huge
 #SBATCH --job-name internimage
 #SBATCH --nodes 1
 #SBATCH --ntasks-per-node 1
@@ -12,9 +12,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode append
 set -euo pipefail
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # torchrun gets the signal, too, and would kill after 30 seconds
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # torchrun gets the signal as well, and would kill after 30 seconds
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# to the steps as well: the batch script alone gets the signal
+# forward the signal to the steps: only the batch script gets it
 stop() {
     scancel --signal TERM "$SLURM_JOB_ID" || true
     wait || true

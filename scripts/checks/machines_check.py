@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The tests under the arithmetic of other machines: `make test-machines`.
+"""The tests with the arithmetic of other machines: `make test-machines`.
 
-The instruction sets that torch, oneDNN and our kernels choose are lowered, the number of threads changes, the tests run
-in a random order, and those about files run as another user than root. Each run is one row of the table at the end. A
-processor cannot be raised: what this one lacks runs with the best it has.
+Runs the tests with lower instruction sets for torch, oneDNN and our kernels, with other numbers of threads, and in
+random order; those about files also as a user other than root. The table at the end has a row for each run. An
+instruction set that this processor lacks is replaced by the best one that it has.
 
-    python scripts/machines_check.py [--only NAME ...] [further arguments for pytest]
+    python scripts/checks/machines_check.py [--only NAME ...] [further arguments for pytest]
 """
 
 import argparse
@@ -19,21 +19,21 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 NUMERIC = [
     "test_cpu_kernels.py", "test_dcnv3.py", "test_dcnv3_properties.py", "test_distributed.py", "test_imagenet.py",
     "test_layer_norm.py", "test_layers.py", "test_linear.py", "test_models.py", "test_models_goldens.py",
     "test_training.py", "test_transforms.py",
 ]  # fmt: skip
-FILES = [  # written and read: permissions, locks, links, caches
+FILES = [  # tests of permissions, locks, links, caches
     "test_atomic.py", "test_cli.py", "test_convert.py", "test_create.py", "test_damage.py", "test_data.py",
     "test_files.py", "test_hub.py", "test_hub_cache.py", "test_image_tars.py", "test_images.py", "test_kills.py",
     "test_load.py", "test_overwrite.py", "test_readers.py", "test_resume.py", "test_run_folder.py",
     "test_terminal.py", "test_unfinished.py",
 ]  # fmt: skip
 
-# name -> environment, threads, tests (None: all), whether in a random order. Every value of a variable occurs once.
+# name -> environment, threads, tests (None: all), whether in random order
 RUNS = {
     "portable": (
         dict(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", INTERNIMAGE_CPU_CAPABILITY="default"),
@@ -51,7 +51,7 @@ NOBODY = 65534
 
 
 def command(name: str, seed: int, temporary: Path, more: list[str]) -> tuple[list[str], dict[str, str]] | str:
-    """The command and the environment of a run, or why there is none."""
+    """The command and the environment of a run, or why it is not possible."""
     variables, threads, files, shuffled = RUNS[name]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(temporary / "tests")]
     if shuffled:
@@ -64,34 +64,32 @@ def command(name: str, seed: int, temporary: Path, more: list[str]) -> tuple[lis
         environment |= {"HOME": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
         if os.geteuid() == 0:
             if shutil.which("setpriv") is None:
-                return "needs setpriv (util-linux) to become another user than root"
+                return "needs setpriv (util-linux) to switch to a user other than root"
             prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
             start = (
                 "import subprocess, sys; subprocess.run([sys.executable, '--version'], check=True); open(sys.argv[1])"
             )
             tried = [*prefix, sys.executable, "-c", start, str(ROOT / "tests" / "conftest.py")]
             if subprocess.run(tried, capture_output=True).returncode:
-                return (
-                    f"another user than root cannot start '{sys.executable}' or read '{ROOT}': a folder above is closed"
-                )
+                return f"users other than root cannot run '{sys.executable}' or read '{ROOT}'"
     return prefix + pytest + more, environment
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), help="these runs alone")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the order of the tests")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), help="only these runs")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="seed of the random order")
     arguments, more = parser.parse_known_args()
     rows = []
     for name in arguments.only:
         with tempfile.TemporaryDirectory(prefix="machines-") as folder:
             temporary = Path(folder)
-            temporary.chmod(0o777)  # another user writes there, too
+            temporary.chmod(0o777)  # another user writes there as well
             prepared = command(name, arguments.seed, temporary, more)
             if isinstance(prepared, str):
                 rows.append((name, "not run", prepared))
                 continue
-            print(f"\n==== {name}: {RUNS[name][0] or 'as it is'}, {RUNS[name][1]} threads", flush=True)
+            print(f"\n==== {name}: {RUNS[name][0] or 'no variables'}, {RUNS[name][1]} threads", flush=True)
             start = time.perf_counter()
             run = subprocess.Popen(prepared[0], cwd=ROOT, env=prepared[1], stdout=subprocess.PIPE, text=True)
             last = ""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """timm's own model tests, run on our models: `make timm-contract`.
 
-The test file comes from the source package of the installed timm, downloaded by pip into `.contract/` and never
-committed. Importing `internimage` registers our models there as if they were timm's. Every test function that timm runs
-over all its models must have been passed by some of ours, so that a filter that forgets them cannot look like a pass.
+The test file comes from the source package of the installed timm, which pip downloads to `.contract/`, ignored by git.
+Importing `internimage` registers our models there like timm's own. Every test function that timm runs on all its models
+must pass on at least one of ours, so that a filter that excludes them is not mistaken for success.
 
-Further arguments go to pytest: `python scripts/timm_contract.py -k tiny`.
+Other arguments are passed to pytest: `python scripts/checks/timm_contract.py -k tiny`.
 """
 
 import ast
@@ -16,27 +16,27 @@ import sys
 import tarfile
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / ".contract"
+FOLDER = Path(__file__).resolve().parents[2] / ".contract"
 NAMES = "internimage_"
 DOWNLOADING = {"test_model_load_pretrained", "test_model_features_pretrained"}
 
-# model -> the only tests that it takes; the others take all. Meta tensors cost nothing whatever the size.
+# model -> the only tests to run on it; on others, all are run. Meta tensors need no memory at any size.
 TOO_BIG = {
     "internimage_huge": {"test_model_forward", "test_model_default_cfgs"},
     "internimage_giant": {"test_model_default_cfgs"},
 }
-TIMEOUT = 3600  # timm's 120 seconds a test, made for other machines, would fail a sound model on a slow one
+TIMEOUT = 3600  # timm's own 120 seconds are too few on slow machines
 
 
 def download(version: str) -> Path:
-    """The unpacked test file of that timm, as released; its config beside it declares the markers that it uses."""
+    """Download and unpack the test file of a timm release, and the config that declares its markers."""
     archive = FOLDER / f"timm-{version}.tar.gz"
     if not archive.exists():
         FOLDER.mkdir(exist_ok=True)
         print(f"downloading the source package of timm {version}", flush=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "timm", "--dest", FOLDER]
         if subprocess.run([*pip, f"timm=={version}"]).returncode != 0 or not archive.exists():
-            sys.exit(f"pip could not download {archive.name}; without a network, put it into {FOLDER.name}/ yourself")
+            sys.exit(f"pip could not download {archive.name}; without a network, put it in {FOLDER.name}/")
     root = f"timm-{version}"
     with tarfile.open(archive) as tar:
         for name in ("pyproject.toml", "tests/conftest.py", "tests/test_models.py"):
@@ -47,18 +47,16 @@ def download(version: str) -> Path:
 
 
 def add_our_module(file: Path) -> None:
-    """Name our module in timm's list of those with `forward_intermediates`, which picks tests by module."""
+    """Add our module to timm's list of modules with `forward_intermediates`, by which it selects tests."""
     anchor = "FEAT_INTER_FILTERS = [\n"
     text = file.read_text()
     if text.count(anchor) != 1:
-        sys.exit(
-            f"{file.name} of this timm has no single line '{anchor.strip()}'; adapt scripts/timm_contract.py to it"
-        )
+        sys.exit(f"timm_contract: {file.name} of this timm has no single line '{anchor.strip()}', which is needed here")
     file.write_text(text.replace(anchor, f"{anchor}    'internimage',\n"))
 
 
 def functions_over_all_models(file: Path) -> list[str]:
-    """Test functions parametrised on timm's model list without a pattern for names, so that ours belong to them."""
+    """Test functions parametrized over all models of timm, without a pattern of names, and so over ours as well."""
 
     def over_all(decorator: ast.expr) -> bool:
         calls = [node for node in ast.walk(decorator) if isinstance(node, ast.Call)]
@@ -70,7 +68,7 @@ def functions_over_all_models(file: Path) -> list[str]:
 
 
 class Selection:
-    """pytest plugin: keeps the tests of our models, and counts their outcomes."""
+    """pytest plugin that selects the tests of our models and counts their outcomes."""
 
     def __init__(self) -> None:
         self.collected: collections.Counter[str] = collections.Counter()
@@ -91,10 +89,10 @@ class Selection:
         items[:] = wanted
         self.collected.update(item.originalname for item in items)
         for item in items:
-            item.add_marker(pytest.mark.timeout(TIMEOUT), append=False)  # the first one holds
+            item.add_marker(pytest.mark.timeout(TIMEOUT), append=False)  # the first marker applies
 
     def pytest_runtest_logreport(self, report) -> None:
-        if report.when == "call" or report.outcome != "passed":  # a passed setup or teardown says nothing
+        if report.when == "call" or report.outcome != "passed":  # setup and teardown only count if they fail
             self.outcomes[report.nodeid] = report.outcome
 
     def count(self, function: str) -> collections.Counter[str]:
@@ -106,8 +104,8 @@ def main() -> int:
     import pytest
     import timm
 
-    os.environ["TORCH_BACKEND"] = "internimage"  # a module that timm's test file imports
-    os.environ.pop("GITHUB_ACTIONS", None)  # there, timm leaves out tests and big models
+    os.environ["TORCH_BACKEND"] = "internimage"  # timm's test file imports the module named here
+    os.environ.pop("GITHUB_ACTIONS", None)  # with it, timm skips tests and large models
     file = download(timm.__version__)
     add_our_module(file)
     expected = functions_over_all_models(file)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Whether the CPU kernels compile for aarch64, without warnings and to vectors; needs Debian's cross compiler.
+"""Check that the CPU kernels compile for aarch64 without warnings and are vectorized; needs Debian's cross compiler.
 
-With --torch, a folder into which torch's wheel for aarch64 was unpacked, the module is linked, too.
+With --torch, a folder into which an aarch64 wheel of torch was unpacked, the module is linked as well.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--torch", type=Path, metavar="FOLDER", help="torch for aarch64, to link against")
     arguments = parser.parse_args()
     if shutil.which(COMPILER) is None:
-        sys.exit(f"aarch64_check: there is no {COMPILER}; `apt-get install g++-aarch64-linux-gnu` brings it")
+        sys.exit(f"aarch64_check: there is no {COMPILER}; `apt-get install g++-aarch64-linux-gnu` installs it")
     arguments.work.mkdir(parents=True, exist_ok=True)
     headers = Path(sysconfig.get_path("purelib"), "torch", "include")
     objects, fused = [], 0
@@ -50,7 +50,7 @@ def main() -> int:
         fused += len(FUSED.findall(listing.stdout))
     print(f"{len(objects)} sources compile for aarch64; {fused} vector multiply-adds")
     if fused == 0:
-        sys.exit("aarch64_check: no vector multiply-add came out")
+        sys.exit("aarch64_check: there are no vector multiply-adds")
     if arguments.torch:
         module = arguments.work / "_C.abi3.so"
         folder = arguments.torch / "torch" / "lib"

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What the training loop costs beside the model, how soon it starts, and whether the loader keeps up; on the CPU.
+"""Overhead of the training loop, its start-up time, and the throughput of the loader; on the CPU.
 
-    python scripts/loop_overhead.py --csv overhead.csv
+    python scripts/bench/loop_overhead.py --csv overhead.csv
 
-* loop: a run of `finetune` on made-up photographs, with its calls timed. Forward, loss, backward, the gradients' norm
-  and clipping and the optimizer's step are what the recipe asks for; all the rest of a step (seeds, drop path's draws,
-  copies, statistics, the exchange, logging, freeing gradients) is overhead, and the wait for the next batch stands by
-  itself. Overhead is in CPU time of the thread that trains, which other processes disturb little; waiting is wall time.
+* loop: a run of `finetune` on synthetic photographs, with its calls timed. Forward, loss, backward, gradient norm and
+  clipping and the optimizer step are the work of the recipe; the rest of a step (seeds, random draws of drop path,
+  copies, statistics, communication, logging, freeing gradients) is overhead, apart from the wait for the next batch.
+  Overhead is CPU time of the training thread, which other processes disturb little; waiting is wall time.
 * start: from the start of `python -m internimage finetune` to its first step, without loading weights.
-* loader: images/s that the loader alone delivers, by number of workers, with the augmentation of the ImageNet recipes.
-* memory format: a training step with contiguous and with channels-last images and convolutions, in turn.
+* loader: images/s of the loader by itself, by number of workers, with the augmentation of the ImageNet recipes.
+* memory format: a training step with contiguous and with channels-last images and convolutions, alternating.
 """
 
 import argparse
@@ -20,32 +20,34 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import timm  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
 
 import internimage  # noqa: E402, F401
 from internimage.benchmark.timing import Clock, facts, interleave  # noqa: E402
 from internimage.config import load_config  # noqa: E402
-from internimage.data.datasets import open_dataset  # noqa: E402
-from internimage.engine import trainer as engine  # noqa: E402
+from internimage.engine import trainer  # noqa: E402
 from internimage.engine.rng import BatchPlan, PlanSampler  # noqa: E402
-from internimage.tasks.classification.augment import training_loader  # noqa: E402
+from internimage.engine.run import train  # noqa: E402
 from internimage.tasks.classification.config import FinetuneConfig  # noqa: E402
-from internimage.tasks.classification.finetune import finetune  # noqa: E402
+from internimage.tasks.classification.task import ClassificationTask  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 AUGMENTATION = ["auto_augment=rand-m9-mstd0.5-inc1", "color_jitter=0.4", "random_erasing=0.25", "scale_min=0.08"]
 WORK = ("forward", "loss", "backward", "norm and clipping", "optimizer")
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """JPEG files of the size and about the weight of ImageNet's (500x375, some 60 kB)."""
+    """JPEG files of about the dimensions and file size of ImageNet's (500x375, 60 kB)."""
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         coarse = torch.rand(3, 24, 32, generator=generator)
@@ -64,7 +66,7 @@ def settings(data: Path, output: Path, *more: str) -> list[str]:
 
 
 class Watch:
-    """Time of named calls within each step: CPU time of this thread, and wall time."""
+    """Times of named calls within each step: CPU time of this thread, and wall time."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, tuple[float, float]]] = []
@@ -96,40 +98,49 @@ class Watch:
         self.start = (cpu, wall)
 
 
+class TimedLoader:
+    """Iterates over a loader; a step of `watch` begins with each micro-batch."""
+
+    def __init__(self, loader: Iterable, watch: Watch) -> None:
+        self.batches, self.watch = iter(loader), watch
+
+    def __iter__(self) -> "TimedLoader":
+        return self
+
+    def __next__(self):
+        self.watch.next_step()
+        return self.watch.timed("wait", next)(self.batches)
+
+
+class TimedTask(ClassificationTask):
+    """Classification with timed loader, forward pass and loss."""
+
+    def __init__(self, config: FinetuneConfig, watch: Watch) -> None:
+        super().__init__(config)
+        self.watch = watch
+
+    def create_model(self) -> nn.Module:
+        model = super().create_model()
+        model.forward = self.watch.timed("forward", model.forward)
+        self.loss_function.forward = self.watch.timed("loss", self.loss_function.forward)
+        return model
+
+    def train_loader(self, sampler: PlanSampler, pin_memory: bool):
+        return TimedLoader(super().train_loader(sampler, pin_memory), self.watch)
+
+
 def measure_loop(data: Path, folder: Path, workers: int) -> dict[str, float]:
     """Medians over the steps of a run, in seconds."""
-    watch, loader, init = Watch(), engine.training_loader, engine.Trainer.__init__
-
-    def timed_init(self, *arguments, **keywords):
-        init(self, *arguments, **keywords)
-        self.model.forward = watch.timed("forward", self.model.forward)
-        self.loss_fn.forward = watch.timed("loss", self.loss_fn.forward)
-        self.optimizer.step = watch.timed("optimizer", self.optimizer.step)
-
-    class TimedLoader:
-        def __init__(self, *arguments):
-            self.batches = iter(loader(*arguments))
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            watch.next_step()
-            return watch.timed("wait", next)(self.batches)
-
-    backward, norm, scale = torch.Tensor.backward, engine.grad_norm, engine.scale_grads
-    engine.grad_norm, engine.scale_grads = (watch.timed("norm and clipping", f) for f in (norm, scale))
-    engine.Trainer.__init__, engine.training_loader = timed_init, TimedLoader
-    torch.Tensor.backward = watch.timed("backward", backward)
-    try:
-        finetune(
-            load_config(FinetuneConfig, None, settings(data, folder / f"loop{workers}", f"workers={workers}")),
-            progress=True,
-        )
-    finally:
-        engine.Trainer.__init__, engine.training_loader, torch.Tensor.backward = init, loader, backward
-        engine.grad_norm, engine.scale_grads = norm, scale
-    steps = watch.steps[2:]  # the first ones fill caches
+    watch, patches = Watch(), unittest.mock.patch.object
+    config = load_config(FinetuneConfig, None, settings(data, folder / f"loop{workers}", f"workers={workers}"))
+    with (
+        patches(torch.Tensor, "backward", watch.timed("backward", torch.Tensor.backward)),
+        patches(trainer, "grad_norm", watch.timed("norm and clipping", trainer.grad_norm)),
+        patches(trainer, "scale_grads", watch.timed("norm and clipping", trainer.scale_grads)),
+        patches(torch.optim.AdamW, "step", watch.timed("optimizer", torch.optim.AdamW.step)),
+    ):
+        train(TimedTask(config, watch))
+    steps = watch.steps[2:]  # the first ones warm up
     cpu = {name: statistics.median(s[name][0] for s in steps) for name in (*WORK, "step")}
     rest = statistics.median(s["step"][0] - s["wait"][0] - sum(s[name][0] for name in WORK) for s in steps)
     waits, walls = sum(s["wait"][1] for s in steps), sum(s["step"][1] for s in steps)
@@ -161,14 +172,15 @@ def measure_start(data: Path, folder: Path) -> float:
 
 
 def measure_loader(data: Path, workers: int, batches: int) -> float:
-    """Images/s that come out of the loader when nothing else is done."""
+    """Throughput of the loader by itself, in images/s."""
     config = load_config(FinetuneConfig, None, settings(data, Path("unused"), f"workers={workers}"))
-    dataset = open_dataset(data / "train", split="")
-    plan = BatchPlan(len(dataset), config.batch_size, 1, 0)
-    preprocessing = dict(input_size=(3, 224, 224), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3)
+    task = ClassificationTask(config)
+    task.open_data()
+    task.create_model()  # for its preprocessing
+    plan = BatchPlan(task.train_size, config.batch_size, 1, 0)
     sampler = PlanSampler(plan, [0], 0, batches + 2 * workers + 1)
-    found = iter(training_loader(dataset, sampler, config, preprocessing, False))
-    for _ in range(2 * workers + 1):  # what was prefetched while the workers started
+    found = iter(task.train_loader(sampler, False))
+    for _ in range(2 * workers + 1):  # batches that were prefetched while the workers started
         next(found)
     start = time.perf_counter()
     for _ in range(batches):
@@ -177,7 +189,7 @@ def measure_loader(data: Path, workers: int, batches: int) -> float:
 
 
 def measure_formats(rounds: int, threads: int) -> dict[str, float]:
-    """CPU time of forward and backward of T at batch 8, seconds, by memory format."""
+    """CPU time of forward and backward of InternImage-T at batch 8 in seconds, by memory format."""
     functions = {}
     for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
         model = timm.create_model("internimage_tiny").to(memory_format=layout).train()
@@ -194,10 +206,10 @@ def measure_formats(rounds: int, threads: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16, help="of the run that is timed")
+    parser.add_argument("--steps", type=int, default=16, help="steps of the timed run")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=7, help="of the memory formats")
-    parser.add_argument("--csv", type=Path, help="append a row a figure")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the memory formats")
+    parser.add_argument("--csv", type=Path, help="append a row per figure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

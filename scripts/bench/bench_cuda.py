@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""DCNv3 and InternImage on a GPU against their peers, as Markdown tables.
+"""DCNv3 and InternImage on a GPU against other implementations, as Markdown tables.
 
-    python scripts/bench_cuda.py ops --official PATH --dcnv4 PATH
-    python scripts/bench_cuda.py models --official PATH
+    python scripts/bench/bench_cuda.py ops --official PATH --dcnv4 PATH
+    python scripts/bench/bench_cuda.py models --official PATH
 
-The operator is timed by replaying CUDA graphs between events: no launch cost of Python's is in the figures. Each
-graph calls a function once for each of several sets of tensors that together do not fit the L2 cache. Models are
-timed between events, call after call. All figures are medians. Peers are built by cuda_peers.py.
+The operator is timed by replaying CUDA graphs between events, which excludes launch overhead. Each graph calls a
+function once for each of several sets of tensors, which together exceed the L2 cache. Models are timed between events,
+call by call. All figures are medians. cuda_peers.py builds the other implementations.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import cuda_peers
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a clone that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a clone that is not installed
 
 import internimage  # noqa: E402, F401  (registers operator and models)
 from internimage.ops import dcnv3_reference as reference  # noqa: E402
@@ -29,7 +29,7 @@ STAGES = [(56, 4), (28, 8), (14, 16), (7, 32)]  # side and groups of InternImage
 GROUP_CHANNELS = 16
 OP, OP_BACKWARD = torch.ops.internimage.dcnv3.default, torch.ops.internimage.dcnv3_backward.default
 
-# Written down before anything was measured, for an H200-class GPU at batch 64; see docs/benchmarks/cuda.md.
+# Predicted before any measurement, for an H200-class GPU at batch 64; see docs/benchmarks/cuda.md.
 EXPECTED = {  # ms at the first stage
     ("forward", "float16"): 0.061,
     ("forward", "bfloat16"): 0.061,
@@ -48,7 +48,7 @@ AIMS = (
 
 
 def replay_ms(calls: Sequence[Callable[[], object]], replays: int = 20) -> tuple[float, str]:
-    """Median time of one call in ms, and how it was taken. The calls are alike, each with tensors of its own."""
+    """Median time of a call in ms, and how it was measured. The calls differ in their tensors only."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def events_ms(run: Callable[[], object], repeats: int) -> float:
 
 
 def copy_bandwidth() -> float:
-    """What a copy of 1 GiB reaches, reads and writes together, in bytes a second."""
+    """Bandwidth of a copy of 1 GiB, reads plus writes, in bytes per second."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda").fill_(1)
     target = torch.empty_like(source)
     return 2 * 2**30 / (events_ms(lambda: target.copy_(source), 20) / 1e3)
@@ -101,7 +101,7 @@ def geometry(groups: int, softmax: bool) -> tuple:
 
 
 def works(sets: list[list[Tensor]], groups: int, official, dcnv4, dtype: torch.dtype) -> dict[tuple[str, str], list]:
-    """(work, who) -> calls, one a set of tensors."""
+    """(work, who) -> calls, one per set of tensors."""
     result = {}
 
     def add(work: str, who: str, call: Callable, arguments: list) -> None:
@@ -112,7 +112,7 @@ def works(sets: list[list[Tensor]], groups: int, official, dcnv4, dtype: torch.d
     add("softmax+forward", "ours", lambda x, o, m, g: OP(x, o, m, *fused), sets)
     add("backward", "ours", lambda x, o, m, g: OP_BACKWARD(g, x, o, m, *plain, False, [True] * 3), sets)
     add("softmax+backward", "ours", lambda x, o, m, g: OP_BACKWARD(g, x, o, m, *fused, False, [True] * 3), sets)
-    few = sets[:2]  # takes long, and much memory
+    few = sets[:2]  # slow, and needs much memory
     add("backward, deterministic", "ours", lambda x, o, m, g: OP_BACKWARD(g, x, o, m, *plain, True, [True] * 3), few)
     add("forward", "reference", lambda x, o, m, g: reference.dcnv3(x, o, m, *plain), few)
     add(
@@ -129,7 +129,7 @@ def works(sets: list[list[Tensor]], groups: int, official, dcnv4, dtype: torch.d
     if dcnv4 is not None:
         packed = [(x, dcnv4.pack(o, m, groups), g) for x, o, m, g in sets]
         add("forward", dcnv4.name, lambda x, p, g: dcnv4.forward(x, p, groups), packed)
-        if dtype != torch.bfloat16:  # its backward refuses that
+        if dtype != torch.bfloat16:  # its backward does not support it
             add("backward", dcnv4.name, lambda x, p, g: dcnv4.backward(g, x, p, groups), packed)
     return result
 
@@ -157,7 +157,7 @@ def bench_ops(arguments: argparse.Namespace) -> None:
         print("|---|---|---|--:|--:|--:|--:|---|")
         for i, (side, groups) in enumerate(STAGES):
             if time.monotonic() > end:
-                print(f"\nleft out from {side}x{side} on: the time was up\n")
+                print(f"\nskipped from {side}x{side} on: out of time\n")
                 return
             bytes_a_set = sum(t.numel() * t.element_size() for t in draw(1, side, groups, dtype, 0)) * arguments.batch
             count = min(24, max(4, 3 * l2 // bytes_a_set + 1))
@@ -173,7 +173,7 @@ def bench_ops(arguments: argparse.Namespace) -> None:
                 share = f"{100 * floor / ms:.0f} %" if work.endswith("forward") and who == "ours" else ""
                 expected = EXPECTED.get((work, name), "") if i == 0 and who == "ours" else ""
                 note = "" if how == "graph" else how
-                if off.get(who, 0) >= 0.02:  # DCNv4's launch rule may let a block span two images
+                if off.get(who, 0) >= 0.02:  # DCNv4's launch settings may let a block span two images
                     note += f" its output deviates by {off[who]:.1e} of the largest value"
                 print(
                     f"| {side}x{side} | {work} | {who} | {ms:.4f} | {ratio} | {share} | {expected} | {note} |",
@@ -222,13 +222,13 @@ def create(name: str, dtype: torch.dtype, channels_last: bool) -> nn.Module:
 
     torch.manual_seed(0)
     model = timm.create_model(name).to("cuda", dtype)
-    for own, parameter in model.named_parameters():  # points that leave the pixel centres, as trained ones do
+    for own, parameter in model.named_parameters():  # so that points leave the pixel centers, as after training
         if own.endswith((".dcn.offset.weight", ".dcn.mask.weight")):
             nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
-def images_a_second(model: nn.Module, batch: int, dtype: torch.dtype, channels_last: bool, training: bool) -> float:
+def images_per_second(model: nn.Module, batch: int, dtype: torch.dtype, channels_last: bool, training: bool) -> float:
     images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -252,13 +252,13 @@ def images_a_second(model: nn.Module, batch: int, dtype: torch.dtype, channels_l
 def bench_models(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + arguments.budget
     official, reason = cuda_peers.build(cuda_peers.OfficialDCNv3, arguments.official)
-    print("Images a second at 224 px, whole model in the dtype.")
-    print(f"The same model on the official operator: {reason or 'in float16, which is all it has of the half types'}.")
+    print("Images per second at 224 px, with the whole model in the dtype.")
+    print(f"The same model on the official operator: {reason or 'in float16, the only 16-bit type it supports'}.")
     print("\n| model | dtype | work | batch | images/s | ours is faster by |\n|---|---|---|--:|--:|--:|")
     for ours in OURS:
         for training, compiled in ((False, False), (False, True), (True, False), (True, True)):
             if time.monotonic() > end:
-                print("\nThe rest was left out: the time was up.")
+                print("\nThe rest was skipped: out of time.")
                 return
             batch = arguments.training_batch if training else arguments.batch
             work = ("training step" if training else "inference") + (", compiled" if compiled else "")
@@ -274,9 +274,9 @@ def bench_models(arguments: argparse.Namespace) -> None:
                 try:
                     if on_official:
                         with WithOfficialOperator(official):
-                            speed = images_a_second(function, batch, dtype, channels_last, training)
+                            speed = images_per_second(function, batch, dtype, channels_last, training)
                     else:
-                        speed = images_a_second(function, batch, dtype, channels_last, training)
+                        speed = images_per_second(function, batch, dtype, channels_last, training)
                 except torch.OutOfMemoryError:
                     speed = float("nan")
                 speeds[name, dtype, on_official] = speed
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--dcnv4", type=Path, help="checkout of OpenGVLab/DCNv4")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--training-batch", type=int, default=64)
-    parser.add_argument("--budget", type=float, default=400, help="seconds after which nothing new is begun")
+    parser.add_argument("--budget", type=float, default=400, help="seconds after which no measurement is started")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The official DCNv3 and DCNv4 operators, built from the user's own checkouts to be measured beside ours.
+"""The official DCNv3 and DCNv4 operators, built from the user's own checkouts for benchmarks.
 
-Neither builds with a torch of today. Copies are made below `build/peers`, which git ignores, and changed there as
-`PATCHES` says; the checkouts stay as they are, and nothing of theirs becomes a part of this project. The copies are
-compiled by torch's own builder and not by their setup.py, which asks for a visible GPU.
+Neither builds with a current torch. They are copied to `build/peers`, which git ignores, and patched there (`PATCHES`);
+the checkouts stay unchanged, and none of their code is part of this project. torch's own builder compiles the copies,
+since their setup.py needs a visible GPU.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).resolve().parent.parent / "build" / "peers"
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "peers"
 
 # pattern, replacement, why; in C++ and CUDA sources
 PATCHES = [
     (r"\.type\(\)\.is_cuda\(\)", ".is_cuda()", "Tensor.type() is deprecated"),
-    (r"\b(input|value)\.type\(\)", r"\1.scalar_type()", "dispatch takes a scalar type, no longer Tensor.type()"),
+    (r"\b(input|value)\.type\(\)", r"\1.scalar_type()", "dispatch takes a scalar type instead of Tensor.type()"),
     (r"\.data<", ".data_ptr<", "Tensor.data<T>() is deprecated"),
-    (r"#include <THC/THCAtomics\.cuh>", "#include <ATen/cuda/Atomic.cuh>", "THC is gone"),
+    (r"#include <THC/THCAtomics\.cuh>", "#include <ATen/cuda/Atomic.cuh>", "THC was removed"),
     (r"\bAT_ASSERTM\(", "TORCH_CHECK(", "AT_ASSERTM is deprecated"),
     (r"\bAT_ERROR\(", "TORCH_CHECK(false, ", "AT_ERROR is deprecated"),
 ]
@@ -45,13 +45,13 @@ NO_SETUP = "compiled by torch.utils.cpp_extension.load: setup.py raises without 
 
 
 class PeerError(Exception):
-    """A checkout that is none, or does not build."""
+    """A checkout that is not one of the project, or does not build."""
 
 
 def prepare(checkout: Path, part: str, name: str, module: str, sources: list[str], flags: Sequence[str] = ()):
-    """The patched copy of a folder of the checkout with `module` built in it, imported; and what was changed.
+    """Copy a folder of the checkout, patch it, build and import `module`; returns folder, changes and module.
 
-    What an earlier call built is taken if nothing is different.
+    Reuses the build of an earlier call if nothing has changed.
     """
     source = checkout / part
     if not source.is_dir():
@@ -96,7 +96,7 @@ def patch(folder: Path, name: str) -> list[str]:
     ]
     if name in BINDINGS:
         (folder / "src" / "binding.cpp").write_text(BINDINGS[name])
-        changes.append("a binding of the one operator that is measured: the others take minutes to compile")
+        changes.append("a binding of the measured operator only: the others take minutes to compile")
     return [*changes, NO_SETUP]
 
 
@@ -106,7 +106,7 @@ def compile_copy(folder: Path, module: str, sources: Sequence[str], flags: Seque
 
     output = folder / "built"
     output.mkdir()
-    # the headers of the libraries that came with torch, after all others: a small toolkit has none of its own
+    # headers of the libraries that came with torch, with the lowest priority: a minimal toolkit lacks them
     wheels = [path for root in sys.path for path in Path(root).glob("nvidia/*/include")]
     behind = [flag for path in wheels for flag in ("-Xcompiler", f"-idirafter,{path}")]
     try:
@@ -134,7 +134,7 @@ class OfficialDCNv3:
         _, self.changes, self.module = prepare(checkout, "classification/ops_dcnv3", "dcnv3", "DCNv3", sources)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
-        """The mask holds factors."""
+        """Without softmax: the mask holds weights."""
         return self.module.dcnv3_forward(input, offset, mask, *self._geometry(input, groups), 1.0, 256, 0)
 
     def backward(self, grad: Tensor, input: Tensor, offset: Tensor, mask: Tensor, groups: int) -> list[Tensor]:
@@ -159,14 +159,14 @@ class DCNv4:
         package.__path__ = [str(folder / "DCNv4")]
         package.ext = self.module
         sys.modules |= {"DCNv4": package, "DCNv4.ext": self.module}
-        functions = types.ModuleType("DCNv4.functions")  # without its __init__, which imports all
+        functions = types.ModuleType("DCNv4.functions")  # without its __init__, which imports everything
         functions.__path__ = [str(folder / "DCNv4" / "functions")]
         sys.modules["DCNv4.functions"] = functions
         self.settings = importlib.import_module("DCNv4.functions.dcnv4_func")
 
     @staticmethod
     def pack(offset: Tensor, mask: Tensor, groups: int) -> Tensor:
-        """Its one tensor of offsets and factors: group by group, and filled up to a multiple of 8 channels."""
+        """Offsets and mask in one tensor: group by group, padded to a multiple of 8 channels."""
         n, h, w, _ = mask.shape
         both = torch.cat([offset.view(n, h, w, groups, 18), mask.view(n, h, w, groups, 9)], dim=-1).flatten(3)
         return torch.nn.functional.pad(both, (0, -both.shape[-1] % 8)).contiguous()
@@ -189,7 +189,7 @@ class DCNv4:
 
 
 def build(kind: Callable, checkout: Path | None) -> tuple[object | None, str]:
-    """The peer, or None and why there is none."""
+    """The operator, or None and why it is not available."""
     if checkout is None:
         return None, "no checkout was given"
     try:
@@ -199,7 +199,7 @@ def build(kind: Callable, checkout: Path | None) -> tuple[object | None, str]:
 
 
 def main() -> None:
-    """Build, so that the benchmark finds them built."""
+    """Build in advance of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, help="checkout of OpenGVLab/InternImage")
     parser.add_argument("--dcnv4", type=Path, help="checkout of OpenGVLab/DCNv4")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The stages of gpu_check.sh: build, test, sanitize, bench-ops, bench-models. Each appends a section to the report.
 
-A stage that could not be run says so and why; a stage that failed ends with status 1. What a stage printed until its
-time was up is in the report, too.
+A stage that cannot run reports why; a stage that fails ends with status 1. If a stage runs out of time, the report has
+what it printed until then.
 """
 
 import argparse
@@ -19,22 +19,22 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-NO_TESTS = 5  # pytest's status where a selection selects none
+ROOT = Path(__file__).resolve().parents[2]
+NO_TESTS = 5  # pytest's exit status if no tests are selected
 SECONDS = 450  # of the 480 that gpu_check.sh gives
-# What the sanitizers run: all paths of the kernels on small problems. They make each launch a hundred times slower.
+# Tests for the sanitizers: all code paths of the kernels on small tensors, as each launch becomes 100 times slower.
 SANITIZED = "test_golden and operator and (float32 or float64) or test_half or test_one_pixel or test_gradients_of_some"
 
 
 TESTS = {  # what -> pytest's -m
     "Tests that use the GPU": "gpu and not slow",
     "Large tensors": "gpu and slow",
-    "The others": "not gpu and not slow",  # on the processor: in several processes
+    "The others": "not gpu and not slow",  # on the CPU, in several processes
 }
 
 
-def said_by(*command: str) -> str:
-    """What a program prints; nothing where it is not there."""
+def output_of(*command: str) -> str:
+    """The output of a program; empty if it is not installed."""
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     except OSError:
@@ -45,8 +45,8 @@ def facts() -> list[str]:
     import torch
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
-    commit = said_by("git", "rev-parse", "--short", "HEAD").strip()
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+    commit = output_of("git", "rev-parse", "--short", "HEAD").strip()
     return [
         ", ".join(f"{g.name} ({g.multi_processor_count} multiprocessors, {g.total_memory >> 30} GiB)" for g in gpus),
         f"driver {driver[0] if driver else 'unknown'}, torch {torch.__version__}, CUDA {torch.version.cuda}",
@@ -69,7 +69,7 @@ class Report:
     def run(
         self, command: list[str], tail: int | None = None, seconds: float = SECONDS, **variables: str
     ) -> int | None:
-        """Run a command; all of its output, or the last lines, into the report. None if its time was up."""
+        """Run a command and add its output, or the last lines, to the report. Returns its status; None on timeout."""
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -77,7 +77,7 @@ class Report:
             text=True,
             env={**os.environ, **variables},
             cwd=ROOT,
-            start_new_session=True,  # so that what it has started ends with it
+            start_new_session=True,  # so that its children can be killed with it
         )
         lines = []
 
@@ -117,15 +117,16 @@ def build(report: Report, arguments: argparse.Namespace) -> int:
     status = build_ours(report)
     if peers(arguments):
         report.write("\nPeers:\n")
-        if report.run([sys.executable, "scripts/cuda_peers.py", *peers(arguments)], seconds=SECONDS - 100) is None:
-            report.write("The time was up.")
+        command = [sys.executable, "scripts/bench/cuda_peers.py", *peers(arguments)]
+        if report.run(command, seconds=SECONDS - 100) is None:
+            report.write("Timed out.")
     return status
 
 
 def build_ours(report: Report) -> int:
-    carried = sorted(path.name for path in (ROOT / "internimage").glob("_C_cuda*.so"))
-    if carried and not loads():
-        report.write(f"`{carried[0]}` was carried here and loads: not built.")
+    existing = sorted(path.name for path in (ROOT / "internimage").glob("_C_cuda*.so"))
+    if existing and not loads():
+        report.write(f"`{existing[0]}` exists and loads: not built.")
         return 0
     import torch
 
@@ -143,7 +144,7 @@ def build_ours(report: Report) -> int:
 
 
 def test(report: Report, _) -> int:
-    """The whole suite; what uses the GPU first, so that it has been seen if the time does not suffice for all."""
+    """The whole test suite, starting with the tests that use the GPU in case the time does not suffice for all."""
     reason = loads()
     if reason:
         report.write(f"Not run: the CUDA kernels are not in use. {reason}")
@@ -162,13 +163,13 @@ def test(report: Report, _) -> int:
         with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
             statuses = list(pool.map(run, parts))
         done = all(status in (0, NO_TESTS) for status in statuses)
-        report.write("The time was up." if None in statuses else "All passed." if done else f"Status {statuses}.")
+        report.write("Timed out." if None in statuses else "All passed." if done else f"Status {statuses}.")
         failed |= not done
     return int(failed)
 
 
 def shares(count: int) -> list[list[str]]:
-    """The files of tests dealt out, the largest first."""
+    """The test files, distributed over processes, largest first."""
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
     return [[str(path.relative_to(ROOT)) for path in files[i::count]] for i in range(count)]
 
@@ -176,7 +177,7 @@ def shares(count: int) -> list[list[str]]:
 def sanitize(report: Report, _) -> int:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
-        report.write("not available here: there is no compute-sanitizer.")
+        report.write("not available: there is no compute-sanitizer.")
         return 0
     failed = False
     for name in ("memcheck", "racecheck"):
@@ -202,9 +203,9 @@ def sanitize(report: Report, _) -> int:
         )
         summary = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", report.output)
         if re.search(r"not supported|Unable to|insufficient|permission", report.output, re.I) and not summary:
-            report.write("not available here: the driver refuses it.")
+            report.write("not available: the driver does not permit it.")
         elif status is None:
-            report.write("The time was up.")
+            report.write("Timed out.")
         else:
             report.write(summary[-1] if summary else f"Status {status}.")
             failed |= status != 0
@@ -213,13 +214,13 @@ def sanitize(report: Report, _) -> int:
 
 def bench(what: str):
     def run(report: Report, arguments: argparse.Namespace) -> int:
-        command = [sys.executable, "scripts/bench_cuda.py", what, "--budget", str(SECONDS - 80)]
+        command = [sys.executable, "scripts/bench/bench_cuda.py", what, "--budget", str(SECONDS - 80)]
         command += (
             peers(arguments) if what == "ops" else peers(argparse.Namespace(official=arguments.official, dcnv4=None))
         )
         status = report.run(command)
         if status is None:
-            report.write("\nThe time was up.")
+            report.write("\nTimed out.")
         return int(status not in (0, None))
 
     return run
@@ -244,12 +245,12 @@ def main() -> int:
     try:
         import torch
     except ImportError as error:
-        parser.exit(2, f"{sys.executable} has no torch ({error}); PYTHON chooses the interpreter\n")
+        parser.exit(2, f"{sys.executable} has no torch ({error}); PYTHON selects the interpreter\n")
     if not torch.cuda.is_available():
         parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")
     report = Report(arguments.report)
     if not arguments.report.exists():
-        report.write("# What a GPU says\n\nMade by scripts/gpu_check.sh.")
+        report.write("# GPU checks\n\nMade by scripts/checks/gpu_check.sh.")
     now = datetime.datetime.now(datetime.timezone.utc)
     report.write(f"\n## {arguments.stage}, {now:%Y-%m-%d %H:%M} UTC\n")
     report.write("\n".join(f"- {fact}" for fact in facts()) + "\n")
