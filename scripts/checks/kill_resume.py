@@ -80,7 +80,7 @@ def arm(place: str, countdown: int) -> None:
         return left[0] < 0
 
     if place == "write":
-        init, write = integrity.Summing.__init__, integrity.Summing.write
+        init, write = integrity.ChecksumWriter.__init__, integrity.ChecksumWriter.write
 
         def counting(self, file) -> None:
             init(self, file)
@@ -93,7 +93,7 @@ def arm(place: str, countdown: int) -> None:
                 die()
             return count
 
-        integrity.Summing.__init__, integrity.Summing.write = counting, dying
+        integrity.ChecksumWriter.__init__, integrity.ChecksumWriter.write = counting, dying
     elif place == "removal":
         unlink = Path.unlink
 
@@ -261,8 +261,8 @@ class Damage:
 
     def is_named(self, log: Path) -> bool:
         said = log.read_bytes()[self.seen :].decode(errors="replace")
-        passed = f"the checkpoint '{self.path}' cannot be read and is passed over: "
-        return passed in said and f"the run goes on from '{self.before}'" in said
+        passed = f"the checkpoint '{self.path}' cannot be read and is skipped: "
+        return passed in said and f"the run resumes from '{self.before}'" in said
 
 
 # ---- what runs come to
@@ -277,7 +277,7 @@ def outcome(output: Path) -> dict:
         state = torch.load(whole, weights_only=True)
         whole.unlink()
     else:
-        state = checkpoint.load_file(newest)
+        state = checkpoint.read_file(newest)[0]
     with (output / "steps.csv").open(newline="") as file:
         losses = [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in csv.DictReader(file)]
     with (output / "log.csv").open(newline="") as file:
