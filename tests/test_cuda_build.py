@@ -109,12 +109,12 @@ REASONS = {
     ),
     "CPU-only torch": ({}, {"cuda": None}, r"against a CPU-only torch \(2\.99\.0\)"),
     "ROCm": ({}, {"cuda": None, "hip": "6.4"}, "torch for ROCm"),
-    "no nvcc there": (
+    "no nvcc": (
         {"CUDA_HOME": "/nonexistent"},
         {"cuda": "13.0"},
         "CUDA_HOME is '/nonexistent', which has no bin/nvcc",
     ),
-    "odd list": ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, {"cuda": "13.0"}, r"like '8\.0;9\.0\+PTX', got 'Hopper'"),
+    "invalid list": ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, {"cuda": "13.0"}, r"like '8\.0;9\.0\+PTX', got 'Hopper'"),
 }
 
 
@@ -142,7 +142,7 @@ def test_no_torch(tmp_path):
     code = "import sys; sys.modules['torch'] = None\n" + DECIDE.replace("; ", "\n")
     code = "import importlib.util; importlib.util.find_spec = lambda name: None\n" + code
     result = run(code, tmp_path, INTERNIMAGE_BUILD_CUDA="auto")
-    assert "torch was not there" in json.loads(result.stdout)[2]
+    assert "torch was not installed" in json.loads(result.stdout)[2]
 
 
 def test_what_is_no_value_is_refused(torch_of):

@@ -31,7 +31,7 @@ from runs import (
 
 from internimage.cli import main
 from internimage.config import ConfigError
-from internimage.data.datasets import DataError
+from internimage.data.images import DataError
 from internimage.engine import checkpoint, trainer
 from internimage.engine.log import TrainingLog
 from internimage.errors import CheckpointError
@@ -115,7 +115,9 @@ def test_a_damaged_sharded_checkpoint_is_passed_over_and_its_step_saved_again(fa
 
 
 def test_a_label_outside_the_classes_ends_evaluation_in_all(faults):
-    assert "the class map has 6 classes and the model 3; it does not know 7, 8, 9" in told(faults, "label outside")
+    assert "the class map has 6 classes and the model 3; the model does not know 7, 8, 9" in told(
+        faults, "label outside"
+    )
 
 
 def test_an_output_folder_that_one_machine_does_not_see_is_refused(faults):
@@ -207,10 +209,10 @@ def test_sigterm_to_the_whole_group_of_processes(data, tmp_path):
 FAILING = """
 import sys
 from internimage.cli import main
-from internimage.tasks.classification import augment
+from internimage.engine import samples
 def fail(self, key):
     raise RuntimeError("a bug")
-augment.SeededDataset.__getitem__ = fail
+samples.SeededDataset.__getitem__ = fail
 main(sys.argv[1:])
 """
 

@@ -216,7 +216,7 @@ def test_validation_images_that_cannot_be_read_cost_the_accuracy_and_not_the_mod
         file.write_bytes(b"nothing")
     assert command(folder, tmp_path / "run", epochs=1, report=True) == 1
     out, err = capsys.readouterr()
-    assert "the validation images were not evaluated: no image of 6 could be read" in err and "Traceback" not in err
+    assert "the validation images were not evaluated: none of 6 images could be read" in err and "Traceback" not in err
     assert out == f"model: {tmp_path / 'run'}\n"
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
@@ -620,7 +620,7 @@ def test_offset_lr_factor_in_a_schedule_and_in_a_run(data, tmp_path):
     offsets = [value for name, value in weights.items() if ".dcn.offset." in name]
     assert offsets and all((value == 0).all() for value in offsets)  # as they were made
     assert any((value != 0).any() for name, value in weights.items() if ".dcn.mask." in name)
-    with pytest.raises(ConfigError, match="no layers that sample at learned offsets"):
+    with pytest.raises(ConfigError, match="must be 1: .resnet10t. has no layers that sample at learned offsets"):
         finetune(settings(data, tmp_path / "b", model="resnet10t", offset_lr_factor=0.1), progress=False)
 
 

@@ -74,9 +74,10 @@ def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Mod
         raise NoSuchParts(f"'{name_of(model)}' has no stages of several resolutions")
     stages, begin = [], 0
     order = sorted(layers)
-    for layer in sorted(ends.values()):
-        end = order.index(layer) + 1
-        stages.append(_modules(model, [key for one in order[begin:end] for key in layers[one]]))
+    # feature_info may name what follows the last stage for it
+    for end in [order.index(layer) + 1 for layer in sorted(ends.values())] + [len(order)]:
+        if end > begin:
+            stages.append(_modules(model, [key for layer in order[begin:end] for key in layers[layer]]))
         begin = end
     return _modules(model, stem), stages
 
@@ -99,7 +100,10 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def _layers(model: nn.Module, coarse: bool) -> tuple[list[str], dict[_Layer, list[str]]]:
     """The names of the stem's parameters, and those of each layer between it and what follows the last."""
     ask = getattr(model, "group_matcher", None)
-    matcher = ask(coarse=coarse) if callable(ask) else None
+    try:
+        matcher = ask(coarse=coarse) if callable(ask) else None
+    except AssertionError:  # where timm has not written the one that is asked for
+        matcher = None
     if not isinstance(matcher, dict) or "stem" not in matcher or len(matcher) < 2:
         raise NoSuchParts(f"'{name_of(model)}' does not tell its layers apart (timm's group_matcher)")
     patterns = [

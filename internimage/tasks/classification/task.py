@@ -10,11 +10,20 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ...atomic import partial_folder, sync_folder
-from ...data.datasets import DataError, GuardedDataset, class_difference, class_names, find_split, open_dataset
+from ...data.datasets import (
+    GuardedDataset,
+    MapDataset,
+    class_difference,
+    class_names,
+    open_dataset,
+    read_as_gray,
+)
 from ...data.fingerprint import fingerprint
+from ...data.image_sets import find_split
+from ...data.images import DataError
 from ...engine.create import create_model, data_config
 from ...engine.report import Page
 from ...engine.rng import PlanSampler
@@ -35,8 +44,8 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
 
     loss_unit = "cross entropy, nats"
 
-    train_set: Dataset
-    val_set: Dataset | None
+    train_set: MapDataset
+    val_set: MapDataset | None
     names: list[str]  # of the classes
     data_config: dict[str, Any]  # timm's preprocessing
     mixing: Mixing | None = None
@@ -69,7 +78,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
         if self.data_config["input_size"][0] == 1:
             for split in (self.train_set, self.val_set):
                 if split is not None:
-                    split.input_img_mode = "L"
+                    read_as_gray(split)
         self.transform = training_transform(config, self.data_config)
         self.loss_function: nn.Module = LabelSmoothingCrossEntropy(config.smoothing)
         if config.mixes:
@@ -133,6 +142,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
 
     def validate(self, model: nn.Module, world: World, unreadable: set[str], last: bool) -> Evaluation:
         config = self.config
+        assert self.val_set is not None
         return evaluate(
             model, self.val_set, self.data_config, max(config.batch_size // (world.size * config.accumulate), 1),
             config.workers, world.device, progress=False, world=world, reported=unreadable, keep_predictions=last,
@@ -150,6 +160,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
         save_model(model, folder, self.names, self.data_config, weights)
 
     def page(self, result: Evaluation, model: nn.Module | None, epochs: list[dict]) -> Page:
+        assert self.val_set is not None
         return report_page(self.config.model, result, self.val_set, self.names, epochs, model, self.data_config)
 
 
@@ -157,7 +168,7 @@ def _describe_images(data: dict[str, Any]) -> str:
     return f"{data['samples']} images of {len(data['classes'])} classes ({some(data['classes'], 3)})"
 
 
-def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str]]:
+def open_data(config: FinetuneConfig) -> tuple[MapDataset, MapDataset | None, list[str]]:
     """Training set, validation set or None, and the classes.
 
     Raises:
@@ -167,9 +178,9 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str
     if split is None:
         raise DataError(f"there is no data at '{config.data}': expected a folder with train/CLASS/IMAGE")
     train_set = open_dataset(split, split="")
-    names = class_names(train_set)
+    names = class_names(train_set) or []
     if len(names) < 2:
-        raise DataError(f"'{split}' has one class ({names[0]}); two are needed")
+        raise DataError(f"'{split}' has one class ({some(names)}); two are needed")
     if len(train_set) < config.batch_size:
         part = config.accumulate * (2 if config.mixes else 1)
         fitting = len(train_set) // part * part
@@ -206,7 +217,7 @@ def save_model(
     weights = {k: v.detach() for k, v in (model.state_dict() if weights is None else weights).items()}
     with partial_folder(folder) as partial:
         config, tensors = partial / CONFIG, partial / WEIGHTS
-        save_config_for_hf(model, config, dict(label_names=names), data_config=data_config)
+        save_config_for_hf(model, str(config), dict(label_names=names), data_config=data_config)
         written = json.loads(config.read_text(encoding="utf-8"))
         written["model_args"].pop("num_classes", None)  # stands beside them too, and transformers would pass it twice
         config.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
