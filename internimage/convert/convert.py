@@ -16,7 +16,6 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..dtypes import FLOATING, is_weights, name_of
@@ -24,6 +23,7 @@ from ..errors import CheckpointError, UserError, is_disk_full, one_line
 from ..files import write_text
 from ..models.families import families
 from ..models.model_config import find_model_config
+from ..models.timm_folder import write_config
 from ..values import shown
 from ..weights.file_names import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from ..weights.load import match
@@ -198,19 +198,18 @@ def _write_weights(
 
 
 def _write_config(path: Path, model: torch.nn.Module, card: str, known: bool) -> None:
-    """timm's config.json. `known`: the weights are released ones, so that their tag may stand in it."""
+    """timm's config.json. `known`: the weights are released ones, whose tag belongs in it."""
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     if labels and len(labels.get("label_names", ())) != model.num_classes:
         labels = {}
-    save_config_for_hf(model, str(path), model_config=labels)
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # stands at the top already; transformers passes it and these arguments, and Python refuses the same one twice
-    config.get("model_args", {}).pop("num_classes", None)
-    if not known:
-        config["pretrained_cfg"].pop("tag", None)
-    mark(config, card)
-    write_text(path, json.dumps(config, indent=2) + "\n")
+
+    def change(config: dict[str, Any]) -> None:
+        if not known:
+            config["pretrained_cfg"].pop("tag", None)
+        mark(config, card)
+
+    write_config(path, model, labels, change=change)
 
 
 def _verify(folder: Path, entries: dict[str, Entry]) -> None:
