@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Builds the CPU and CUDA kernels, if that can be done; everything that is declared stands in pyproject.toml.
+"""Builds the CPU and CUDA kernels where possible; the metadata is in pyproject.toml.
 
-INTERNIMAGE_BUILD_CPU: `auto` (the default) builds what can be built and keeps the reason for what cannot, which
-`internimage info` then tells; `0` builds nothing; `1` stops where it cannot build. INTERNIMAGE_BUILD_CUDA likewise:
-csrc/build_cuda.py.
+INTERNIMAGE_BUILD_CPU: `auto` (the default) builds the kernels if it can, and otherwise records the reason, which
+`internimage info` prints; `0` never builds them; `1` fails where it cannot. INTERNIMAGE_BUILD_CUDA does the same for
+the CUDA kernels: csrc/build_cuda.py.
 """
 
 import json
@@ -23,14 +23,14 @@ TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
 SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").rglob("*.cpp"))  # sorted: the same binary everywhere
 HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
 
-wish = os.environ.get("INTERNIMAGE_BUILD_CPU", "auto")
-if wish not in ("auto", "0", "1"):
-    sys.exit(f"INTERNIMAGE_BUILD_CPU must be auto, 0 or 1, got '{wish}'")
+option = os.environ.get("INTERNIMAGE_BUILD_CPU", "auto")
+if option not in ("auto", "0", "1"):
+    sys.exit(f"INTERNIMAGE_BUILD_CPU must be auto, 0 or 1, got '{option}'")
 
 
 def cpu_extension():
     """The extension, or the reason why there is none."""
-    if wish == "0":
+    if option == "0":
         return None, "INTERNIMAGE_BUILD_CPU was 0 when the package was built"
     if sys.platform == "win32":
         return None, "the kernels use the vector extensions of GCC and Clang, which MSVC lacks"
@@ -39,7 +39,7 @@ def cpu_extension():
     except ImportError as error:
         return None, f"torch could not be imported when the package was built ({error})"
     flags = ["-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    if "-O" not in os.environ.get("CXXFLAGS", ""):  # these flags stand last, and would overrule it
+    if "-O" not in os.environ.get("CXXFLAGS", ""):  # these flags come last and would override it
         flags.insert(0, "-O3")
     extension = CppExtension(
         "internimage._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": flags}, py_limited_api=True
@@ -48,7 +48,7 @@ def cpu_extension():
 
 
 extension, reason = cpu_extension()
-if wish == "1" and extension is None:
+if option == "1" and extension is None:
     sys.exit(f"INTERNIMAGE_BUILD_CPU=1, but the CPU kernels cannot be built: {reason}")
 cuda, cuda_reason = build_cuda.cuda_extension(TORCH_TARGET)
 if extension is None:
@@ -64,7 +64,7 @@ def write_facts(folder, facts):
 
 
 class BuildPackage(build_py):
-    """Without any extension, writes down why there is none; setuptools runs no build_ext then."""
+    """Records why there is no extension if there is none, as setuptools does not run build_ext then."""
 
     def run(self):
         super().run()
@@ -75,13 +75,13 @@ class BuildPackage(build_py):
 
 
 class BuildKernels(base):
-    """Builds the extensions and writes down with what. A failure is an error only if the build was asked for."""
+    """Builds the extensions and records how. A failure is an error only if the build was required (`1`)."""
 
     def run(self):
         # setuptools resets `inplace` while it builds, and does not put it back after a failure
         inplace = self.inplace
         folder = Path("internimage") if inplace else Path(self.build_lib) / "internimage"
-        # by itself, and not as one of `extensions`: whether one can be built has nothing to do with the other
+        # separately from `extensions`: a failure of one must not affect the other
         self.extensions = [e for e in self.extensions if e is not cuda]
         cuda_facts = build_cuda.build_into(folder, cuda, cuda_reason)
         facts = {"reason": reason}
@@ -92,16 +92,16 @@ class BuildKernels(base):
                 facts = {"torch": torch.__version__, "oldest_torch": TORCH_TARGET_NAME, "reason": ""}
             super().run()
         except Exception as error:
-            if wish == "1":
+            if option == "1":
                 raise
             facts = {"reason": f"building the CPU kernels failed: {' '.join(str(error).split())[:500]}"}
             self.inplace = inplace
-            for failed in self.extensions:  # of an earlier build: what is installed is not from these sources
+            for failed in self.extensions:  # a library of an earlier build is not from these sources
                 Path(self.get_ext_fullpath(failed.name)).unlink(missing_ok=True)
             print(f"internimage: {facts['reason']}\ninternimage: installing without them", file=sys.stderr)
         write_facts(folder, {**facts, "cuda": cuda_facts})
 
-    def get_outputs(self):  # of a build that failed there are none
+    def get_outputs(self):  # a failed build has none
         outputs = {*super().get_outputs(), str(Path(self.build_lib) / "internimage" / build_cuda.LIBRARY)}
         return sorted(file for file in outputs if Path(file).exists())
 

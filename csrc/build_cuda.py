@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Builds the CUDA kernels, `internimage/_C_cuda.abi3.so`; setup.py asks here whether and how.
+"""Builds the CUDA kernels, `internimage/_C_cuda.abi3.so`, for setup.py.
 
 INTERNIMAGE_BUILD_CUDA: `auto` (the default) builds if torch is a CUDA build and there is a CUDA toolkit of the same
-major version; `0` never; `1` always, and stops where it cannot. Whether a GPU is there is never asked. torch is read,
-not imported, and may be a CPU-only build with `1`: its headers are the same, and an empty stand-in for
-`libtorch_cuda.so` serves the linker.
+major version; `0` never builds; `1` always does, and fails where that is impossible. No GPU is needed. torch is not
+imported, only its files are read. With `1` it may be a CPU-only build: the headers are the same, and the kernels are
+linked against an empty substitute for `libtorch_cuda.so`.
 
-CUDA_HOME (or CUDA_PATH, or nvcc on the PATH) is the toolkit. TORCH_CUDA_ARCH_LIST chooses compute capabilities as it
-does for torch's own extensions ("8.0;9.0+PTX"); the default is all from 7.5 to 12.0 that the toolkit knows, and PTX of
-the newest for those to come. MAX_JOBS is how many of them are compiled at a time.
+CUDA_HOME (or CUDA_PATH, or nvcc on the PATH) is the toolkit. TORCH_CUDA_ARCH_LIST selects compute capabilities as for
+torch's own extensions ("8.0;9.0+PTX"); the default is all from 7.5 to 12.0 that the toolkit supports, and PTX of the
+newest for later ones. MAX_JOBS is how many of them are compiled at a time.
 """
 
 import importlib.util
@@ -36,18 +36,18 @@ class CannotBuild(Exception):
 
 @dataclass(frozen=True)
 class Torch:
-    """The installed torch, as its files tell."""
+    """The installed torch, according to its files."""
 
     folder: Path
     version: str
-    cuda: str | None  # of the toolkit that it was built with
+    cuda: str | None  # version of the toolkit that it was built with
 
     @classmethod
     def find(cls) -> "Torch":
         spec = importlib.util.find_spec("torch")
         file = Path(spec.origin).parent / "version.py" if spec is not None and spec.origin else None
         if file is None or not file.is_file():
-            raise CannotBuild("torch was not there when the package was built")
+            raise CannotBuild("torch was not installed when the package was built")
         facts = runpy.run_path(str(file))
         if facts.get("hip"):
             raise CannotBuild(f"the package was built against a torch for ROCm ({facts['__version__']})")
@@ -71,17 +71,17 @@ class Toolkit:
         else:
             nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
             if nvcc is None:
-                raise CannotBuild("no CUDA toolkit was found: neither CUDA_HOME nor an nvcc on the PATH")
+                raise CannotBuild("no CUDA toolkit was found: CUDA_HOME is not set, and there is no nvcc on the PATH")
         try:
             printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         except OSError as error:
-            raise CannotBuild(f"'{nvcc}' does not run ({error})") from error
+            raise CannotBuild(f"'{nvcc}' cannot be run ({error})") from error
         found = re.search(r"release (\d+\.\d+)", printed)
         if found is None:
-            raise CannotBuild(f"'{nvcc} --version' does not tell a version")
+            raise CannotBuild(f"'{nvcc} --version' prints no version")
         return cls(nvcc, found.group(1))
 
-    def knows(self, architecture: str) -> bool:
+    def supports(self, architecture: str) -> bool:
         """Whether it compiles for a compute capability."""
         printed = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
         return f"sm_{architecture.replace('.', '')}" in printed.split()
@@ -89,12 +89,12 @@ class Toolkit:
 
 def gencode(toolkit: Toolkit) -> list[str]:
     """nvcc's flags for TORCH_CUDA_ARCH_LIST or the default."""
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if not wish:
-        wish = [a for a in ARCHITECTURES if toolkit.knows(a)]
-        wish[-1:] = [f"{wish[-1]}+PTX"] if wish else []
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not requested:
+        requested = [a for a in ARCHITECTURES if toolkit.supports(a)]
+        requested[-1:] = [f"{requested[-1]}+PTX"] if requested else []
     flags = []
-    for entry in wish:
+    for entry in requested:
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if found is None:
             raise CannotBuild(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got '{entry}'")
@@ -106,7 +106,7 @@ def gencode(toolkit: Toolkit) -> list[str]:
 
 
 class CudaExtension(Extension):
-    """`internimage._C_cuda`, which `build` makes instead of setuptools."""
+    """`internimage._C_cuda`, which is built by `build` and not by setuptools."""
 
     def __init__(self, torch: Torch, toolkit: Toolkit, target: str) -> None:
         folder = Path("csrc")
@@ -118,14 +118,14 @@ class CudaExtension(Extension):
     def build(self, library: Path) -> None:
         """Compile and link; raises CannotBuild."""
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as stand_ins:
+        with tempfile.TemporaryDirectory() as substitutes:
             if not (self.torch.folder / "lib" / "libtorch_cuda.so").exists():
                 name = "libtorch_cuda.so"
-                link = ["-shared", "-x", "c", os.devnull, f"-Wl,-soname,{name}", "-o", str(Path(stand_ins) / name)]
+                link = ["-shared", "-x", "c", os.devnull, f"-Wl,-soname,{name}", "-o", str(Path(substitutes) / name)]
                 self._run([os.environ.get("CXX") or HOST_COMPILER, *link])
-            self._run(self.command(library, stand_ins))
+            self._run(self.command(library, substitutes))
 
-    def command(self, library: Path, stand_ins: str) -> list[str]:
+    def command(self, library: Path, substitutes: str) -> list[str]:
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         return [
             self.toolkit.nvcc,
@@ -135,7 +135,7 @@ class CudaExtension(Extension):
             *self.gencode,
             f"-I{self.torch.folder / 'include'}",
             str(Path("csrc") / "cuda" / "dcnv3" / "dcnv3.cu"),
-            *(f"-L{self.torch.folder / 'lib'}", f"-L{stand_ins}", "-ltorch_cpu", "-ltorch_cuda"),
+            *(f"-L{self.torch.folder / 'lib'}", f"-L{substitutes}", "-ltorch_cpu", "-ltorch_cuda"),
             *("-o", str(library)),
         ]
 
@@ -145,7 +145,7 @@ class CudaExtension(Extension):
         try:
             result = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
-            raise CannotBuild(f"'{command[0]}' does not run ({error})") from error
+            raise CannotBuild(f"'{command[0]}' cannot be run ({error})") from error
         print(result.stdout + result.stderr, end="", flush=True)
         if result.returncode != 0:
             lines = (result.stderr or result.stdout).strip().splitlines()
@@ -169,8 +169,8 @@ LIBRARY = "_C_cuda.abi3.so"
 def build_into(folder: Path, extension: CudaExtension | None, reason: str) -> dict[str, object]:
     """Build into the package's folder; returns facts for `internimage info`.
 
-    What is there is taken if it is from these sources, and does not stay where it is not, or where none is wanted. A
-    failure ends the build only with `1`.
+    An existing library is kept if it was built from these sources and with these options, else it is removed. A failure
+    ends the build only with INTERNIMAGE_BUILD_CUDA=1.
     """
     library, facts = folder / LIBRARY, folder / "_build.json"
     if extension is None:
@@ -178,54 +178,54 @@ def build_into(folder: Path, extension: CudaExtension | None, reason: str) -> di
         return {"reason": reason}
     before = json.loads(facts.read_text()).get("cuda") if facts.is_file() else None
     sources = [Path(__file__), *map(Path, extension.depends)]
-    old = not library.is_file() or any(s.stat().st_mtime > library.stat().st_mtime for s in sources)
-    if not old and before == extension.facts():
+    outdated = not library.is_file() or any(s.stat().st_mtime > library.stat().st_mtime for s in sources)
+    if not outdated and before == extension.facts():
         return before
     library.unlink(missing_ok=True)
     try:
         extension.build(library)
     except CannotBuild as error:
-        if wanted() == "1":
+        if build_option() == "1":
             sys.exit(f"INTERNIMAGE_BUILD_CUDA=1, but {error}")
         print(f"internimage: {error}\ninternimage: installing without them", file=sys.stderr)
         return {"reason": str(error)}
     return extension.facts()
 
 
-def wanted() -> str:
+def build_option() -> str:
     """INTERNIMAGE_BUILD_CUDA: auto, 0 or 1."""
-    wish = os.environ.get("INTERNIMAGE_BUILD_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"INTERNIMAGE_BUILD_CUDA must be auto, 0 or 1, got '{wish}'")
-    return wish
+    option = os.environ.get("INTERNIMAGE_BUILD_CUDA", "auto")
+    if option not in ("auto", "0", "1"):
+        sys.exit(f"INTERNIMAGE_BUILD_CUDA must be auto, 0 or 1, got '{option}'")
+    return option
 
 
 def cuda_extension(torch_target: str) -> tuple[CudaExtension | None, str]:
-    """The extension, or None and the reason why there is none; with `1` that ends the build.
+    """The extension, or None and the reason why there is none; INTERNIMAGE_BUILD_CUDA=1 ends the build instead.
 
     Args:
         torch_target: Value of TORCH_TARGET_VERSION: the oldest torch that the binary is to run on.
     """
-    wish = wanted()
-    if wish == "0":
+    option = build_option()
+    if option == "0":
         return None, "INTERNIMAGE_BUILD_CUDA was 0 when the package was built"
     try:
         if sys.platform == "win32":
-            raise CannotBuild("building the CUDA kernels on Windows is not provided for")
+            raise CannotBuild("building the CUDA kernels on Windows is not supported")
         torch = Torch.find()
-        if torch.cuda is None and wish == "auto":
+        if torch.cuda is None and option == "auto":
             raise CannotBuild(
                 f"the package was built against a CPU-only torch ({torch.version}); with INTERNIMAGE_BUILD_CUDA=1 the "
-                "CUDA kernels are built all the same"
+                "CUDA kernels are built anyway"
             )
         toolkit = Toolkit.find()
         if torch.cuda is not None and torch.cuda.split(".")[0] != toolkit.version.split(".")[0]:
             raise CannotBuild(
                 f"the CUDA toolkit is {toolkit.version} ('{toolkit.nvcc}'), but torch {torch.version} was built with "
-                f"CUDA {torch.cuda}; the major versions must be the same (CUDA_HOME chooses the toolkit)"
+                f"CUDA {torch.cuda}; the major versions must be the same (CUDA_HOME selects the toolkit)"
             )
         return CudaExtension(torch, toolkit, torch_target), ""
     except CannotBuild as error:
-        if wish == "1":
+        if option == "1":
             sys.exit(f"INTERNIMAGE_BUILD_CUDA=1, but the CUDA kernels cannot be built: {error}")
         return None, str(error)

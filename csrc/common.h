@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the gather kernels of every device are given besides pointers.
+// The sizes and options of a gather, for the kernels of every device.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct Problem {
   int64_t out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t groups, group_channels;
-  int64_t points;  // sampling points of a group
+  int64_t points;  // sampling points per group
   double offset_scale;
   bool remove_center, softmax;
 };

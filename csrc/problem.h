@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// From DCNv3's arguments to a Problem: the checks that every device needs. LibTorch stable ABI only.
+// Checks DCNv3's arguments and makes a Problem of them, for every device. LibTorch stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -15,19 +15,19 @@
 
 namespace internimage {
 
-constexpr int64_t kLargest = int64_t(1) << 30;  // products of two values below it, and sums of those, do not overflow
+constexpr int64_t kLargest = int64_t(1) << 30;  // products of two smaller values, and their sums, fit 64 bits
 
-// 0 where the kernel does not fit: a negative quotient, which C++ rounds up, would count as an output.
+// 0 if the kernel does not fit. A negative quotient would be rounded up to 0 and count as one output.
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   const int64_t steps = size + 2 * pad - dilation * (kernel - 1) - 1;
   return steps < 0 ? 0 : steps / stride + 1;
 }
 
-inline bool on_one_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+inline bool same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   return a.device() == b.device();
 }
 
-// Refuses what the checks in Python did not see, as the kernels would read out of bounds.
+// A direct call of torch.ops.internimage.dcnv3 bypasses the checks in Python, and the kernels would read out of bounds.
 inline Problem make_problem(const torch::stable::Tensor& input, const torch::stable::Tensor& offset,
                             const torch::stable::Tensor& mask, const std::vector<int64_t>& kernel,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -35,8 +35,8 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
                             bool remove_center, bool softmax) {
   STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
                   "internimage::dcnv3: input, offset and mask must have 4 dimensions");
-  // one tensor on the device is enough for the dispatcher to call its kernel
-  STD_TORCH_CHECK(on_one_device(input, offset) && on_one_device(input, mask),
+  // one tensor on a device is enough for the dispatcher to choose its kernel
+  STD_TORCH_CHECK(same_device(input, offset) && same_device(input, mask),
                   "internimage::dcnv3: input, offset and mask must be on one device");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "internimage::dcnv3: kernel_size, stride, padding and dilation must be pairs");

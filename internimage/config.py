@@ -1,52 +1,55 @@
 # SPDX-License-Identifier: MIT
-"""Flat typed configuration from a YAML file and `key=value` arguments; an unknown key is an error."""
+"""Flat typed configs from a recipe (a YAML file) and `key=value` overrides; an unknown key is an error."""
 
 import dataclasses
 import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from .errors import UserError, one_line
 from .values import shown
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-_MOST_BYTES = 1 << 16  # of a recipe; what is larger is another file, and PyYAML takes seconds for a megabyte
-_MOST_DIGITS = 1000  # of a number: PyYAML's time grows with their square, to minutes
+Config = TypeVar("Config", bound="DataclassInstance")
+
+_MOST_BYTES = 1 << 16  # of a recipe; larger files are no recipes, and PyYAML takes seconds for a megabyte
+_MOST_DIGITS = 1000  # of a number: PyYAML's time is quadratic in it and reaches minutes
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class ConfigError(UserError, ValueError):
-    """A key that does not exist, or a value that is not of its type."""
+    """A setting that does not exist, or a value that is not of its type."""
 
 
 def split_arguments(words: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe and the `key=value` settings among the words of a command line, in any order.
+    """Split the words of a command line into the recipe and the `key=value` overrides, in any order.
 
-    A word is a setting if what stands before its first `=` could be a key, so `runs/lr=0.1/finetune.yaml` is a file.
+    A word is an override if the text before its first `=` is an identifier: `runs/lr=0.1/finetune.yaml` is a file.
 
     Raises:
-        ConfigError: There are two recipes.
+        ConfigError: There is more than one recipe.
     """
     overrides = [word for word in words if "=" in word and word.partition("=")[0].strip().isidentifier()]
     recipes = [word for word in words if word not in overrides]
     if len(recipes) > 1:
-        raise ConfigError(f"one recipe is the most, got {' and '.join(map(repr, recipes))}; settings are KEY=VALUE")
+        raise ConfigError(f"only one recipe is allowed, got {' and '.join(map(repr, recipes))}; settings are KEY=VALUE")
     return (recipes[0] if recipes else None), overrides
 
 
 def load_config(cls: type[Config], path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """An instance of a flat dataclass.
+    """A config from a recipe and overrides.
 
     Args:
         cls: Dataclass whose fields are `str`, `int`, `float`, `bool` or `X | None` of these.
-        path: YAML file with a mapping of field names to values.
-        overrides: `key=value` strings, which go before the file; values are read as YAML. Text stays as it was typed:
-            a folder may be called 007, 1e3 or on.
+        path: Recipe: YAML file with a mapping of field names to values.
+        overrides: `key=value` strings, which take precedence over the recipe. Values are parsed as YAML, except those
+            of text fields, which are taken literally: a folder may be called 007, 1e3 or on.
 
     Raises:
         ConfigError: A key is unknown (the nearest is named), a value is not of its type, or a field is missing.
@@ -66,7 +69,7 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: li
 
 
 def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-    """An instance of a flat dataclass from a dictionary; raises ConfigError as `load_config`."""
+    """A config from a dictionary; raises ConfigError like `load_config`."""
     kinds = typing.get_type_hints(cls)
     checked = {}
     for key, value in values.items():
@@ -81,21 +84,21 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     return cls(**checked)
 
 
-def dump(config: Any) -> str:
-    """The resolved configuration as YAML, every field written out."""
+def dump(config: "DataclassInstance") -> str:
+    """A config as YAML, including every default."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def read_value(text: str, what: str, depth: int = 0) -> Any:
-    """A YAML value of a command line.
+    """Parse a YAML value from the command line.
 
     Args:
         text: YAML.
-        what: It, for messages.
-        depth: How deep lists and mappings may stand in each other; 0 allows none.
+        what: Name of the value in messages.
+        depth: Maximum nesting of lists and mappings; 0 allows none.
 
     Raises:
-        ConfigError: It is not YAML, or deeper.
+        ConfigError: It is not YAML, or nested deeper.
     """
     node = _compose(text, what, depth)
     return None if node is None else _construct(node, what)
@@ -105,23 +108,23 @@ def read_value(text: str, what: str, depth: int = 0) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """A file of settings as text, of bounded size.
+    """The text of a recipe, whose size is limited.
 
     Raises:
-        ConfigError: It is not there, no regular file, too large, unreadable or not UTF-8.
+        ConfigError: It does not exist, is not a regular file, is too large, or cannot be read as UTF-8.
     """
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"'{path}' is a folder; a recipe is a YAML file")
     if not path.exists():
-        raise ConfigError(f"there is no configuration at '{path}'")
-    if not path.is_file():  # a pipe, which could make this wait forever
+        raise ConfigError(f"there is no recipe '{path}'")
+    if not path.is_file():  # reading from a pipe could block forever
         raise ConfigError(f"'{path}' is not a regular file; a recipe is a YAML file")
     try:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
-            raise ConfigError(f"'{path}' is too large for a recipe, which is a YAML file of some settings")
+            raise ConfigError(f"'{path}' is too large for a recipe, which is a YAML file of a few settings")
         return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path}' is not YAML: it is not text in UTF-8") from error
@@ -130,15 +133,15 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_settings(text: str, what: str, cls: type) -> dict[str, Any]:
-    """The keys of a YAML text and their values, in their order.
+    """Parse a YAML mapping of settings to single values; keeps their order.
 
     Args:
-        text: A mapping of names to single values.
-        what: It, for messages.
-        cls: Dataclass whose fields of type `str` keep their values as they are written: 007 and on are texts.
+        text: YAML.
+        what: Name of the text in messages.
+        cls: Dataclass whose text fields take their values literally: 007 and on are text.
 
     Raises:
-        ConfigError: It is something else, or has a key twice.
+        ConfigError: It is not such a mapping, or has a key twice.
     """
     kinds = typing.get_type_hints(cls)
     root = _compose(text, what, 1)
@@ -146,7 +149,7 @@ def parse_settings(text: str, what: str, cls: type) -> dict[str, Any]:
         found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}.get(type(root), "nothing")
         raise ConfigError(f"{what} must hold a mapping of keys to values, got {found}")
     values = {}
-    for key, node in root.value:  # a key may look like a number or like truth: 1, on
+    for key, node in root.value:  # a key may look like a number or a bool: 1, on
         name = key.value
         if name in values:
             raise ConfigError(f"{what} has {shown(name)} twice")
@@ -157,10 +160,10 @@ def parse_settings(text: str, what: str, cls: type) -> dict[str, Any]:
     return values
 
 
-# tags of what may as well be text
 _TAG = "tag:yaml.org,2002:"
+# tags of scalars that a text field takes literally
 _PLAIN = {_TAG + name for name in ("str", "int", "float", "bool", "timestamp")}
-# tags that PyYAML trusts -> what a value has to look like
+# tags that PyYAML trusts -> tags that the value must resolve to without them
 _TRUSTED = {
     _TAG + name: {_TAG + looks for looks in (name, *others)}
     for name, *others in (("int",), ("float", "int"), ("bool",), ("null",), ("timestamp",))
@@ -168,8 +171,9 @@ _TRUSTED = {
 
 
 def _compose(text: str, what: str, depth: int) -> yaml.Node | None:
-    """The root node, None of an empty text; looks at the text step by step first, for PyYAML recurses into depth."""
-    level, scalars = 0, set()
+    """The root node, or None for an empty text. Checks the events first: PyYAML's composer recurses without limit."""
+    level = 0
+    scalars: set[str | None] = set()  # their anchors
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.ScalarEvent):
@@ -177,18 +181,21 @@ def _compose(text: str, what: str, depth: int) -> yaml.Node | None:
             elif isinstance(event, yaml.CollectionStartEvent):
                 level += 1
                 if level > depth:
-                    where = f"line {event.start_mark.line + 1} has" if "\n" in text else "it has"
+                    mark = event.start_mark
+                    where = f"line {mark.line + 1} has" if mark is not None and "\n" in text else "it has"
                     raise ConfigError(f"{what} must be flat: {where} a list or a mapping where a single value belongs")
             elif isinstance(event, yaml.CollectionEndEvent):
                 level -= 1
-            elif isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:  # they multiply without end
-                raise ConfigError(f"{what} has the alias *{event.anchor[:80]}, which does not stand for a single value")
+            elif isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:  # they can expand exponentially
+                raise ConfigError(
+                    f"{what} has the alias *{str(event.anchor)[:80]}, which does not refer to a single value"
+                )
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except ConfigError:
         raise
     except yaml.YAMLError as error:
         raise ConfigError(f"{what} is not YAML: {_reason(error)}") from error
-    except (ValueError, OverflowError) as error:  # of int() and chr(): a version, the number of a character
+    except (ValueError, OverflowError) as error:  # from int() and chr(): a YAML version, a code point
         raise ConfigError(f"{what} is not YAML: it has a number that is out of range") from error
 
 
@@ -203,7 +210,7 @@ def _construct(node: yaml.Node, what: str) -> Any:
 
 
 def _check_scalars(node: yaml.Node, what: str) -> None:
-    """Refuse what PyYAML's constructors would fail on in any way, or not end: they trust the tag of a value."""
+    """Refuse values that would crash or stall PyYAML's constructors, which trust tags."""
     if isinstance(node, yaml.MappingNode):
         children = [child for pair in node.value for child in pair]
     elif isinstance(node, yaml.SequenceNode):
@@ -222,7 +229,7 @@ def _check_scalars(node: yaml.Node, what: str) -> None:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """PyYAML's message without its picture of the place, which takes several lines."""
+    """PyYAML's message without its multi-line excerpt of the text."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return one_line(error, 200)
     mark = error.problem_mark or error.context_mark

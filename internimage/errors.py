@@ -10,6 +10,7 @@ class UserError(Exception):
     """Bad input. The message names what was wrong and what would be right."""
 
     status = 2  # of the command that it ends
+    everywhere = False  # raised in all processes of a launch, for the first one to report
 
 
 class CheckpointError(UserError, RuntimeError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The compiled kernels: finding and loading them, and which backend serves an operator on each device.
+"""The compiled kernels: loading them, and which backend implements an operator on each device.
 
-Importing never fails for want of a kernel: the plain-torch reference serves then, and the reason is kept.
+A missing kernel is never an import error: the plain-torch reference is used instead, and the reason is recorded.
 """
 
 import json
@@ -10,38 +10,39 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _FOLDER = Path(__file__).parent
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
-CAPABILITIES = ("default", "avx2", "avx512")  # what INTERNIMAGE_CPU_CAPABILITY may be, from the slowest
+CAPABILITIES = ("default", "avx2", "avx512")  # values of INTERNIMAGE_CPU_CAPABILITY, slowest first
 _MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
-_failures: dict[str, str] = {}  # device -> why its module, which is there, could not be loaded
+_failures: dict[str, str] = {}  # device type -> why its module, although installed, could not be loaded
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What serves a kind of device."""
+    """What implements an operator on a device type."""
 
-    device: str
-    name: str
-    reason: str  # why not a faster one; empty for a compiled kernel
+    device: str  #: device type, such as cpu
+    name: str  #: for people, such as 'compiled kernel, avx2 instructions'
+    reason: str  #: why it is not a compiled kernel; empty if it is one
 
 
 def load() -> None:
-    """Load the compiled kernels, if they are there; keeps the reason if they are and cannot be loaded.
+    """Load the compiled kernels that are installed, and record the reason if one cannot be loaded.
 
-    Warns of an `INTERNIMAGE_CPU_CAPABILITY` that is none.
+    Warns if `INTERNIMAGE_CPU_CAPABILITY` has a value that does not exist.
     """
-    wish = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", "")
-    if wish and wish not in CAPABILITIES:
-        warnings.warn(f"internimage: {_unknown(wish)}", RuntimeWarning, stacklevel=2)
+    requested = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", "")
+    if requested and requested not in CAPABILITIES:
+        warnings.warn(f"internimage: {_unknown_capability(requested)}", RuntimeWarning, stacklevel=2)
     for device, module in _MODULES.items():
         if device == "cuda" and torch.version.cuda is None:
-            continue  # it needs libraries that only a CUDA build of torch has
+            continue  # the module needs libraries that only CUDA builds of torch have
         for path in sorted(_FOLDER.glob(f"{module}.*so")):
-            if device == "cuda" and (reason := _other_cuda()):  # two CUDA runtimes in one process, if there are two
+            if device == "cuda" and (reason := _cuda_mismatch()):  # would load a second CUDA runtime
                 _failures[device] = f"'{path.name}' was not loaded: {reason}"
                 continue
             try:
@@ -52,61 +53,59 @@ def load() -> None:
                 _failures[device] = f"'{path.name}' could not be loaded: {error}"
 
 
-def _other_cuda() -> str:
-    """That the CUDA kernels are for another major version of CUDA than torch; empty if not, or if nothing is known."""
-    built, there = build_facts().get("cuda", {}).get("toolkit"), torch.version.cuda
-    if not built or not there or built.split(".")[0] == there.split(".")[0]:
+def _cuda_mismatch() -> str:
+    """Why the CUDA kernels do not fit torch: another major version of CUDA. Empty if they fit, or that is unknown."""
+    built, installed = build_facts().get("cuda", {}).get("toolkit"), torch.version.cuda
+    if not built or not installed or built.split(".")[0] == installed.split(".")[0]:
         return ""
-    versions = f"it was built with CUDA {built}, but torch {torch.__version__} has CUDA {there}"
+    versions = f"it was built with CUDA {built}, but torch {torch.__version__} has CUDA {installed}"
     return f"{versions}; the major versions must be the same"
 
 
-def _unknown(wish: str) -> str:
+def _unknown_capability(requested: str) -> str:
     *first, last = CAPABILITIES
-    return f"INTERNIMAGE_CPU_CAPABILITY is '{wish}' and has no effect; it can be {', '.join(first)} or {last}"
+    return f"INTERNIMAGE_CPU_CAPABILITY is '{requested}' and has no effect; it can be {', '.join(first)} or {last}"
 
 
 def cpu_capability() -> str | None:
-    """The instruction set in use by the CPU kernels, one of `CAPABILITIES`; None without compiled kernels."""
+    """The instruction set that the CPU kernels use, one of `CAPABILITIES`; None without compiled kernels."""
     return torch.ops.internimage.cpu_capability() if has_kernel("dcnv3", "cpu") else None
 
 
 def capability_note() -> str:
-    """Why `INTERNIMAGE_CPU_CAPABILITY` has not the effect that it asks for; empty where it has, or is not set."""
-    wish, used = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", ""), cpu_capability()
-    if not wish:
+    """Why `INTERNIMAGE_CPU_CAPABILITY` does not have the requested effect; empty if it does, or is not set."""
+    requested, used = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", ""), cpu_capability()
+    if not requested:
         return ""
-    if wish not in CAPABILITIES:
-        return _unknown(wish)
+    if requested not in CAPABILITIES:
+        return _unknown_capability(requested)
     if used is None:
-        return f"INTERNIMAGE_CPU_CAPABILITY is '{wish}' and has no effect: there are no compiled kernels"
-    if wish != used:  # it can only lower, and is read once
-        return f"INTERNIMAGE_CPU_CAPABILITY is '{wish}', but the best that this processor has is {used}"
+        return f"INTERNIMAGE_CPU_CAPABILITY is '{requested}' and has no effect: there are no compiled kernels"
+    if requested != used:  # the variable can only lower the capability, and is read once
+        return f"INTERNIMAGE_CPU_CAPABILITY is '{requested}', but the best that this processor supports is {used}"
     return ""
 
 
-def build_facts() -> dict:
-    """What the package was built with, as setup.py wrote it down; empty if it did not."""
+def build_facts() -> dict[str, Any]:
+    """What the package was built with, as recorded by setup.py; empty if there is no record."""
     path = _FOLDER / "_build.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def devices() -> list[str]:
-    """The kinds of device torch can use here."""
-    kinds = ["cpu"]
-    if torch.accelerator.is_available():
-        kinds.append(torch.accelerator.current_accelerator().type)
-    return kinds
+    """The device types that torch can use here."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether a compiled kernel serves `torch.ops.internimage.OP` on a kind of device."""
+    """Whether a compiled kernel implements `torch.ops.internimage.OP` on a device type."""
     key = _KEYS.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"internimage::{op}", key)
 
 
 def backend(op: str, device: str) -> Backend:
-    """The backend of an operator on a kind of device, as the dispatcher sees it."""
+    """The backend that the dispatcher selects for an operator on a device type."""
     if has_kernel(op, device):
         detail = f", {cpu_capability()} instructions" if device == "cpu" else ""
         return Backend(device, f"compiled kernel{detail}", "")
@@ -114,7 +113,7 @@ def backend(op: str, device: str) -> Backend:
 
 
 def _reason(device: str) -> str:
-    """Why no compiled kernel serves a kind of device."""
+    """Why a device type has no compiled kernels."""
     if device not in _MODULES or (device == "cuda" and torch.version.hip):
         return f"this version of internimage has no compiled kernel for {'ROCm' if device == 'cuda' else device}"
     facts = build_facts() if device == "cpu" else build_facts().get("cuda", {})
@@ -123,19 +122,20 @@ def _reason(device: str) -> str:
 
 
 def cuda_note() -> str:
-    """What there is of CUDA kernels, and why not more; also where no GPU is."""
+    """The state of the CUDA kernels, also without a GPU: loaded, for which GPUs, or why not."""
     if has_kernel("dcnv3", "cuda"):
         facts = build_facts().get("cuda", {})
         if not facts.get("toolkit"):
             return "loaded"
-        return f"loaded; built with CUDA {facts['toolkit']} for {', '.join(facts['architectures'])}{_unserved(facts)}"
+        architectures = ", ".join(facts["architectures"])
+        return f"loaded; built with CUDA {facts['toolkit']} for {architectures}{_unsupported_gpus(facts)}"
     if torch.version.cuda is None and any(_FOLDER.glob("_C_cuda.*so")):
-        return f"there, but not loaded under a torch without CUDA ({torch.__version__})"
+        return f"installed, but not loaded: this torch has no CUDA ({torch.__version__})"
     return f"none: {_reason('cuda')}"
 
 
-def _unserved(facts: dict) -> str:
-    """Names the GPUs here that the CUDA kernels were not compiled for; on them, the operator raises."""
+def _unsupported_gpus(facts: dict[str, Any]) -> str:
+    """Names the GPUs of this machine that the CUDA kernels were not compiled for; there, the operator raises."""
     if not torch.cuda.is_available():
         return ""
     gpus = {
@@ -150,8 +150,11 @@ def _unserved(facts: dict) -> str:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code for "sm_90" or the like runs on a GPU; "compute_90" is translated for all that are newer."""
-    kind, major, minor, feature = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture).groups()
+    """Whether code for an architecture runs on a GPU: "sm_90" is for one major version, "compute_90" also for newer."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if match is None:
+        return False
+    kind, major, minor, feature = match.groups()
     own = int(major), int(minor)
     if feature == "a":
         return own == capability

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the value of an option or of a setting may be: a type and a range, as a check and in words.
+"""Types and ranges of the values of options and settings: how to check a value, and how to describe what is allowed.
 
-The command line reads text with `parse`, the settings of `finetune` check values with `check`, and both print the same
-words. Nothing here imports torch: arguments are checked before it is loaded.
+The command line parses text with `parse`, the settings of `finetune` check values with `check`, and both print the same
+descriptions. Nothing here imports torch: arguments are checked before it is loaded.
 """
 
 import math
@@ -11,24 +11,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_LARGEST = 10**9  # whole numbers without a largest value of their own: no option means anything beyond
+_LARGEST = 10**9  # limit of whole numbers without a maximum of their own: larger values make sense for no option
 
 
 class BadValue(ValueError):
-    """A value that is not allowed. The message is what it must be, such as "a whole number of at least 1"."""
+    """A value that is not allowed. The message says what is, such as "a whole number of at least 1"."""
 
 
 class Kind:
     """A type with a range."""
 
-    words = ""  # what a value must be
+    @property
+    def words(self) -> str:
+        """Description of the allowed values, such as "a whole number of at least 1"."""
+        raise NotImplementedError
 
     def check(self, value: Any) -> Any:
-        """The value, in its one spelling; BadValue if it is not allowed."""
+        """The value in canonical form; BadValue if it is not allowed."""
         raise NotImplementedError
 
     def parse(self, text: str) -> Any:
-        """The value that a text on the command line stands for; BadValue if there is none."""
+        """The value of a text on the command line; BadValue if it is not allowed."""
         return self.check(text)
 
 
@@ -53,17 +56,17 @@ class Whole(Kind):
         return value
 
     def parse(self, text: str) -> int:
-        if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):  # int() also takes 1_000 and the digits of other scripts
+        if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):  # int() also accepts 1_000 and the digits of other scripts
             raise BadValue(self.words)
         try:
             return self.check(int(text))
-        except ValueError as error:  # also int() of thousands of digits
+        except ValueError as error:  # int() raises it for thousands of digits, too
             raise error if isinstance(error, BadValue) else BadValue(self.words) from error
 
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number. `least` and `most` are allowed themselves, `above` and `below` are not."""
+    """A finite number. `least` and `most` are inclusive limits, `above` and `below` exclusive ones."""
 
     least: float | None = None
     most: float | None = None
@@ -97,7 +100,7 @@ class Number(Kind):
         return value
 
     def parse(self, text: str) -> float:
-        if not re.fullmatch(r"[ 0-9.eE+-]+", text):  # float() also takes nan, inf, 1_0 and the digits of other scripts
+        if not re.fullmatch(r"[ 0-9.eE+-]+", text):  # float() also accepts nan, inf, 1_0 and other scripts' digits
             raise BadValue(self.words)
         try:
             return self.check(float(text))
@@ -107,19 +110,19 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of some words or numbers; `others` are further spellings of them."""
+    """One of several words or numbers; `aliases` maps other spellings to them."""
 
     allowed: tuple[Any, ...]
-    others: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
-        known = {value: key for key, value in self.others.items()}
+        known = {value: key for key, value in self.aliases.items()}
         named = [f"{value} ({known[value]})" if value in known else str(value) for value in self.allowed]
         return " or ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
 
     def check(self, value: Any) -> Any:
-        value = self.others.get(value, value) if isinstance(value, str) else value
+        value = self.aliases.get(value, value) if isinstance(value, str) else value
         if not any(type(value) is type(one) and value == one for one in self.allowed):
             raise BadValue(self.words)
         return value
@@ -139,10 +142,10 @@ class Flag(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """Text that is not empty; with a pattern, text of this form."""
+    """Text that is not empty and, if there is a pattern, matches it."""
 
     pattern: str = ""
-    form: str = ""  # the pattern, in words
+    form: str = ""  # description of the pattern
 
     @property
     def words(self) -> str:
@@ -157,11 +160,11 @@ class Text(Kind):
 
 
 def shown(value: Any) -> str:
-    """A value for a message: on one line, and short however large it is."""
+    """A value for a message: on one line, and shortened if it is long."""
     if isinstance(value, (dict, list, tuple, set)):
         return {dict: "a mapping", set: "a set"}.get(type(value), "a list")
     try:
         text = repr(value)
-    except ValueError:  # a whole number of more digits than Python prints
+    except ValueError:  # an int of more digits than Python prints
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"

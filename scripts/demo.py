@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The demo: fine-tune and evaluate the smallest model on real images, through the commands that a user types.
+"""The demo: fine-tunes and evaluates the smallest model on real images, by the commands that a user would type.
 
-The images are scikit-learn's digits: 1797 scans of handwriting, reduced to 8x8 pixels, which come inside that package.
-The last 360 in file order are held out; most of them were written by people who did not write the others.
+The images are scikit-learn's digits: 1797 scans of handwriting at 8x8 pixels, which are part of that package. The last
+360 in file order are held out; most of them were written by other people than the rest.
 """
 
 import argparse
@@ -22,39 +22,39 @@ TARGET = 97.0
 
 
 def write_digits(folder: Path) -> None:
-    """Write the digits as folder/{train,val}/{0..9}/NNNN.png; leaves the demo if the folder holds anything else."""
+    """Write the digits as folder/{train,val}/{0..9}/NNNN.png; exits if the folder contains other files."""
     digits = load_digits()
     images = {}
     for i, (image, label) in enumerate(zip(digits.images, digits.target)):
         images[folder / ("train" if i < TRAIN else "val") / str(label) / f"{i:04d}.png"] = image
     others = [path for path in folder.rglob("*") if not path.is_dir() and path not in images]
-    if others:  # they would be trained on, or are somebody's
-        sys.exit(f"'{folder}' holds files that are not the demo's ({others[0]}): remove them or set another --folder")
+    if others:  # the run would train on them
+        sys.exit(f"'{folder}' contains other files than the demo's ({others[0]}): remove them or set another --folder")
     for path, image in images.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * (255 / 16)).round().astype("uint8")).save(path)
 
 
 def internimage(*arguments: str) -> None:
-    """Run a command of the package, shown as a user would type it; leaves the demo where it fails."""
+    """Run a command of the package, printed as a user would type it; exits if it fails."""
     print("\n$ internimage " + " ".join(map(shlex.quote, arguments)), flush=True)
     status = subprocess.run([sys.executable, "-m", "internimage", *arguments]).returncode
     if status:
-        print(f"the demo stops here: this command ended with status {status}", file=sys.stderr)
+        print(f"the demo stops: this command failed with status {status}", file=sys.stderr)
         sys.exit(status)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything is written")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="output folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each")
     arguments = parser.parse_args()
-    # threads that wait by spinning starve each other where another process wants a core too
+    # threads that spin while waiting starve each other if another process needs a core
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     start = time.perf_counter()
     data = arguments.folder / "digits"
     write_digits(data)
-    print(f"1797 images of digits are in {data}: {TRAIN} to train on, {1797 - TRAIN} held out")
+    print(f"1797 images of digits are in {data}: {TRAIN} for training, {1797 - TRAIN} held out")
 
     recipe = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"))
     accuracies = []
@@ -81,7 +81,7 @@ The demo is done, in {time.perf_counter() - start:.0f} s.
   accuracy    {mean:.2f} % of the {1797 - TRAIN} held-out digits (top-1{runs})
   model       {run}
   report      {run / "report.html"} (open it in a browser)
-  picture     {picture} (where a DCNv3 layer looks)
+  picture     {picture} (where a DCNv3 layer samples)
   numbers     {numbers}
 """
     )

@@ -17,6 +17,7 @@ import torch
 
 from internimage.cli import main
 from internimage.engine import parallel, trainer
+from internimage.tasks.classification import task
 
 NOISE = 1e-14  # of a gradient: sums of some thousand terms of at most 1, each rounded to 1.1e-16 of itself
 ADAMW_EPS = 1e-8
@@ -30,7 +31,7 @@ def bound(steps: int, lr: float) -> float:
 @contextmanager
 def in_double() -> Iterator[None]:
     """Context in which `finetune` computes in float64 throughout."""
-    place, policy = trainer.Trainer._place, parallel.MixedPrecisionPolicy
+    place, policy = trainer.Trainer._to_device, parallel.MixedPrecisionPolicy
 
     def place_double(self, batch, step):
         images, targets = place(self, batch, step)
@@ -41,8 +42,8 @@ def in_double() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # losses and statistics want 32 bits at least
-            patch.setattr(trainer.Trainer, "_place", place_double)
-            patch.setattr(trainer, "evaluate", partial(trainer.evaluate, dtype=torch.float64))
+            patch.setattr(trainer.Trainer, "_to_device", place_double)
+            patch.setattr(task, "evaluate", partial(task.evaluate, dtype=torch.float64))
             patch.setattr(parallel, "MixedPrecisionPolicy", lambda **kwargs: policy(**kwargs | {"reduce_dtype": None}))
             yield
     finally:

@@ -20,7 +20,7 @@ from double import in_double
 from internimage.cli import evaluate, main
 from internimage.engine import checkpoint, trainer
 from internimage.engine.checkpoint import checkpoints
-from internimage.tasks.classification.finetune import finetune
+from internimage.engine.run import train as train_task
 
 DATA, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 SETTINGS = [
@@ -30,7 +30,7 @@ SETTINGS = [
 
 dist.init_process_group("gloo")
 RANK = dist.get_rank()
-for verb in (finetune, evaluate.run):
+for verb in (train_task, evaluate.run):
     verb.__globals__["leave"] = lambda: None  # the processes stay together for all scenarios
 RESULTS = {}
 
@@ -99,13 +99,13 @@ def full_disk(rank, *more):
 
 
 def poisoned(rank, bad, value=float("nan")):
-    place = trainer.Trainer._place
+    place = trainer.Trainer._to_device
 
     def patched(self, batch, step):
         images, targets = place(self, batch, step)
         return (images * value if step in bad and rank == RANK else images), targets
 
-    return replaced(trainer.Trainer, "_place", patched)
+    return replaced(trainer.Trainer, "_to_device", patched)
 
 
 def bad_batch(name):
@@ -154,7 +154,7 @@ def unreadable(name):
 
 def unwritable_result(name):
     """Training goes to its end, and there is no room for the model."""
-    module = sys.modules["internimage.tasks.classification.finetune"]
+    module = sys.modules["internimage.tasks.classification.task"]
     save = module.save_model
 
     def patched(*arguments):

@@ -23,7 +23,7 @@ import pytest  # noqa: F401  (this and what follows are for the processes to fin
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
-import internimage.engine
+import internimage.tasks.classification.task  # noqa: F401
 from internimage.cli import evaluate, finetune  # noqa: F401
 
 TESTS = Path(__file__).parent

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import internimage
 from internimage.engine import checkpoint, trainer
+from internimage.engine.run import Preempted
 from internimage.tasks.classification.config import FinetuneConfig
-from internimage.tasks.classification.finetune import Preempted, finetune
+from internimage.tasks.classification.finetune import finetune
 
 ROOT = Path(internimage.__file__).parent.parent
 

@@ -165,7 +165,7 @@ def test_finetune_refusals(data, run, tmp_path, capsys):
     )
     assert "'pretrained' must be true or false" in fails(capsys, "finetune", f"data={data}", out, "pretrained=3")
     assert "missing: data=..." in fails(capsys, "finetune", out)
-    assert "no configuration at" in fails(capsys, "finetune", tmp_path / "none.yaml", f"data={data}", out)
+    assert "there is no recipe" in fails(capsys, "finetune", tmp_path / "none.yaml", f"data={data}", out)
     assert "no data at" in fails(capsys, "finetune", f"data={tmp_path / 'none'}", out)
     assert "batch_size" in fails(capsys, "finetune", f"data={data}", out, *SETTINGS, "batch_size=1000")
     assert "must be even" in fails(capsys, "finetune", f"data={data}", out, *SETTINGS, "batch_size=3", "mixup=1.0")
@@ -290,7 +290,7 @@ def test_evaluate_refusals(run, data, tmp_path, capsys):
     assert "found 1 files (photo.png" in message("--model", run, "--data", empty)
     write_colors(tmp_path / "gap", 2)
     (tmp_path / "gap" / "yellow").mkdir()
-    assert "holds no image (it is empty)" in message("--model", run, "--data", tmp_path / "gap")
+    assert "contains no image (it is empty)" in message("--model", run, "--data", tmp_path / "gap")
     (tmp_path / "gap" / "yellow" / "notes.txt").write_text("")
     assert "only notes.txt" in message("--model", run, "--data", tmp_path / "gap")
     (tmp_path / "gap" / "yellow" / "0.png").write_bytes((tmp_path / "gap" / "red" / "000.png").read_bytes())
@@ -364,7 +364,7 @@ def test_standard_input_without_an_end(run, data, capsys, monkeypatch):
     assert main(["predict", "-", str(red), "--model", str(run), "--topk", "1"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        "internimage predict: error: '-' cannot be read: more than 3 MiB come on standard input; give a file\n"
+        "internimage predict: error: '-' cannot be read: more than 3 MiB on standard input; use a file\n"
     )
     assert captured.out.startswith(str(red)) and endless.given < 4 << 20
 
@@ -389,7 +389,7 @@ def test_standard_input_without_an_end_takes_little_memory(source, run):
         )  # fmt: skip
         endless.kill()
     line, memory = result.stderr.splitlines()
-    assert result.returncode == 2 and "more than 256 MiB come on standard input" in line and int(memory) < 1500
+    assert result.returncode == 2 and "more than 256 MiB on standard input" in line and int(memory) < 1500
 
 
 def test_predict_names_imagenet_classes(tmp_path, capsys):
@@ -409,7 +409,7 @@ def test_predict_draws_points(run, data, tmp_path, capsys):
     picture = tmp_path / "points.png"
     code = main(["predict", str(data / "val"), "--model", str(run), "--draw-points", str(picture)])
     assert code == 0
-    assert "sampled points of levels.2.blocks.2.dcn" in capsys.readouterr().err
+    assert "sampling points of levels.2.blocks.2.dcn" in capsys.readouterr().err
     assert Image.open(picture).size == (4 * 240 + 16, 117 + 4 * 259)
     assert "levels.0.blocks.0.dcn" in fails(
         capsys, "predict", data / "val", "--model", run, "--draw-points", picture, "--draw-layer", "levels.9"
@@ -418,7 +418,7 @@ def test_predict_draws_points(run, data, tmp_path, capsys):
 
 def test_predict_refusals(run, data, tmp_path, capsys):
     assert "no image at" in fails(capsys, "predict", tmp_path / "none.png", "--model", run)
-    assert "holds no image" in fails(capsys, "predict", tmp_path, "--model", run)
+    assert "contains no image" in fails(capsys, "predict", tmp_path, "--model", run)
     text = tmp_path / "a.png"
     text.write_text("hello")
     good = data / "val" / "red" / "000.png"

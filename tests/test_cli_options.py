@@ -13,7 +13,7 @@ from PIL import Image
 
 from internimage import cli
 from internimage.cli import main, parser, verbs
-from internimage.cli.options import Group, KeyValue, OneOf, Option, OutputFile, Parser, PictureFile, Size
+from internimage.cli.options import Group, KeyValue, Option, OutputFile, Parser, PictureFile, Size, WordOr
 from internimage.errors import UserError
 from internimage.values import Choice, Number, Text, Whole
 
@@ -44,7 +44,7 @@ def named(pairs):
 
 def sample(option) -> str:
     """A value that the option takes."""
-    kind = option.kind.kind if isinstance(option.kind, OneOf) else option.kind
+    kind = option.kind.kind if isinstance(option.kind, WordOr) else option.kind
     if isinstance(kind, Whole):
         return str(max(kind.least, 1))
     if isinstance(kind, Choice):
@@ -57,7 +57,7 @@ def sample(option) -> str:
 
 def wrong(kind) -> list[str]:
     """Texts that a kind of value must refuse."""
-    if isinstance(kind, OneOf):
+    if isinstance(kind, WordOr):
         return [text for text in wrong(kind.kind)]
     if isinstance(kind, Whole):
         limits = [kind.least - 1] + ([kind.most + 1] if kind.most is not None else [10**9 + 1])
@@ -297,14 +297,14 @@ def test_what_the_table_cannot_say(tmp_path, capsys, monkeypatch):
     for arguments, said in (
         ([*evaluate, "--use-ema"], "--use-ema has no effect without --checkpoint"),
         ([*predict, "--use-ema"], "--use-ema has no effect without --checkpoint"),
-        ([*evaluate, "--expect", "published", "--checkpoint", "x"], "no top-1 on ImageNet-1k was published for 'm'"),
-        ([*evaluate, "--expect", "published", "--num-classes", "9"], "no top-1 on ImageNet-1k was published for 'm'"),
-        ([*evaluate, "--expect", "published", "--variant", "a"], "no top-1 on ImageNet-1k was published for 'm'"),
-        ([*evaluate, "--json", "x", "--csv", "./x"], "--json and --csv are one file"),
-        ([*evaluate, "--labels", "labels.txt", "--json", str(tmp_path / "link.txt")], "is read as --labels"),
-        ([*evaluate, "--class-map", "labels.txt", "--csv", "labels.txt"], "is read as --class-map"),
-        ([*predict, "--draw-points", "a.png"], "--draw-points would replace the image 'a.png'"),
-        (["predict", ".", "--model", "m", "--draw-points", "a.png"], "--draw-points would replace the image 'a.png'"),
+        ([*evaluate, "--expect", "published", "--checkpoint", "x"], "no ImageNet-1k top-1 is published for 'm'"),
+        ([*evaluate, "--expect", "published", "--num-classes", "9"], "no ImageNet-1k top-1 is published for 'm'"),
+        ([*evaluate, "--expect", "published", "--variant", "a"], "no ImageNet-1k top-1 is published for 'm'"),
+        ([*evaluate, "--json", "x", "--csv", "./x"], "--json and --csv are the same file"),
+        ([*evaluate, "--labels", "labels.txt", "--json", str(tmp_path / "link.txt")], "the file of --labels"),
+        ([*evaluate, "--class-map", "labels.txt", "--csv", "labels.txt"], "the file of --class-map"),
+        ([*predict, "--draw-points", "a.png"], "--draw-points would overwrite the image 'a.png'"),
+        (["predict", ".", "--model", "m", "--draw-points", "a.png"], "--draw-points would overwrite the image 'a.png'"),
         (["convert", "a", "b", "--model-kwargs", "x=1", "x=2"], "--model-kwargs has 'x' twice"),
         (["convert", "a", "b", "--head", "22k-to-1k", "--model-kwargs", "num_classes=3"], "num_classes has no effect"),
         (["benchmark", "ops", "--official", "x", "--peers", "torchvision"], "--official has no effect"),
@@ -362,6 +362,4 @@ def test_wrong_arguments_are_told_once_on_each_machine(ending, capsys, monkeypat
 
 
 def test_an_option_without_a_kind_is_a_switch():
-    assert (
-        Option("--flip", "help").value_by_default is False and Option("--n", "help", Whole(1)).value_by_default is None
-    )
+    assert Option("--flip", "help").default_value is False and Option("--n", "help", Whole(1)).default_value is None

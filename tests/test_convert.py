@@ -557,7 +557,7 @@ def folder(weights, tmp_path) -> Path:
 def test_dry_run_prints_and_uploads_nothing(folder, local_hub, capsys):
     assert main(["push", str(folder), "me/mine", "--dry-run", "--revision", "v1"]) == 0
     out = capsys.readouterr().out
-    assert f"would go to {local_hub.url}/me/mine (v1)" in out and "not uploaded: notes.txt" in out
+    assert f"would upload to {local_hub.url}/me/mine (v1)" in out and "not uploaded: notes.txt" in out
     for file in folder.iterdir():
         if file.name != "notes.txt":
             assert f"{file.stat().st_size:>16,}  {file.name}" in out
@@ -647,11 +647,11 @@ def test_command_line(in22k, tmp_path, capsys):
     command = ["convert", str(path), str(tmp_path / "out"), "--model", "internimage_atto", *ON_THE_COMMAND_LINE]
     assert main([*command, "--dtype", "bf16", "--shard-size", "2MB", "--head", "22k-to-1k", "--verify"]) == 0
     out = capsys.readouterr().out
-    assert "every tensor read again and compared" in out and f"local-dir:{tmp_path / 'out'}" in out
+    assert "every tensor read back and compared" in out and f"local-dir:{tmp_path / 'out'}" in out
     expected = {**state_dict, **{key: state_dict[key][rows_of_1k()] for key in HEAD}}
     assert_equal(load(tmp_path / "out", dtype=torch.bfloat16).state_dict(), formats.cast(expected, torch.bfloat16))
     assert "overwrite replaces it" in fails(capsys, *command)
-    assert "argument --shard-size: must be a number of bytes or such as '5GB'" in fails(
+    assert "argument --shard-size: must be a positive number of bytes, with or without a unit, such as '5GB'" in fails(
         capsys, *command, "--overwrite", "--shard-size", "big"
     )
     assert "argument --model-kwargs: must be KEY=VALUE, got 'channels'" in fails(capsys, *command[:-3], "channels")

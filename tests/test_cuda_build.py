@@ -109,12 +109,12 @@ REASONS = {
     ),
     "CPU-only torch": ({}, {"cuda": None}, r"against a CPU-only torch \(2\.99\.0\)"),
     "ROCm": ({}, {"cuda": None, "hip": "6.4"}, "torch for ROCm"),
-    "no nvcc there": (
+    "no nvcc": (
         {"CUDA_HOME": "/nonexistent"},
         {"cuda": "13.0"},
         "CUDA_HOME is '/nonexistent', which has no bin/nvcc",
     ),
-    "odd list": ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, {"cuda": "13.0"}, r"like '8\.0;9\.0\+PTX', got 'Hopper'"),
+    "invalid list": ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, {"cuda": "13.0"}, r"like '8\.0;9\.0\+PTX', got 'Hopper'"),
 }
 
 
@@ -142,7 +142,7 @@ def test_no_torch(tmp_path):
     code = "import sys; sys.modules['torch'] = None\n" + DECIDE.replace("; ", "\n")
     code = "import importlib.util; importlib.util.find_spec = lambda name: None\n" + code
     result = run(code, tmp_path, INTERNIMAGE_BUILD_CUDA="auto")
-    assert "torch was not there" in json.loads(result.stdout)[2]
+    assert "torch was not installed" in json.loads(result.stdout)[2]
 
 
 def test_what_is_no_value_is_refused(torch_of):
@@ -227,7 +227,7 @@ def test_the_library_loads_where_torch_has_cuda(library):
     result = subprocess.run(command, cwd=library.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     expected = (
-        "True True loaded" if torch.version.cuda else "False False there, but not loaded under a torch without CUDA"
+        "True True loaded" if torch.version.cuda else "False False installed, but not loaded: this torch has no CUDA"
     )
     assert result.stdout.startswith(expected)
 
@@ -295,6 +295,6 @@ def test_info_tells_of_a_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("old", "new")[i])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((7, 0), (9, 0))[i])
-    said = extension._unserved({"architectures": ["sm_80", "compute_80"]})
+    said = extension._unsupported_gpus({"architectures": ["sm_80", "compute_80"]})
     assert said == ", but not for old (compute capability 7.0): build with TORCH_CUDA_ARCH_LIST"
-    assert extension._unserved({"architectures": ["sm_70", "sm_90"]}) == ""
+    assert extension._unsupported_gpus({"architectures": ["sm_70", "sm_90"]}) == ""

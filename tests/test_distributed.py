@@ -102,7 +102,8 @@ def test_batch_norm_of_two_processes_is_that_of_the_whole_batch(tmp_path, dtype)
 import sys
 import torch
 from torch import nn
-from internimage.engine.world import join, leave, synchronise_batch_norm
+from internimage.engine.world import join, leave
+from internimage.layers.sync_batch_norm import synchronize_batch_norm
 world = join(torch.device("cpu"))
 torch.manual_seed(0)
 dtype = getattr(torch, sys.argv[1])
@@ -116,7 +117,7 @@ close = lambda a, b: torch.testing.assert_close(a, b, rtol=tolerance, atol=toler
 with torch.no_grad():
     for norm in (whole, half[0]):
         norm.weight.copy_(torch.linspace(0.5, 2, 5)), norm.bias.copy_(torch.linspace(-1, 1, 5))
-synchronise_batch_norm(half, torch.device("cpu"))
+synchronize_batch_norm(half, torch.device("cpu"))
 mine = slice(3 * world.rank, 3 * world.rank + 3)
 a, b = x.clone().requires_grad_(), x[mine].clone().requires_grad_()
 for _ in range(2):

@@ -31,7 +31,7 @@ from runs import (
 
 from internimage.cli import main
 from internimage.config import ConfigError
-from internimage.data.datasets import DataError
+from internimage.data.images import DataError
 from internimage.engine import checkpoint, trainer
 from internimage.engine.log import TrainingLog
 from internimage.errors import CheckpointError
@@ -108,14 +108,16 @@ def test_a_result_that_cannot_be_written_is_written_by_the_same_command(faults):
 def test_a_damaged_sharded_checkpoint_is_passed_over_and_its_step_saved_again(faults):
     first, second = faults[1]["damaged shards"]
     assert first["code"] == second["code"] == [0, "step-000000004", [4]]
-    passed, going = [line for line in first["err"].splitlines() if "step-00000000" in line and "going on" not in line]
+    passed, going = [line for line in first["err"].splitlines() if "step-00000000" in line and "resuming" not in line]
     assert "step-000000004' cannot be read and is passed over: its '__1_0.distcp' has 1000 bytes" in passed
     assert "goes on from '" in going and "step-000000003'" in going and "passed over" not in second["err"]
     assert same_weights(faults[0] / "damaged shards", faults[0] / "sharded")
 
 
 def test_a_label_outside_the_classes_ends_evaluation_in_all(faults):
-    assert "the class map has 6 classes and the model 3; it does not know 7, 8, 9" in told(faults, "label outside")
+    assert "the class map has 6 classes and the model 3; the model does not know 7, 8, 9" in told(
+        faults, "label outside"
+    )
 
 
 def test_an_output_folder_that_one_machine_does_not_see_is_refused(faults):
@@ -170,7 +172,7 @@ def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):
     ]
     env = environment() | {"GPUS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     commands = (
-        [str(ROOT / "scripts" / "train_one_machine.sh"), *arguments],
+        [str(ROOT / "scripts" / "launch" / "train_one_machine.sh"), *arguments],
         torchrun_command(2, "-m", "internimage", "finetune", *arguments),
     )
     done = 0
@@ -207,10 +209,10 @@ def test_sigterm_to_the_whole_group_of_processes(data, tmp_path):
 FAILING = """
 import sys
 from internimage.cli import main
-from internimage.tasks.classification import augment
+from internimage.engine import samples
 def fail(self, key):
     raise RuntimeError("a bug")
-augment.SeededDataset.__getitem__ = fail
+samples.SeededDataset.__getitem__ = fail
 main(sys.argv[1:])
 """
 
@@ -230,7 +232,7 @@ def test_a_stop_at_the_end_of_an_epoch_comes_before_validating(data, tmp_path, m
     finetune(settings(data, tmp_path / "whole", eval_every=1), progress=False)
     config = settings(data, tmp_path / "run", eval_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "evaluate", lambda *_, **__: pytest.fail("validated after it was asked to stop"))
+        patch.setattr(trainer.Trainer, "_validate", lambda *_, **__: pytest.fail("validated after the stop"))
         stop_at(config, 3)
     finetune(config, progress=False)
     assert len(epochs(tmp_path / "run")) == 3 and epochs(tmp_path / "run") == epochs(tmp_path / "whole")
@@ -304,9 +306,8 @@ def test_a_table_of_epochs_that_cannot_be_written_is_told(tmp_path, monkeypatch)
 def test_the_output_folder_is_looked_at_before_a_model_is_made(data, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("keep")
     monkeypatch.setattr(
-        sys.modules["internimage.tasks.classification.finetune"],
-        "_create_model",
-        lambda *_: pytest.fail("a model was made"),
+        "internimage.tasks.classification.task.create_model",
+        lambda *_, **__: pytest.fail("a model was made"),
     )
     with pytest.raises(ConfigError, match="is not empty and not ours"):
         finetune(settings(data, tmp_path), progress=False)

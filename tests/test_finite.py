@@ -77,7 +77,7 @@ def test_a_validation_that_is_not_finite_ends_a_run_at_its_end(tmp_path, capsys,
         return evaluate(model, *arguments, **more)
 
     told = []
-    monkeypatch.setattr("internimage.engine.trainer.evaluate", infinite_but_in_the_second)
+    monkeypatch.setattr("internimage.tasks.classification.task.evaluate", infinite_but_in_the_second)
     monkeypatch.setattr("internimage.engine.trainer.message", told.append)
     arguments = [
         "img_size=32",

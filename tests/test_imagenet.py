@@ -10,8 +10,9 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from internimage.cli import main
-from internimage.data.datasets import DataError, open_dataset
-from internimage.data.imagenet import Protocol, open_labelled_folder, protocol
+from internimage.data.datasets import open_dataset
+from internimage.data.imagenet import EvaluationProtocol, open_labelled_folder, protocol
+from internimage.data.images import DataError
 from internimage.tasks.classification.evaluate import evaluate
 
 SYNSETS = ImageNetInfo().label_names()
@@ -70,10 +71,17 @@ def test_flat_folder_with_labels(flat, tmp_path, kind):
     dataset = open_labelled_folder(flat, tmp_path / "labels.txt")
     model = ByColor()
     result = evaluate(
-        model, dataset, CONFIG, 4, 0, progress=False, protocol=protocol("imagenet", model, dataset), keep_answers=True
+        model,
+        dataset,
+        CONFIG,
+        4,
+        0,
+        progress=False,
+        protocol=protocol("imagenet", model, dataset),
+        keep_predictions=True,
     )
     assert (result.images, result.top1) == (6, pytest.approx(100 * 4 / 6))
-    assert [answer[:3] for answer in result.answers] == [
+    assert [answer[:3] for answer in result.predictions] == [
         (0, 5, 5), (1, 7, 7), (2, 8, 7), (3, 999, 999), (4, 0, 0), (5, 13, 12),
     ]  # fmt: skip
 
@@ -81,7 +89,7 @@ def test_flat_folder_with_labels(flat, tmp_path, kind):
 def test_labels_that_cannot_be_used(flat, tmp_path):
     file = tmp_path / "labels.txt"
     for text, message in (
-        ("1\n2\n3\n4\n5\n1000\n", "development kit's numbering"),
+        ("1\n2\n3\n4\n5\n1000\n", "numbering of the development kit"),
         ("1\n2\n", "2 labels.*6 images"),
         (f"{name(1)} 3\n", r"no label for ILSVRC2012_val_00000002.png \(and 4 more"),
         ("\n".join(f"{name(i)} cat" for i in range(1, 7)), "'cat' for .*neither an index nor a synset"),
@@ -91,7 +99,7 @@ def test_labels_that_cannot_be_used(flat, tmp_path):
             open_labelled_folder(flat, file)
     with pytest.raises(DataError, match="no file of labels"):
         open_labelled_folder(flat, tmp_path / "none.txt")
-    with pytest.raises(DataError, match="no folder of images"):
+    with pytest.raises(DataError, match="no image folder"):
         open_labelled_folder(tmp_path / "none", file)
 
 
@@ -121,7 +129,7 @@ def test_variants_of_200_classes(tmp_path, variant):
     probe = timm.create_model("internimage_atto", device="meta")
     for synset in SYNSETS[::5]:
         paint(tmp_path / "wrong" / synset / "0.png", 0)
-    with pytest.raises(DataError, match="has 200 class folders from"):
+    with pytest.raises(DataError, match="needs 200 class folders from"):
         protocol(variant, probe, open_dataset(tmp_path / "wrong"))
     import pkgutil
 
@@ -198,10 +206,10 @@ def test_flips_average_the_two_sides(tmp_path):
     model = timm.create_model("internimage_atto", num_classes=2).eval()
     config = CONFIG | dict(input_size=(3, 32, 32))
     dataset = open_dataset(tmp_path)
-    result = evaluate(model, dataset, config, 4, 0, progress=False, flip=True, keep_answers=True)
+    result = evaluate(model, dataset, config, 4, 0, progress=False, flip=True, keep_predictions=True)
     transform = timm.data.create_transform(**config)
     loss = 0.0
-    for index, target, predicted, sure in result.answers:
+    for index, target, predicted, sure in result.predictions:
         x = transform(dataset[index][0])[None]
         with torch.no_grad():
             mean = (model(x).softmax(-1) + model(x.flip(-1)).softmax(-1))[0] / 2
@@ -231,9 +239,9 @@ def test_variants_are_read_as_published_and_other_images_upright(tmp_path):
         image.paste(0, (0, 0, 4, 8))
         image.save(tmp_path / label / "0.png", exif=exif)
     dataset = open_dataset(tmp_path)
-    for counting, wins in ((None, 1), (Protocol([0, 1], ["a", "b"]), 0)):
-        result = evaluate(DarkSide(), dataset, CONFIG, 4, 0, progress=False, protocol=counting, keep_answers=True)
-        assert [answer[2] for answer in result.answers] == [wins, wins]
+    for counting, wins in ((None, 1), (EvaluationProtocol([0, 1], ["a", "b"]), 0)):
+        result = evaluate(DarkSide(), dataset, CONFIG, 4, 0, progress=False, protocol=counting, keep_predictions=True)
+        assert [answer[2] for answer in result.predictions] == [wins, wins]
 
 
 def test_expected_accuracy(tmp_path, capsys):
@@ -249,7 +257,7 @@ def test_expected_accuracy(tmp_path, capsys):
     assert main([*arguments, "--expect", "50.11"]) == 1
     assert "top-1 is 50.00 %, expected 50.11 within 0.1" in capsys.readouterr().err
     assert main([*arguments, "--expect", "published"]) == 2
-    assert "no top-1 on ImageNet-1k was published for 'internimage_atto'" in capsys.readouterr().err
+    assert "no ImageNet-1k top-1 is published for 'internimage_atto'" in capsys.readouterr().err
     assert main([*arguments, "--expect", "good"]) == 2
     assert main([*arguments, "--flip", "--json", str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What our models promise beyond what timm's own tests ask (scripts/timm_contract.py runs those)."""
+"""What our models promise beyond what timm's own tests ask (scripts/checks/timm_contract.py runs those)."""
 
 import copy
 import re
@@ -264,7 +264,7 @@ WRONG_ARGUMENTS = [
     (dict(post_norm="yes"), "post_norm must be true or false.*'yes'"),
     (dict(attentive_head=[]), "attentive_head must be true or false"),
     (dict(dw_kernel_size=0), "dw_kernel_size.*from 1"),
-    (dict(dw_kernel_size=4), "dw_kernel_size 4 cannot be centred"),
+    (dict(dw_kernel_size=4), "dw_kernel_size 4 cannot be centered"),
     (dict(dw_kernel_size=10**9 + 1), "dw_kernel_size.*to 255"),
     (dict(stage3_post_norm_blocks=(3,)), "stage3_post_norm_blocks must be a whole number from 0 to 2"),
     (dict(stage3_post_norm_blocks="02"), "stage3_post_norm_blocks must be a sequence"),

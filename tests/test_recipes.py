@@ -37,7 +37,7 @@ def test_recipe_loads_and_names_a_model_that_is_there(recipe):
         assert not config.head_from_22k or model.num_classes == 21841
     for processes in (1, 2, 4, 8):
         if config.batch_size >= 64:
-            config.check_parts(processes)
+            config.check_batch(processes)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -56,7 +56,7 @@ def test_official_settings(name):
     assert config.auto_augment == "rand-m9-mstd0.5-inc1" and config.color_jitter == 0.4
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("train_*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts" / "launch").glob("train_*.sh")), ids=lambda path: path.stem)
 def test_launch_scripts_are_bash(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     text = script.read_text()

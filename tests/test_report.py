@@ -181,7 +181,7 @@ def sentences(wrong, right=2):
     """The text above the pictures for so many wrong and right predictions."""
     answers = [(i, 0, 1, 0.9) for i in range(wrong)] + [(wrong + i, 1, 1, 0.5 + 0.1 * i) for i in range(right)]
     images = [(Image.new("RGB", (9, 7)), target) for _, target, *_ in answers]
-    found = report_module._mistakes(Evaluation(answers=answers), images, ["a", "b"], None, {})
+    found = report_module._mistakes(Evaluation(predictions=answers), images, ["a", "b"], None, {})
     assert found.count("<figure>") == min(wrong or right, 16)
     return re.search("<p>(.*?)</p>", found)[1]
 

@@ -161,7 +161,7 @@ def test_damaged_settings_are_one_line(data, copy, capsys, content, reason):
     before = listing(copy)
     assert main(arguments(settings(data, copy))) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "finetune.yaml' cannot be read (" in line and reason in line and "so the run cannot go on" in line
+    assert "finetune.yaml' cannot be read (" in line and reason in line and "so the run cannot resume" in line
     assert listing(copy) == before
 
 

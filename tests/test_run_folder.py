@@ -142,9 +142,8 @@ def test_a_second_run_is_refused_and_a_killed_one_blocks_nobody(data, copy, caps
         before = listing(copy)
         with monkeypatch.context() as patch:
             patch.setattr(
-                sys.modules["internimage.tasks.classification.finetune"],
-                "_create_model",
-                lambda *_: pytest.fail("late"),
+                "internimage.tasks.classification.task.create_model",
+                lambda *_, **__: pytest.fail("late"),
             )
             assert main(arguments(settings(data, copy))) == 2
         err = capsys.readouterr().err
@@ -163,7 +162,7 @@ def test_two_that_begin_at_once_in_a_new_folder(data, tmp_path, monkeypatch):
 
     def patched(self, *arguments):
         made(self, *arguments)
-        config = arguments[0]
+        config = arguments[0].config
         if config.lr != 0.5:
             monkeypatch.setattr(trainer.Trainer, "run", run_other)
 
@@ -171,7 +170,7 @@ def test_two_that_begin_at_once_in_a_new_folder(data, tmp_path, monkeypatch):
 
     def run_other(self, stop, progress=True):
         monkeypatch.setattr(trainer.Trainer, "run", run)
-        module = sys.modules["internimage.tasks.classification.finetune"]
+        module = sys.modules["internimage.engine.run"]
         monkeypatch.setattr(module, "check_free", lambda folder: None)
         monkeypatch.setattr(module, "check_output", lambda config: False)
         with pytest.raises(LockedError, match="another run is writing to"):
@@ -247,13 +246,13 @@ def test_everything_in_the_folder_has_the_umask_s_mode(data, tmp_path):
     try:
         config = settings(data, tmp_path / "a" / "run", epochs=1, report=True, eval_every=1)
         with pytest.MonkeyPatch.context() as patch:
-            place = trainer.Trainer._place
+            place = trainer.Trainer._to_device
 
             def patched(self, batch, step):
                 images, targets = place(self, batch, step)
                 return (images * float("nan") if step == 1 else images), targets
 
-            patch.setattr(trainer.Trainer, "_place", patched)
+            patch.setattr(trainer.Trainer, "_to_device", patched)
             finetune(config, progress=False)
         assert main(["convert", str(tmp_path / "a" / "run"), str(tmp_path / "converted")]) == 0
     finally:

@@ -109,7 +109,7 @@ def test_help_lists_every_setting_with_its_default(capsys):
         assert field.metadata["help"].split()[0] in line
     flat = " ".join(text.split())
     assert "image side in pixels; null: the model's own; from 1 to 16384; default null" in flat
-    assert "start from the weights that the name stands for; default true" in flat and "default None" not in flat
+    assert "start from the weights that the name refers to; default true" in flat and "default None" not in flat
     assert "folder for the result; required" in flat
 
 
@@ -160,7 +160,7 @@ def test_the_order_of_recipe_and_settings_is_free(tmp_path, capsys):
         assert (config.lr, config.epochs) == (0.25, 7)
     assert main(["finetune", "a.yaml", "data=x", "b.yaml"]) == 2
     assert capsys.readouterr().err.endswith(
-        "one recipe is the most, got 'a.yaml' and 'b.yaml'; settings are KEY=VALUE\n"
+        "only one recipe is allowed, got 'a.yaml' and 'b.yaml'; settings are KEY=VALUE\n"
     )
     assert main(["finetune", "--warmup-epochs", "3", "data=x"]) == 2
     assert "no option '--warmup-epochs'; settings are written warmup_epochs=VALUE" in capsys.readouterr().err
@@ -186,7 +186,7 @@ RECIPES = {
     "deep mappings": ("lr: " + "{a: " * 10000, "must be flat"),
     "aliases": (BOMB, "must be flat: line 1 has a list"),
     "merges": (MERGES, "must be flat: line 1 has a list or a mapping"),
-    "itself": ("&r\nlr: *r\n", "has the alias *r, which does not stand for a single value"),
+    "itself": ("&r\nlr: *r\n", "has the alias *r, which does not refer to a single value"),
     "no anchor": ("lr: *x\n", "has the alias *x"),
     "an object": ("lr: !!python/object/apply:os.system ['true']\n", "must be flat"),
     "a tag": ("lr: !!python/name:os.system\n", "is not YAML: could not determine a constructor"),
@@ -218,7 +218,7 @@ def test_a_recipe_that_is_no_file(tmp_path):
     for path, message in (
         (tmp_path / "pipe", "is not a regular file"),
         (tmp_path, "is a folder"),
-        (tmp_path / "none.yaml", "there is no configuration at"),
+        (tmp_path / "none.yaml", "there is no recipe"),
         (tmp_path / "large.yaml", "is too large for a recipe"),
         (tmp_path / "latin.yaml", "is not YAML: it is not text in UTF-8"),
         ("/dev/zero", "is not a regular file"),

@@ -18,7 +18,7 @@ from runs import ROOT, settings
 
 from internimage.cli import info, main
 from internimage.progress import MessageHandler, message, progress_bar
-from internimage.terminal import others_too, printable, say
+from internimage.terminal import printable, printable_warnings, say
 
 EVIL = "a\x1b[2J\x9b31m\r\n\b\x00\t\x7f\u202eb\u2066\u2028\u2029\x85\udcff"
 WRITTEN = r"a\x1b[2J\x9b31m\r\n\x08\x00\t\x7f\u202eb\u2066\u2028\u2029\x85\udcff"
@@ -85,7 +85,7 @@ def test_other_packages_texts_pass_it_while_a_command_runs(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     logger = foreign_logger("first")
     before = logging.lastResort, warnings.formatwarning
-    with others_too(MessageHandler()):
+    with printable_warnings(MessageHandler()):
         logger.warning("keys: %s", "\x1b[2J")
         logger.info("not this")
         warning = warnings.formatwarning("odd\n\x1b[2J file", UserWarning, "/x\n.py", 3)

@@ -24,15 +24,16 @@ from torch import nn
 
 from internimage.cli import main
 from internimage.config import ConfigError, load_config
-from internimage.data.datasets import open_dataset
 from internimage.engine import checkpoint, trainer
 from internimage.engine.optimizer import create_optimizer, learning_rate
 from internimage.engine.rng import BatchPlan, DropPathDraws, PlanSampler
+from internimage.engine.run import Preempted
 from internimage.engine.run_folder import check_output, prepare_output
 from internimage.errors import UserError
-from internimage.tasks.classification.augment import training_loader
+from internimage.tasks.classification.augment import training_transform
 from internimage.tasks.classification.config import FinetuneConfig
-from internimage.tasks.classification.finetune import Preempted, finetune
+from internimage.tasks.classification.finetune import finetune
+from internimage.tasks.classification.task import ClassificationTask
 
 PREPROCESSING = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=1.0)
 
@@ -56,10 +57,12 @@ def settings(data, output, **more):
 
 
 def batches(data, config, start=0, stop=6):
-    dataset = open_dataset(data / "train", split="")
-    plan = BatchPlan(len(dataset), config.batch_size, config.accumulate, config.seed)
+    task = ClassificationTask(config)
+    task.open_data()
+    task.data_config, task.transform = PREPROCESSING, training_transform(config, PREPROCESSING)
+    plan = BatchPlan(task.train_size, config.batch_size, config.accumulate, config.seed)
     sampler = PlanSampler(plan, list(range(config.accumulate)), start, stop)
-    return list(training_loader(dataset, sampler, config, PREPROCESSING, False))
+    return list(task.train_loader(sampler, False))
 
 
 def test_any_number_of_workers_gives_the_same_batches(data, tmp_path):
@@ -69,15 +72,15 @@ def test_any_number_of_workers_gives_the_same_batches(data, tmp_path):
         torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
         found = batches(data, settings(data, tmp_path, workers=workers))
         for a, b in zip(expected, found, strict=True):
-            assert a.samples == b.samples and torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
-    assert not torch.equal(expected[0].images, batches(data, settings(data, tmp_path, seed=1))[0].images)
+            assert a.samples == b.samples and all(map(torch.equal, a.data, b.data))
+    assert not torch.equal(expected[0].data[0], batches(data, settings(data, tmp_path, seed=1))[0].data[0])
 
 
 def test_batches_from_any_step_are_those_of_a_whole_run(data, tmp_path):
     expected = batches(data, settings(data, tmp_path))
     for start in (1, 3, 5):  # an epoch has three steps
         found = batches(data, settings(data, tmp_path), start)
-        assert all(torch.equal(a.images, b.images) for a, b in zip(expected[start:], found, strict=True))
+        assert all(torch.equal(a.data[0], b.data[0]) for a, b in zip(expected[start:], found, strict=True))
 
 
 def test_an_epoch_holds_every_image_once_and_an_image_is_drawn_anew_in_the_next(data, tmp_path):
@@ -85,30 +88,30 @@ def test_an_epoch_holds_every_image_once_and_an_image_is_drawn_anew_in_the_next(
     images = {}
     for batch in found:
         assert sorted(index for _, index in batch.samples) == list(range(27))
-        for (epoch, index), image in zip(batch.samples, batch.images):
+        for (epoch, index), image in zip(batch.samples, batch.data[0]):
             images[epoch, index] = image
     assert sum(torch.equal(images[0, i], images[1, i]) for i in range(27)) == 0
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_mixing_the_parts_of_a_batch_is_mixing_the_batch(parts):
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_mixing_the_micro_batches_is_mixing_the_batch(count):
     """Against timm's Mixup on the whole batch."""
     size = 16
     images, targets = torch.rand(size, 3, 8, 8), torch.arange(size) % 5
-    plan = BatchPlan(100, size, parts, 0)
+    plan = BatchPlan(100, size, count, 0)
     mix = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=5)
-    assert sorted(i for part in range(parts) for i in plan.positions(part)) == list(range(size))
+    assert sorted(i for part in range(count) for i in plan.positions(part)) == list(range(size))
     for seed in range(4):
         np.random.seed(seed)
         expected, expected_targets = mix(images.clone(), targets.clone())
-        for part in range(parts):
+        for part in range(count):
             places = plan.positions(part)
             np.random.seed(seed)
             found, found_targets = mix(images[places].clone(), targets[places].clone())
             assert torch.equal(found, expected[places]) and torch.equal(found_targets, expected_targets[places])
 
 
-def test_drop_path_draws_do_not_depend_on_the_parts_and_have_the_rate():
+def test_drop_path_draws_do_not_depend_on_the_micro_batches_and_have_the_rate():
     model = nn.Sequential(nn.Linear(4, 4), DropPath(0.25), nn.Sequential(DropPath(0.6)), DropPath(0.0))
     whole = DropPathDraws(model, BatchPlan(1000, 16, 1, 0), seed=3)
     assert [layer.drop_prob for layer in whole.layers] == [0.25, 0.6]
@@ -186,7 +189,10 @@ def test_the_help_says_what_eval_every_0_does(capsys):
 def test_a_run_without_validation_images_says_so(data, tmp_path, capsys):
     assert command(data / "train", tmp_path / "run", epochs=1, report=True) == 0
     out = capsys.readouterr().out
-    assert "there are no validation images, so the accuracy is not known" in out and f"model: {tmp_path / 'run'}" in out
+    assert (
+        "there are no validation images (DATA/val/CLASS/IMAGE), so the accuracy is unknown" in out
+        and f"model: {tmp_path / 'run'}" in out
+    )
     assert "report" not in out and not (tmp_path / "run" / "report.html").exists()
 
 
@@ -195,7 +201,7 @@ def test_a_report_that_fails_costs_a_message_and_not_the_model(data, tmp_path, m
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(sys.modules["internimage.tasks.classification.finetune"], "write_report", fail)
+    monkeypatch.setattr("internimage.engine.run.write_report", fail)
     assert command(data, tmp_path / "run", epochs=1, report=True) == 1  # done, with something left out
     out, err = capsys.readouterr()
     (line,) = [line for line in err.splitlines() if "could not be written" in line]
@@ -210,7 +216,7 @@ def test_validation_images_that_cannot_be_read_cost_the_accuracy_and_not_the_mod
         file.write_bytes(b"nothing")
     assert command(folder, tmp_path / "run", epochs=1, report=True) == 1
     out, err = capsys.readouterr()
-    assert "the validation images were not evaluated: no image of 6 could be read" in err and "Traceback" not in err
+    assert "the validation images were not evaluated: none of 6 images could be read" in err and "Traceback" not in err
     assert out == f"model: {tmp_path / 'run'}\n"
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
@@ -220,7 +226,7 @@ def test_some_validation_images_that_cannot_be_read_are_told(data, tmp_path, cap
     (folder / "val" / "1" / "0.png").write_bytes(b"nothing")
     assert command(folder, tmp_path / "run", epochs=1) == 0
     out, err = capsys.readouterr()
-    assert " on 5 validation images" in out and "validation images that could not be read and do not count: 1" in err
+    assert " on 5 validation images" in out and "validation images that could not be read and are not counted: 1" in err
 
 
 def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
@@ -249,7 +255,7 @@ def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
 def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
     """20 kills with SIGKILL: at random times, half way in a checkpoint, before and after its rename, in a removal."""
     result = subprocess.run(
-        [sys.executable, "scripts/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "scripts/checks/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -262,7 +268,7 @@ def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
 def test_killed_runs_with_damaged_checkpoints_name_them_and_end_bitwise():
     """Of one process, and of two whose parent alone is killed as well, so that they have to end by themselves."""
     result = subprocess.run(
-        [sys.executable, "scripts/kill_resume.py", "--kills", "24", "--kinds", "file,ddp,fsdp", "--damage",
+        [sys.executable, "scripts/checks/kill_resume.py", "--kills", "24", "--kinds", "file,ddp,fsdp", "--damage",
          "flip,zero,truncate,delete"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -352,7 +358,7 @@ def test_sigterm_saves_exits_with_0_and_the_same_command_goes_on(data, tmp_path,
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     step = int(re.search(r"asked to stop: saved after step (\d+) of 120", out).group(1))
-    assert step < 120 and "the same command goes on from there" in out
+    assert step < 120 and "the same command resumes from there" in out
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step-{step:09d}.pt"
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -376,20 +382,20 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(data, tmp_path):
 
 def poison(monkeypatch, bad, value=float("nan")):
     """Make the images of some steps bad."""
-    place = trainer.Trainer._place
+    place = trainer.Trainer._to_device
 
     def patched(self, batch, step):
         images, targets = place(self, batch, step)
         return (images * value if step in bad else images), targets
 
-    monkeypatch.setattr(trainer.Trainer, "_place", patched)
+    monkeypatch.setattr(trainer.Trainer, "_to_device", patched)
 
 
 def test_a_step_with_a_loss_of_nan_is_left_out_and_its_batch_kept(data, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {2})
     finetune(settings(data, tmp_path, checkpoint_every=1, ema_decay=0.5), progress=False)
     out, err = capsys.readouterr()
-    assert "the loss is nan in epoch 1, step 3: the step is left out (1 of nan_limit=10)" in err and out == ""
+    assert "the loss is nan in epoch 1, step 3: the step is skipped (1 of nan_limit=10)" in err and out == ""
     rows = steps(tmp_path)
     assert [row["loss"] for row in rows].count("nan") == 1 and rows[2]["loss"] == "nan"
     with (tmp_path / "log.csv").open(newline="") as file:
@@ -407,13 +413,13 @@ def test_a_step_with_a_loss_of_nan_is_left_out_and_its_batch_kept(data, tmp_path
 def test_a_step_that_is_left_out_leaves_no_trace_in_the_weights(data, tmp_path, monkeypatch):
     """The weights and statistics after a bad first step are those from before it."""
     seen = []
-    leave_out = trainer.Trainer._leave_out
+    leave_out = trainer.Trainer._skip_step
 
     def watched(self, *arguments):
         leave_out(self, *arguments)
         seen.append({key: value.clone() for key, value in self.model.state_dict().items()})
 
-    monkeypatch.setattr(trainer.Trainer, "_leave_out", watched)
+    monkeypatch.setattr(trainer.Trainer, "_skip_step", watched)
     poison(monkeypatch, {0, 1})
     finetune(settings(data, tmp_path, epochs=1), progress=False)
     torch.manual_seed(0)
@@ -424,7 +430,7 @@ def test_a_step_that_is_left_out_leaves_no_trace_in_the_weights(data, tmp_path, 
 
 def test_training_stops_after_the_limit_of_bad_steps(data, tmp_path, monkeypatch):
     poison(monkeypatch, {1, 4, 5}, float("inf"))
-    with pytest.raises(trainer.TrainingError, match=r"epoch 2, step 5, and 2 steps were left out.*bad-batches"):
+    with pytest.raises(trainer.TrainingError, match=r"epoch 2, step 5, and 2 steps were skipped.*bad-batches"):
         finetune(settings(data, tmp_path, nan_limit=2), progress=False)
     assert len(list((tmp_path / "bad-batches").iterdir())) == 2
     assert not (tmp_path / "model.safetensors").exists()
@@ -434,7 +440,7 @@ def test_the_count_of_bad_steps_survives_a_resume(data, tmp_path, monkeypatch):
     poison(monkeypatch, {1, 5})
     config = settings(data, tmp_path, nan_limit=2)
     stop_at(config, 4)
-    with pytest.raises(trainer.TrainingError, match="2 steps were left out"):
+    with pytest.raises(trainer.TrainingError, match="2 steps were skipped"):
         finetune(config, progress=False)
 
 
@@ -484,9 +490,9 @@ def test_frozen_weights_stay_bitwise_and_the_others_do_not(data, tmp_path):
         start = {}
         init = trainer.Trainer.__init__
 
-        def watched(self, config, world, model, *arguments, start=start, init=init):
+        def watched(self, task, world, model, *arguments, start=start, init=init):
             start |= {key: value.clone() for key, value in model.state_dict().items()}
-            init(self, config, world, model, *arguments)
+            init(self, task, world, model, *arguments)
 
         trainer.Trainer.__init__ = watched
         try:

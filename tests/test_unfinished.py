@@ -4,7 +4,6 @@
 import contextlib
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import socket
@@ -18,12 +17,15 @@ from runs import ROOT, environment, listing, same_weights, settings, wait_for_ch
 
 from internimage import locks
 from internimage.cli import main
-from internimage.data.datasets import DataError
-from internimage.data.workers import worker_signals
+from internimage.data.images import DataError
+from internimage.data.workers import init_worker_signals
 from internimage.engine import checkpoint, trainer
+from internimage.engine import run as engine_run
 from internimage.engine.finite import NotFiniteError
 from internimage.engine.run_folder import UNFINISHED, is_finished, prepare_output
-from internimage.tasks.classification.finetune import finetune, open_data
+from internimage.tasks.classification import task as classification
+from internimage.tasks.classification.finetune import finetune
+from internimage.tasks.classification.task import ClassificationTask, open_data
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and POSIX locks")
 
@@ -56,7 +58,7 @@ def interrupt_in(monkeypatch, owner, name, when=lambda *_: True):
     "place, message",
     [
         ("model", "interrupted before training began; nothing was changed"),
-        ("step 2", "interrupted before the first checkpoint; the same command begins anew"),
+        ("step 2", "interrupted before the first checkpoint; the same command starts over"),
         ("step 5", "interrupted; the same command resumes after step 3 of 9"),
         ("checkpoint", "interrupted; the same command resumes after step 3 of 9"),
         ("model's file", "interrupted; the same command resumes after step 9 of 9"),
@@ -65,10 +67,9 @@ def interrupt_in(monkeypatch, owner, name, when=lambda *_: True):
     ],
 )
 def test_an_interrupt_says_what_the_same_command_does(data, tmp_path, monkeypatch, capsys, place, message):
-    module = sys.modules["internimage.tasks.classification.finetune"]
     run = tmp_path / "run"
     if place == "model":
-        interrupt_in(monkeypatch, module, "_create_model")
+        interrupt_in(monkeypatch, ClassificationTask, "create_model")
     elif place.startswith("step"):
         interrupt_in(monkeypatch, trainer.Trainer, "_step", lambda self, *_: self.progress.step + 1 == int(place[-1]))
     elif place == "checkpoint":  # inside of torch's archive writer, which makes another error of it
@@ -93,9 +94,9 @@ def test_an_interrupt_says_what_the_same_command_does(data, tmp_path, monkeypatc
 
         monkeypatch.setattr(torch, "save", patched)
     elif place == "model's file":
-        interrupt_in(monkeypatch, module, "save_model")
+        interrupt_in(monkeypatch, ClassificationTask, "save")
     elif place == "report":
-        interrupt_in(monkeypatch, module, "write_report")
+        interrupt_in(monkeypatch, engine_run, "write_report")
     else:
         interrupt_in(monkeypatch, locks, "_release", lambda path, _: path.parent == run)
     config = settings(data, run, report=True)
@@ -140,13 +141,9 @@ def test_nothing_after_the_last_step_costs_the_model(data, whole, tmp_path, monk
 
     monkeypatch.setattr(trainer.Trainer, "_step", lambda *_: pytest.fail("trained"))
     with monkeypatch.context() as patch:
-        owner = (
-            (trainer, "evaluate")
-            if where == "evaluation"
-            else (sys.modules["internimage.tasks.classification.finetune"], "write_report")
-        )
+        owner = (classification, "evaluate") if where == "evaluation" else (engine_run, "write_report")
         patch.setattr(*owner, fail)
-        if isinstance(error, Exception):  # told, and that was it
+        if isinstance(error, Exception):  # reported, and that is all
             assert main(arguments(config)) == 1
             what = "the validation images were not evaluated" if where == "evaluation" else "could not be written"
             err = capsys.readouterr().err
@@ -172,7 +169,7 @@ def test_a_model_that_turns_out_to_be_none_goes_again(data, whole, tmp_path, mon
         assert (tmp_path / "run" / "model.safetensors").exists()
         raise NotFiniteError("an output is nan")
 
-    monkeypatch.setattr(trainer, "evaluate", fail)
+    monkeypatch.setattr("internimage.tasks.classification.task.evaluate", fail)
     assert main(arguments(settings(data, tmp_path / "run", epochs=1))) == 2
     assert "No model was written; the checkpoints stay" in capsys.readouterr().err
     assert listing(tmp_path / "run") == ["checkpoints", "checkpoints/step-000000003.pt", "finetune.yaml", "steps.csv"]
@@ -206,7 +203,7 @@ def test_ctrl_c_with_loader_workers_is_one_line(data, tmp_path):
 
 
 def _share_a_descriptor(pipe):
-    worker_signals(0)
+    init_worker_signals(0)
     with open(os.devnull) as file:
         pipe.send(resource_sharer.DupFd(file.fileno()))
         pipe.recv()
@@ -246,8 +243,8 @@ def test_a_diverged_run_is_not_saved_as_finished(data, tmp_path, capsys, monkeyp
     monkeypatch.setattr(trainer.Trainer, "_step", patched)
     assert main(arguments(settings(data, tmp_path, **sets))) == 2
     err = capsys.readouterr().err
-    assert re.search(r"error: training diverged: 2 numbers in 'patch_embed.conv1.weight', and some in 1 other tensors, "
-                     r"are not finite after epoch 2\. A smaller lr than 0\.003", err)  # fmt: skip
+    where = "2 elements of 'patch_embed.conv1.weight', and some in 1 other tensors,"
+    assert f"error: training diverged: {where} are not finite after epoch 2. A smaller lr than 0.003" in err
     assert "Traceback" not in err and not (tmp_path / "model.safetensors").exists()
     assert len(checkpoint.checkpoints(tmp_path / "checkpoints")) == 2
     monkeypatch.undo()
@@ -258,9 +255,9 @@ def test_a_diverged_run_is_not_saved_as_finished(data, tmp_path, capsys, monkeyp
 def test_a_buffer_that_is_infinite_by_intent_is_no_divergence(data, tmp_path, monkeypatch):
     init = trainer.Trainer.__init__
 
-    def patched(self, config, world, model, *arguments):
+    def patched(self, task, world, model, *arguments):
         model.register_buffer("mask", torch.full((2,), -torch.inf))
-        init(self, config, world, model, *arguments)
+        init(self, task, world, model, *arguments)
 
     monkeypatch.setattr(trainer.Trainer, "__init__", patched)
     finetune(settings(data, tmp_path, epochs=1), progress=False)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Scratch memory.
+// Scratch memory of a thread.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace internimage {
 
-// Uninitialized memory for the calling thread. Up to 4 MiB are kept for the thread's next call: page faults of fresh
-// memory can take longer than the whole call.
+// Uninitialized memory for the calling thread. Up to 4 MiB is kept for its next call, as the page faults of fresh
+// memory can take longer than the call itself.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
@@ -18,7 +18,7 @@ class Scratch {
     if (bytes > kKeptBytes) {
       large_.reset(new char[bytes]);
     } else if (bytes > kept_bytes) {
-      kept_bytes = 0;  // should the allocation fail
+      kept_bytes = 0;  // in case the allocation throws
       kept.reset(new char[bytes]);
       kept_bytes = bytes;
     }

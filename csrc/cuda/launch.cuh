@@ -45,7 +45,7 @@ struct Launch {
   }
 };
 
-// The tensor, contiguous and aligned to what a thread loads of a pixel; a copy where it is not. New memory is aligned.
+// The tensor, contiguous and aligned to what a thread loads from a pixel; a copy if it is not. New memory is aligned.
 inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
   const torch::stable::Tensor t = torch::stable::contiguous(tensor);
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kForwardBytes == 0 ? t : torch::stable::clone(t);

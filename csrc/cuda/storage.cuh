@@ -13,7 +13,7 @@
 #else
 #define INTERNIMAGE_VECTOR_ATOMICS false
 #endif
-#else  // who includes this provides the names of CUDA that are used here
+#else  // the including file defines the CUDA names that are used here
 #define INTERNIMAGE_VECTOR_ATOMICS true
 #endif
 
@@ -22,7 +22,7 @@ namespace cuda {
 
 // ---- storage types
 
-// How values of type S lie in memory: one at a time, and N in 32-bit words.
+// Conversions between storage type S and its compute type: single values, and N values in 32-bit words.
 template <typename S>
 struct Storage;
 
@@ -109,7 +109,7 @@ struct Storage<__nv_bfloat16> {
 template <typename S>
 using Compute = typename Storage<S>::Compute;
 
-// N neighboring values; more than one must be aligned to all their bytes, or to 16.
+// Loads N adjacent values. If N > 1, they must be aligned to their total size, or to 16 bytes if that is more.
 template <typename S, int N>
 __device__ __forceinline__ void load(const S* from, Compute<S> (&to)[N]) {
   constexpr int kBytes = N * sizeof(S);
@@ -148,7 +148,7 @@ __device__ __forceinline__ void store(S* to, const Compute<S> (&values)[N]) {
     Storage<S>::template pack<N>(values, words);
     if constexpr (kBytes % 16 == 0) {
 #pragma unroll
-      for (int i = 0; i < kBytes / 16; ++i)  // by name, as an assignment may be taken apart
+      for (int i = 0; i < kBytes / 16; ++i)  // an intrinsic, as the compiler may split an assignment
         __stwb(reinterpret_cast<uint4*>(to) + i,
                make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]));
     } else if constexpr (kBytes == 8) {
@@ -160,7 +160,7 @@ __device__ __forceinline__ void store(S* to, const Compute<S> (&values)[N]) {
   }
 }
 
-// Adds where other threads add too. From compute capability 9.0 on, four floats are one operation.
+// Adds atomically. From compute capability 9.0 on, four floats take one instruction.
 template <typename T, int N>
 __device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
   if constexpr (INTERNIMAGE_VECTOR_ATOMICS && std::is_same<T, float>::value && N == 4) {
@@ -173,13 +173,13 @@ __device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
 
 // ---- addresses
 
-// The same pointer to global memory, computed here and kept in a register. Otherwise the compiler adds its terms up
-// again for each access: six instructions instead of one.
+// The same pointer to global memory, computed here and kept in a register. Otherwise the compiler recomputes it from
+// its terms for each access: six instructions instead of one.
 template <typename T>
 __device__ __forceinline__ T* materialize(T* pointer) {
 #ifdef __CUDA_ARCH__
-  size_t address =
-      __cvta_generic_to_global(pointer);  // converted back below, or the compiler forgets that the memory is global
+  // converted back below, or the compiler no longer knows that the memory is global
+  size_t address = __cvta_generic_to_global(pointer);
   asm("" : "+l"(address));
   return static_cast<T*>(__cvta_global_to_generic(address));
 #else
@@ -187,7 +187,7 @@ __device__ __forceinline__ T* materialize(T* pointer) {
 #endif
 }
 
-// The other 16 bytes of 32 that are aligned, without touching the upper word of the address.
+// The other half of 32 aligned bytes, without touching the upper word of the address.
 template <typename S>
 __device__ __forceinline__ const S* other_half(const S* pointer) {
 #ifdef __CUDA_ARCH__
@@ -201,7 +201,7 @@ __device__ __forceinline__ const S* other_half(const S* pointer) {
 #endif
 }
 
-// ---- functions
+// ---- math
 
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }

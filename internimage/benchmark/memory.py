@@ -1,30 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory of a model's work, in a process of its own.
+"""Peak memory of inference or of a training step, in a separate process.
 
-What counts is by how much the process's resident memory grows at its peak, from when the model and its input are there
-and an inference of one image has loaded what libraries load late, to after two calls. Linux only.
+Measures how far the peak of two calls exceeds the resident memory before them, when the model and its input exist and
+inference of one image has made the libraries load what they load lazily. Linux only.
 """
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
+
+from .contender import Contender, inference, training_step
 from .timing import BenchmarkError
 
-if TYPE_CHECKING:
-    from .models import Contender
-
-THREADS = 1  # more of them have caches of their own, and the peak depends on when each gets to run
+THREADS = 1  # each thread has its own caches, so that with several the peak depends on scheduling
 
 
-def peak(contender: "Contender", batch: int, training: bool) -> float:
+def peak(contender: Contender, batch: int, training: bool) -> float:
     """The growth in MB (10^6 bytes).
 
     Raises:
-        BenchmarkError: The system does not tell, or the process failed.
+        BenchmarkError: The system is not Linux, or the process failed.
     """
     check_system()
     task = {
@@ -34,7 +36,7 @@ def peak(contender: "Contender", batch: int, training: bool) -> float:
         "batch": batch,
         "training": training,
     }
-    root = str(Path(__file__).parents[2])  # where the package is, if it is not installed
+    root = str(Path(__file__).parents[2])  # the package may not be installed
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS=str(THREADS))
     command = [sys.executable, "-m", "internimage.benchmark.memory", json.dumps(task)]
@@ -46,27 +48,24 @@ def peak(contender: "Contender", batch: int, training: bool) -> float:
 
 
 def check_system() -> None:
-    """BenchmarkError where the system does not tell: to ask before an hour of measuring."""
+    """Check that peak memory can be measured on this system, before other measurements are made.
+
+    Raises:
+        BenchmarkError: It cannot.
+    """
     if not Path("/proc/self/clear_refs").exists():
-        raise BenchmarkError("peak memory is measured on Linux only; leave it out with --no-memory")
+        raise BenchmarkError("peak memory can be measured on Linux only; skip it with --no-memory")
 
 
 def _status(key: str) -> int:
-    """An entry of /proc/self/status that is in kB, in bytes."""
+    """An entry of /proc/self/status, converted from kB to bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise BenchmarkError(f"/proc/self/status has no {key}")
 
 
-def _measure(task: dict) -> float:
-    import ctypes
-    import gc
-
-    import torch
-
-    from .models import Contender, inference, training_step
-
+def _measure(task: dict[str, Any]) -> float:
     torch.set_num_threads(THREADS)
     checkout = Path(task["checkout"]) if task["checkout"] else None
     contender = Contender(task["name"], checkout=checkout, img_size=task["img_size"])
@@ -75,7 +74,7 @@ def _measure(task: dict) -> float:
     work = training_step(model.train(), images) if task["training"] else inference(model, images)
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what building the model has freed is not there to be used again
+        ctypes.CDLL(None).malloc_trim(0)  # return memory that building the model has freed, which the calls could reuse
     except AttributeError:
         pass
     before = _status("VmRSS")

@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""InternImage-T on the CPU against the official model and against others of its size, with random weights.
+"""InternImage-T on the CPU against the official model and other models of its size, with random weights.
 
 Inference in float32 and bfloat16, a training step in float32 (forward, cross entropy, backward, plain SGD), and peak
-memory. The official model has our weights, and its logits are compared with ours before anything is timed. Models of
-timm run in both memory formats, and the faster one counts; the rows name it.
+memory. The official model gets our weights, and its logits are compared with ours before anything is timed. timm models
+are timed in both memory formats; the faster one counts, and the rows name it.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dtypes import torch_dtype
 from . import MODEL_PEERS as PEERS
 from . import memory
-from .official import NO_CHECKOUT, official_model
+from .contender import DTYPES, OFFICIAL, OURS, Contender, inference, training_step
+from .official import NO_CHECKOUT
 from .timing import (
     HOW,
     BenchmarkError,
@@ -33,68 +31,16 @@ from .timing import (
     facts,
     interleave,
     markdown,
+    significant,
 )
-from .timing import significant as short
 
-OURS = "internimage_tiny"
-OFFICIAL = "official InternImage-T"
-DTYPES = ("fp32", "bf16")  # as rows name them
-# deviation of the logits of the largest: the official operator rounds in its normalised coordinates, block after block
+# of logits, relative to the largest one; the official operator rounds its normalized coordinates in each block
 TOLERANCE = {"official": 1e-3, "bf16": 0.1}
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A model as it is run."""
-
-    name: str
-    dtype: str = "fp32"
-    channels_last: bool = False
-    checkout: Path | None = None  # for the official model
-    img_size: int = 224
-
-    def build(self) -> nn.Module:
-        """The model, always with the same weights, for evaluation."""
-        torch.manual_seed(0)
-        if self.checkout is not None:
-            model = official_model(
-                self.checkout, channels=64, depths=[4, 4, 18, 4], groups=[4, 8, 16, 32], drop_path_rate=0.0
-            )
-            # the official names of the parameters are ours
-            model.load_state_dict(replace(self, name=OURS, checkout=None).build().state_dict())
-        else:
-            cfg = timm.get_pretrained_cfg(self.name, allow_unregistered=True)
-            fixed = self.name.startswith("swin") or (cfg is not None and cfg.fixed_input_size)
-            extra = {"img_size": self.img_size} if fixed else {}
-            try:
-                model = timm.create_model(self.name, drop_path_rate=0.0, **extra)
-            except TypeError as error:  # the model has no drop path
-                if "drop_path_rate" not in str(error):
-                    raise
-                model = timm.create_model(self.name, **extra)
-            if self.name == OURS:
-                spread_points(model)
-        model = model.eval().to(torch_dtype(self.dtype))
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
-
-    def images(self, batch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(batch, 3, self.img_size, self.img_size, generator=generator).to(torch_dtype(self.dtype))
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-
-def spread_points(model: nn.Module) -> None:
-    """Give offset and mask, which begin at zero, weights: the points leave the pixel centres as trained ones do."""
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if name.endswith((".dcn.offset.weight", ".dcn.mask.weight")):
-            with torch.no_grad():
-                parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]), generator=generator)
-
-
 @contextlib.contextmanager
-def _blamed(contender: Contender) -> Iterator[None]:
-    """Context in which whatever a peer's code raises becomes a message: its name or size may be no good for it."""
+def _errors_of(contender: Contender) -> Iterator[None]:
+    """Context in which any error of a foreign model becomes a message: it may not support the image size, say."""
     try:
         yield
     except BenchmarkError:
@@ -104,17 +50,19 @@ def _blamed(contender: Contender) -> Iterator[None]:
             raise
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         size = f"{contender.img_size} pixels"
-        raise BenchmarkError(f"the peer '{contender.name}' does not run at {size}: {reason}") from error
+        raise BenchmarkError(f"'{contender.name}' does not run at {size}: {reason}") from error
 
 
 def contenders(peers: Sequence[str], checkout: Path | None, dtypes: Sequence[str], img_size: int) -> list[Contender]:
-    """Ours in each dtype, and the peers: the official one in float32, timm's in each dtype and memory format.
+    """Ours in each dtype, the official model in float32, and timm models in each dtype and memory format.
 
     Raises:
-        BenchmarkError: timm has no model of a peer's name, or there is no checkout of the official one.
+        BenchmarkError: timm has no model of a name, or "official" is among the peers without a checkout.
     """
     if unknown := [name for name in peers if name != "official" and not timm.is_model(name)]:
-        raise BenchmarkError(f"timm has no model {', '.join(map(repr, unknown))}; a peer is 'official' or a timm model")
+        raise BenchmarkError(
+            f"timm has no model {', '.join(map(repr, unknown))}; --peers takes 'official' and timm models"
+        )
     if "official" in peers and checkout is None:
         raise BenchmarkError(NO_CHECKOUT)
     result = [Contender(OURS, dtype, img_size=img_size) for dtype in dtypes]
@@ -127,48 +75,25 @@ def contenders(peers: Sequence[str], checkout: Path | None, dtypes: Sequence[str
 
 
 def check(models: dict[Contender, nn.Module]) -> None:
-    """Whether the models that should agree do.
+    """Check that the official model, and ours in bfloat16, compute the logits of ours in float32.
 
     Raises:
-        BenchmarkError: The official model's logits are not ours, or ours in bfloat16 are far from those in float32.
+        BenchmarkError: They deviate by more than `TOLERANCE`.
     """
-    logits = {}
+    logits: dict[Contender, Tensor] = {}
     for contender, model in models.items():
-        with torch.inference_mode(), _blamed(contender):
+        with torch.inference_mode(), _errors_of(contender):
             logits[contender] = model(contender.images(2)).float()
-    right = next(value for c, value in logits.items() if c.name == OURS and c.dtype == "fp32")
+    expected = next(value for c, value in logits.items() if c.name == OURS and c.dtype == "fp32")
     for contender, value in logits.items():
         if contender.name in (OURS, OFFICIAL):
-            deviation = ((value - right).abs().max() / right.abs().max()).item()
+            deviation = ((value - expected).abs().max() / expected.abs().max()).item()
             allowed = TOLERANCE["official" if contender.name == OFFICIAL else "bf16"]
             if not deviation <= allowed:
                 raise BenchmarkError(
                     f"{contender.name} {contender.dtype}: the logits deviate from ours in float32 by {deviation:.1e} "
-                    f"of the largest, allowed {allowed:.0e}; the times would not be of the same work"
+                    f"of the largest, allowed {allowed:.0e}; the times would not be comparable"
                 )
-
-
-def inference(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    def run():
-        with torch.inference_mode():
-            return model(images)
-
-    return run
-
-
-def training_step(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """Forward, loss, backward and update; the rate is so small that the model stays what it is."""
-    labels = torch.arange(len(images)) % 1000
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-
-    def run():
-        optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return run
 
 
 # ---- rows
@@ -176,10 +101,13 @@ def training_step(model: nn.Module, images: Tensor) -> Callable[[], object]:
 COLUMNS = ["what", "who", "dtype", "batch", "img_size", "of", "value", "unit", "memory_format", *facts()]
 
 
-def rows(times: Times, what: str, batch: int, about: dict) -> list[dict]:
-    """Images a second, then ratios to the peers: how many times as fast ours is, in the same dtype and in bfloat16
-    against the official float32 model."""
-    result: list[dict] = []
+Row = dict[str, Any]  # column -> value
+
+
+def rows(times: Times[Contender], what: str, batch: int, about: Row) -> list[Row]:
+    """Images per second, then speedups of ours over the others: in the same dtype, and of bfloat16 over the official
+    float32 model."""
+    result: list[Row] = []
     for how in ("min", "median"):
         fastest: dict[tuple[str, str], tuple[float, Contender]] = {}
         for contender in times.seconds:
@@ -189,41 +117,44 @@ def rows(times: Times, what: str, batch: int, about: dict) -> list[dict]:
                 fastest[key] = seconds, contender
         common = {"what": what, "batch": batch, "of": how}
 
-        def row(who, dtype, value, unit, contender, common=common):
-            format = "channels_last" if contender.channels_last else "default"
-            named = {**common, "who": who, "dtype": dtype, "img_size": contender.img_size, "value": short(value)}
-            return _in_order({**named, "unit": unit, "memory_format": format, **about})
-
         for (name, dtype), (seconds, contender) in fastest.items():
-            result.append(row(name, dtype, batch / seconds, "images/s", contender))
+            named = {**common, **_settings(contender), "who": name, "dtype": dtype}
+            result.append(_in_order({**named, "value": significant(batch / seconds), "unit": "images/s", **about}))
         for (name, dtype), (seconds, contender) in fastest.items():
             for own in ("fp32", "bf16"):
                 if name != OURS and (own == dtype or name == OFFICIAL) and (OURS, own) in fastest:
                     dtypes = own if own == dtype else f"{own} / {dtype}"
-                    ratio = seconds / fastest[OURS, own][0]
-                    result.append(row(f"{OURS} / {name}", dtypes, ratio, "x", contender))
+                    named = {**common, **_settings(contender), "who": f"{OURS} / {name}", "dtype": dtypes}
+                    ratio = significant(seconds / fastest[OURS, own][0])
+                    result.append(_in_order({**named, "value": ratio, "unit": "x", **about}))
     return result
 
 
-def memory_rows(peaks: dict[Contender, float], what: str, batch: int, about: dict) -> list[dict]:
-    """Peaks in MB, and ours as a share of the peers'."""
-    result = []
+def _settings(contender: Contender) -> Row:
+    memory_format = "channels_last" if contender.channels_last else "default"
+    return {"img_size": contender.img_size, "memory_format": memory_format}
+
+
+def memory_rows(peaks: dict[Contender, float], what: str, batch: int, about: Row) -> list[Row]:
+    """Peaks in MB, and ratios of ours to the others."""
+    result: list[Row] = []
     common = {"what": what, "batch": batch, "of": "once", "memory_format": "default"}
     own = next(value for c, value in peaks.items() if c.name == OURS)
     for c, value in peaks.items():
         named = {**common, "dtype": c.dtype, "img_size": c.img_size, **about}
-        result.append(_in_order({**named, "who": c.name, "value": short(value), "unit": "MB"}))
+        result.append(_in_order({**named, "who": c.name, "value": significant(value), "unit": "MB"}))
         if c.name != OURS:
-            result.append(_in_order({**named, "who": f"{OURS} / {c.name}", "value": short(own / value), "unit": "x"}))
+            ratio = significant(own / value)
+            result.append(_in_order({**named, "who": f"{OURS} / {c.name}", "value": ratio, "unit": "x"}))
     return result
 
 
-def _in_order(row: dict) -> dict:
+def _in_order(row: Row) -> Row:
     return {column: row[column] for column in COLUMNS}
 
 
-def table(entries: Sequence[dict]) -> str:
-    """Rows of one clock as a Markdown table: of the fastest round and, in parentheses, of the median."""
+def table(entries: Sequence[Row]) -> str:
+    """Rows of one clock as a Markdown table: values of the fastest round and, in parentheses, of the median round."""
     medians = {_key(row): row["value"] for row in entries if row["of"] == "median"}
     lines = []
     for row in entries:
@@ -234,7 +165,7 @@ def table(entries: Sequence[dict]) -> str:
     return markdown(["work", "who", "unit", "batch", "value"], lines, names=3)
 
 
-def _key(row: dict) -> tuple:
+def _key(row: Row) -> tuple[Any, ...]:
     return row["what"], row["who"], row["dtype"], row["batch"], row["unit"]
 
 
@@ -249,29 +180,32 @@ def benchmark_models(
     img_size: int = 224,
     csv: Path | None = None,
     report: Callable[[str], None] = print,
-) -> list[dict]:
-    """Time InternImage-T against its peers and measure its memory; returns, reports and appends rows.
+) -> list[Row]:
+    """Time InternImage-T against other models and measure its memory.
 
     Args:
-        checkout: The user's checkout of OpenGVLab/InternImage, for the peer "official".
-        peers: "official" and names of timm models.
-        batches: Images of an inference.
-        training_batch: Images of a training step; 0 leaves training out.
-        rounds: Timed calls of each model, work and clock.
-        wall_threads: Threads of the second clock, wall time; 0 leaves it out.
-        with_memory: Measure peak memory, too: ours against the official model, each in a process of its own.
-        img_size: Side of the images.
+        checkout: The user's checkout of OpenGVLab/InternImage, for "official".
+        peers: Models to time against: "official" and names of timm models.
+        batches: Batch sizes of inference.
+        training_batch: Batch size of a training step; 0 skips training.
+        rounds: Number of timed calls per model, kind of work and clock.
+        wall_threads: Number of threads for wall times, the second clock; 0 skips these.
+        with_memory: Also measure peak memory, each model in a separate process.
+        img_size: Side of the images in pixels.
         csv: File to append the rows to.
-        report: Takes text for people.
+        report: Called with the printed tables.
+
+    Returns:
+        The rows, by column.
 
     Raises:
-        BenchmarkError: A peer cannot be had or computes something else; the file has other columns.
+        BenchmarkError: A model is not available or computes something else, or the file has other columns.
     """
     if csv is not None:
         check_csv(csv, COLUMNS)
-    result: list[dict] = []
+    result: list[Row] = []
 
-    def finish(entries: list[dict], head: str) -> None:
+    def finish(entries: list[Row], head: str) -> None:
         if csv is not None:
             append_csv(csv, entries)
         report(f"\n{head}\n\n{table(entries)}")
@@ -279,31 +213,31 @@ def benchmark_models(
 
     if with_memory:
         memory.check_system()
-    models = {}
+    models: dict[Contender, nn.Module] = {}
     for contender in contenders(peers, checkout, DTYPES, img_size):
-        with _blamed(contender):
+        with _errors_of(contender):
             models[contender] = contender.build()
     check(models)
-    wide = {c: m for c, m in models.items() if c.dtype == "fp32"}
+    fp32_models = {c: m for c, m in models.items() if c.dtype == "fp32"}
     if training_batch > 0:
-        for contender, model in wide.items():
-            with _blamed(contender):  # now, and not after the inferences were timed
+        for contender, model in fp32_models.items():
+            with _errors_of(contender):  # before anything is timed
                 training_step(model.train(), contender.images(training_batch))()
-    phases: list[tuple[str, int, dict[Contender, nn.Module], Callable]] = [
+    phases: list[tuple[str, int, dict[Contender, nn.Module], Callable[[nn.Module, Tensor], Callable[[], Tensor]]]] = [
         ("inference", batch, models, inference) for batch in batches
     ]
     if training_batch > 0:
-        phases.append(("training step", training_batch, wide, training_step))
-    for what, batch, own, work in phases:
+        phases.append(("training step", training_batch, fp32_models, training_step))
+    for what, batch, timed, work in phases:
         for clock in clocks(wall_threads):
-            for model in own.values():
+            for model in timed.values():
                 model.train(work is training_step)
-            functions = {c: work(m, c.images(batch)) for c, m in own.items()}
+            functions = {c: work(m, c.images(batch)) for c, m in timed.items()}
             times = interleave(functions, rounds, clock, settle=False, name=what)
             entries = rows(times, what, batch, facts(clock, times))
             head = describe(entries[0])
             finish(entries, f"{what}, batch {batch}, {img_size} px: {head}\n{HOW}")
-    del models, wide, own, functions
+    del models, fp32_models, timed, functions
     if with_memory:
         for what, batch in (("inference", max(batches)), ("training step", training_batch)):
             if batch > 0:
@@ -312,6 +246,7 @@ def benchmark_models(
                 about = facts(Clock("", memory.THREADS))
                 entries = memory_rows(peaks, f"peak memory, {what}", batch, about)
                 finish(
-                    entries, f"peak memory, {what}: growth of resident memory, weights not counted, a process for each"
+                    entries,
+                    f"peak memory, {what}: growth of resident memory, without weights, in separate processes",
                 )
     return result

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The official operator and model, from the user's own checkout of OpenGVLab/InternImage: never a part of this package.
+"""The official operator and model, from the user's checkout of OpenGVLab/InternImage; this package contains neither.
 
-Their files ask for things that they do not use here: the compiled `DCNv3`, `pkg_resources` (gone from setuptools since
-82) and `timm.models.layers` (deprecated in timm). Stand-ins serve while the files are imported.
+Their files import modules that are not used here: the compiled `DCNv3`, `pkg_resources` (removed in setuptools 82) and
+`timm.models.layers` (deprecated in timm). Stubs replace them during the import.
 """
 
 import contextlib
@@ -14,64 +14,68 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import timm.layers
-from torch import nn
+from torch import Tensor, nn
 
 from .timing import BenchmarkError
 
-NO_CHECKOUT = "the peer 'official' needs your checkout of OpenGVLab/InternImage: --official PATH"
+NO_CHECKOUT = "'official' needs your checkout of OpenGVLab/InternImage: --official PATH"
 FUNCTION = Path("classification", "ops_dcnv3", "functions", "dcnv3_func.py")
 MODEL = Path("classification", "models", "intern_image.py")
 
 
-def official_function(checkout: Path) -> Callable:
+def official_function(checkout: Path) -> Callable[..., Tensor]:
     """The checkout's `dcnv3_core_pytorch`.
 
     Raises:
         BenchmarkError: The checkout has no such file, or it cannot be imported.
     """
-    return _load(checkout, FUNCTION, "dcnv3_core_pytorch")
+    function: Callable[..., Tensor] = _load(checkout, FUNCTION, "dcnv3_core_pytorch")
+    return function
 
 
-def official_model(checkout: Path, **arguments) -> nn.Module:
-    """The checkout's `InternImage` with its operator in plain torch, for evaluation.
+def official_model(checkout: Path, **arguments: Any) -> nn.Module:
+    """The checkout's `InternImage` in eval mode, with its operator in plain torch.
 
     Raises:
-        BenchmarkError: As `official_function`.
+        BenchmarkError: Like `official_function`.
     """
     build = _load(checkout, MODEL, "InternImage")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
-        return build(core_op="DCNv3_pytorch", **arguments).eval()
+        model: nn.Module = build(core_op="DCNv3_pytorch", **arguments)
+        return model.eval()
 
 
-def _load(checkout: Path, file: Path, name: str):
+def _load(checkout: Path, file: Path, name: str) -> Any:
     path = checkout / file
     if not path.is_file():
         raise BenchmarkError(
-            f"'{checkout}' is no checkout of OpenGVLab/InternImage: it has no {file}; "
+            f"'{checkout}' is not a checkout of OpenGVLab/InternImage: it has no {file}; "
             f"`git clone https://github.com/OpenGVLab/InternImage` makes one"
         )
-    warnings.filterwarnings("ignore", message="torch.meshgrid")  # it calls that in a way that torch warns of
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # it is called without `indexing`
     spec = importlib.util.spec_from_file_location(f"internimage_official_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # the file ends in .py
     module = importlib.util.module_from_spec(spec)
-    with _stand_ins(checkout / "classification"):
+    with _stubs(checkout / "classification"):
         try:
             spec.loader.exec_module(module)
             return getattr(module, name)
         except Exception as error:  # foreign code, of any version
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise BenchmarkError(f"{name} could not be had from '{path}': {reason}") from error
+            raise BenchmarkError(f"{name} could not be loaded from '{path}': {reason}") from error
 
 
 @contextlib.contextmanager
-def _stand_ins(folder: Path) -> Iterator[None]:
-    """What the files import is there inside, and gone after."""
+def _stubs(folder: Path) -> Iterator[None]:
+    """Context in which the modules that the files import can be imported."""
     packages = types.ModuleType("pkg_resources")
-    packages.get_distribution = lambda name: types.SimpleNamespace(version="1.1")
-    stand_ins = {"DCNv3": types.ModuleType("DCNv3"), "pkg_resources": packages, "timm.models.layers": timm.layers}
-    before = {name: sys.modules.get(name) for name in stand_ins}
-    sys.modules.update(stand_ins)
+    vars(packages)["get_distribution"] = lambda name: types.SimpleNamespace(version="1.1")
+    stubs = {"DCNv3": types.ModuleType("DCNv3"), "pkg_resources": packages, "timm.models.layers": timm.layers}
+    before = {name: sys.modules.get(name) for name in stubs}
+    sys.modules.update(stubs)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
@@ -86,4 +90,4 @@ def _stand_ins(folder: Path) -> Iterator[None]:
             else:
                 sys.modules[name] = module
         for name in [name for name in sys.modules if name.split(".")[0] == "ops_dcnv3"]:
-            del sys.modules[name]  # so that another checkout is not served by this one
+            del sys.modules[name]  # another checkout has its own

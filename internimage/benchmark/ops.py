@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""DCNv3 on the CPU against whatever computes the same: times of the four stage shapes of InternImage-T at 224 px.
+"""DCNv3 on the CPU against other implementations, on the four stage shapes of InternImage-T at 224 px.
 
-Peers: our plain-torch reference, `torchvision.ops.deform_conv2d` as a depthwise convolution with weights of one, and
-the official PyTorch function from a checkout of the user's own. Each peer's results are compared with ours before
+The others are our plain-torch reference, `torchvision.ops.deform_conv2d` as a depthwise convolution with weights of
+one, and the official PyTorch function from the user's own checkout. Their results are compared with ours before
 anything is timed.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,78 +17,101 @@ from torch import Tensor
 from ..ops import dcnv3_reference as reference
 from . import OPS_PEERS as PEERS
 from .official import NO_CHECKOUT, official_function
-from .timing import HOW, BenchmarkError, Times, append_csv, check_csv, clocks, describe, facts, interleave, markdown
-from .timing import significant as short
+from .timing import (
+    HOW,
+    BenchmarkError,
+    Times,
+    append_csv,
+    check_csv,
+    clocks,
+    describe,
+    facts,
+    interleave,
+    markdown,
+    significant,
+)
 
-STAGES = [(56, 4, 4), (28, 8, 4), (14, 16, 18), (7, 32, 4)]  # side, groups, blocks of InternImage-T
+STAGES = [(56, 4, 4), (28, 8, 4), (14, 16, 18), (7, 32, 4)]  # side, groups, number of blocks in InternImage-T
 GROUP_CHANNELS = 16
-KINKS = 2e-3  # no offset comes closer to an integer: there the derivative jumps, and rounding picks its side
-# what is done, and what of theirs stands beside ours in a ratio
-WORKS = ("forward", "softmax+forward", "forward+backward")
-HALF_WORKS = ("forward bf16", "softmax+forward bf16")
-# deviation of the largest value; the official function normalises coordinates to [-1, 1] in float32
+KINKS = 2e-3  # minimum distance of offsets from integers, where the derivative jumps and rounding decides which side
+WORKS = ("forward", "softmax+forward", "forward+backward")  # timed for every implementation
+HALF_WORKS = ("forward bf16", "softmax+forward bf16")  # timed for ours only
+# of the deviation, relative to the largest value; the official function normalizes coordinates to [-1, 1] in float32
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
 
 @dataclass
 class Tensors:
-    """A problem of one stage: N images, 3x3 points, stride and padding 1."""
+    """The tensors of one stage: N images, 3x3 points, stride and padding 1."""
 
     input: Tensor  # (N, side, side, groups * GROUP_CHANNELS)
     offset: Tensor  # (N, side, side, groups * 18), of standard deviation 1
     mask: Tensor  # (N, side, side, groups * 9), logits
-    grad: Tensor  # as input
+    grad: Tensor  # of the output, in input's shape
     groups: int
 
     @classmethod
     def draw(cls, batch: int, side: int, groups: int) -> "Tensors":
         generator = torch.Generator().manual_seed(0)
         channels = (groups * GROUP_CHANNELS, groups * 18, groups * 9, groups * GROUP_CHANNELS)
-        tensors = [torch.randn(batch, side, side, c, generator=generator) for c in channels]
-        whole = tensors[1].floor()
-        tensors[1] = whole + (tensors[1] - whole).clamp(KINKS, 1 - KINKS)
-        return cls(*tensors, groups)
+        input, offset, mask, grad = (torch.randn(batch, side, side, c, generator=generator) for c in channels)
+        whole = offset.floor()
+        offset = whole + (offset - whole).clamp(KINKS, 1 - KINKS)
+        return cls(input, offset, mask, grad, groups)
 
     def to(self, dtype: torch.dtype) -> "Tensors":
-        return Tensors(*(t.to(dtype) for t in (self.input, self.offset, self.mask, self.grad)), self.groups)
+        return Tensors(
+            self.input.to(dtype), self.offset.to(dtype), self.mask.to(dtype), self.grad.to(dtype), self.groups
+        )
 
-    def leaves(self) -> list[Tensor]:
-        """Input, offset and mask, for gradients."""
-        return [t.clone().requires_grad_() for t in (self.input, self.offset, self.mask)]
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of input, offset and mask that require gradients."""
+        return (
+            self.input.clone().requires_grad_(),
+            self.offset.clone().requires_grad_(),
+            self.mask.clone().requires_grad_(),
+        )
 
 
-Core = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]  # (input, offset, mask, groups, softmax) -> output
+class Core(Protocol):
+    """An implementation of DCNv3 for 3x3 points, stride and padding 1."""
+
+    def __call__(self, input: Tensor, offset: Tensor, mask: Tensor, groups: int, softmax: bool) -> Tensor: ...
+
+
+Results = tuple[Tensor, ...]  # the output; with a backward pass, also the gradients of input, offset and mask
+Key = tuple[int, str, str]  # side, who, work
 
 
 def ours(input: Tensor, offset: Tensor, mask: Tensor, groups: int, softmax: bool) -> Tensor:
     return torch.ops.internimage.dcnv3(input, offset, mask, [3, 3], [1, 1], [1, 1], [1, 1], groups, 1.0, False, softmax)
 
 
-def reference_calls(tensors: Tensors) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """`calls` of our plain-torch reference, whose backward pass is a function and not an autograd rule."""
+def reference_calls(tensors: Tensors) -> dict[str, Callable[[], Results]]:
+    """`calls` for our plain-torch reference, whose backward pass is a function and not an autograd rule."""
     t = tensors
     inputs, geometry = (t.input, t.offset, t.mask), ([3, 3], [1, 1], [1, 1], [1, 1], t.groups, 1.0, False)
 
-    def both():
+    def forward_backward() -> Results:
         output = reference.dcnv3(*inputs, *geometry, False)
         return output, *reference.dcnv3_backward(t.grad, *inputs, *geometry, False, False, [True] * 3)
 
     return {
         "forward": lambda: (reference.dcnv3(*inputs, *geometry, False),),
         "softmax+forward": lambda: (reference.dcnv3(*inputs, *geometry, True),),
-        "forward+backward": both,
+        "forward+backward": forward_backward,
     }
 
 
 def separate_softmax(mask: Tensor, groups: int) -> Tensor:
-    """What everybody does who has no kernel for it."""
+    """The softmax over the points as an operator of its own, for implementations that do not fuse it."""
     return mask.unflatten(-1, (groups, 9)).softmax(-1).flatten(-2)
 
 
 def torchvision_core() -> Core:
-    """DCNv3 as torchvision can be made to compute it.
+    """DCNv3 by torchvision's deformable convolution, on tensors in its layout.
 
-    The tensors come as it wants them (see `arrange`), turned before the clock runs.
+    `to_torchvision` converts them, which is not timed.
     """
     from torchvision.ops import deform_conv2d
 
@@ -100,8 +124,8 @@ def torchvision_core() -> Core:
     return core
 
 
-def arrange(tensors: Tensors) -> Tensors:
-    """The same problem as torchvision wants it: NCHW, points y-major, offsets (y, x)."""
+def to_torchvision(tensors: Tensors) -> Tensors:
+    """The same tensors in torchvision's layout: NCHW, points in y-major order, offsets as (y, x)."""
     n, h, w, _ = tensors.offset.shape
     offset = tensors.offset.view(n, h, w, tensors.groups, 3, 3, 2)  # x-major points, (x, y)
     mask = tensors.mask.view(n, h, w, tensors.groups, 3, 3)
@@ -114,15 +138,20 @@ def arrange(tensors: Tensors) -> Tensors:
     )
 
 
-def arrange_back(results: Sequence[Tensor], groups: int) -> list[Tensor]:
-    """`arrange` undone, for an output or for (output, gradients)."""
-    n, _, h, w = results[0].shape
-    back = [results[0].permute(0, 2, 3, 1)]
-    if len(results) == 4:
-        back.append(results[1].permute(0, 2, 3, 1))
-        back.append(results[2].view(n, groups, 3, 3, 2, h, w).flip(4).permute(0, 5, 6, 1, 3, 2, 4).reshape(n, h, w, -1))
-        back.append(results[3].view(n, groups, 3, 3, h, w).permute(0, 4, 5, 1, 3, 2).reshape(n, h, w, -1))
-    return back
+def from_torchvision(results: Results, groups: int) -> Results:
+    """The inverse of `to_torchvision`, for results."""
+    output, *grads = results
+    n, _, h, w = output.shape
+    output = output.permute(0, 2, 3, 1)
+    if not grads:
+        return (output,)
+    input, offset, mask = grads
+    return (
+        output,
+        input.permute(0, 2, 3, 1),
+        offset.view(n, groups, 3, 3, 2, h, w).flip(4).permute(0, 5, 6, 1, 3, 2, 4).reshape(n, h, w, -1),
+        mask.view(n, groups, 3, 3, h, w).permute(0, 4, 5, 1, 3, 2).reshape(n, h, w, -1),
+    )
 
 
 def official_core(checkout: Path) -> Core:
@@ -136,41 +165,43 @@ def official_core(checkout: Path) -> Core:
     return core
 
 
-def calls(core: Core, tensors: Tensors, works: Sequence[str]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Work -> function that does it and returns the output, and with backward the three gradients after it."""
+def calls(core: Core, tensors: Tensors, works: Sequence[str]) -> dict[str, Callable[[], Results]]:
+    """Kind of work -> function that does it."""
     t, half, leaves = tensors, tensors.to(torch.bfloat16), tensors.leaves()
 
-    def both():
+    def forward_backward() -> Results:
         output = core(*leaves, t.groups, False)
         return output, *torch.autograd.grad(output, leaves, t.grad)
 
-    every = {
+    every: dict[str, Callable[[], Results]] = {
         "forward": lambda: (core(t.input, t.offset, t.mask, t.groups, False),),
         "softmax+forward": lambda: (core(t.input, t.offset, t.mask, t.groups, True),),
-        "forward+backward": both,
+        "forward+backward": forward_backward,
         "forward bf16": lambda: (core(half.input, half.offset, half.mask, t.groups, False),),
         "softmax+forward bf16": lambda: (core(half.input, half.offset, half.mask, t.groups, True),),
     }
     return {work: every[work] for work in works}
 
 
-def contenders(batch: int, peers: Sequence[str], checkout: Path | None) -> dict[tuple, Callable]:
-    """(side, who, work) -> function, all of them checked.
+def contenders(batch: int, peers: Sequence[str], checkout: Path | None) -> dict[Key, Callable[[], Results]]:
+    """(side, who, work) -> function, after a check of its results.
 
     Raises:
-        BenchmarkError: A peer computes something else than we do, or the checkout of the official one is none.
+        BenchmarkError: An implementation deviates from ours, or "official" is among the peers without a checkout.
     """
-    if "official" in peers and checkout is None:
-        raise BenchmarkError(NO_CHECKOUT)
-    official = official_core(checkout) if "official" in peers else None
-    functions: dict[tuple, Callable] = {}
+    official = None
+    if "official" in peers:
+        if checkout is None:
+            raise BenchmarkError(NO_CHECKOUT)
+        official = official_core(checkout)
+    functions: dict[Key, Callable[[], Results]] = {}
     for side, groups, _ in STAGES:
         tensors = Tensors.draw(batch, side, groups)
         stage = {"ours": calls(ours, tensors, (*WORKS, *HALF_WORKS))}
         if "reference" in peers:
             stage["reference"] = reference_calls(tensors)
         if "torchvision" in peers:
-            stage["torchvision"] = calls(torchvision_core(), arrange(tensors), WORKS)
+            stage["torchvision"] = calls(torchvision_core(), to_torchvision(tensors), WORKS)
         if official is not None:
             stage["official"] = calls(official, tensors, WORKS)
         check(stage, tensors)
@@ -178,38 +209,46 @@ def contenders(batch: int, peers: Sequence[str], checkout: Path | None) -> dict[
     return functions
 
 
-def check(stage: dict[str, dict[str, Callable]], tensors: Tensors) -> None:
-    """Whether all do the same work: the peers against ours, and ours in bfloat16 against ours in float32."""
-    right = {work: stage["ours"][work]() for work in WORKS}
+def check(stage: dict[str, dict[str, Callable[[], Results]]], tensors: Tensors) -> None:
+    """Check that all compute the same: the others against ours, and ours in bfloat16 against ours in float32.
+
+    Raises:
+        BenchmarkError: One deviates by more than `TOLERANCE`.
+    """
+    expected = {work: stage["ours"][work]() for work in WORKS}
     rounded = tensors.to(torch.bfloat16).to(torch.float32)
     wide = calls(ours, rounded, WORKS[:2])
     for work in HALF_WORKS:
         compare(f"ours, {work}", stage["ours"][work](), wide[work.removesuffix(" bf16")](), torch.bfloat16)
     for who, own in stage.items():
-        for work in own.keys() & right.keys():
+        for work in own.keys() & expected.keys():
             results = own[work]()
             if who == "torchvision":
-                results = arrange_back(results, tensors.groups)
-            compare(f"{who}, {work}", results, right[work], torch.float32)
+                results = from_torchvision(results, tensors.groups)
+            compare(f"{who}, {work}", results, expected[work], torch.float32)
 
 
-def compare(name: str, results: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Raise BenchmarkError where a result deviates by more than its dtype explains."""
-    for what, result, expected in zip(("output", "gradient of input", "of offset", "of mask"), results, right):
-        deviation = ((result.float() - expected).abs().max() / expected.abs().max()).item()
+def compare(name: str, results: Results, expected: Results, dtype: torch.dtype) -> None:
+    """Raise BenchmarkError if a result deviates by more than `TOLERANCE` of the dtype."""
+    for what, result, right in zip(("output", "gradient of input", "of offset", "of mask"), results, expected):
+        deviation = ((result.float() - right).abs().max() / right.abs().max()).item()
         if not deviation <= TOLERANCE[dtype]:  # also NaN
             raise BenchmarkError(
                 f"{name}: the {what} deviates from ours by {deviation:.1e} of the largest value, "
-                f"allowed {TOLERANCE[dtype]:.0e}; the times would not be of the same work"
+                f"allowed {TOLERANCE[dtype]:.0e}; the times would not be comparable"
             )
 
 
 # ---- rows
 
 
-def rows(times: Times, about: dict) -> list[dict]:
-    """Times in ms, then ratios, of minima and of medians; `weighted` counts the stages as InternImage-T does."""
-    result: list[dict] = []
+Row = dict[str, Any]  # column -> value
+
+
+def rows(times: Times[Key], about: Row) -> list[Row]:
+    """Times in ms, then ratios to ours, of minima and of medians; `weighted` is the sum over the blocks of
+    InternImage-T."""
+    result: list[Row] = []
     keys = list(dict.fromkeys((who, work) for _, who, work in times.seconds))
     for how in ("min", "median"):
         table = {(who, work): _stages(times, who, work, how) for who, work in keys}
@@ -225,13 +264,13 @@ def rows(times: Times, about: dict) -> list[dict]:
     return result
 
 
-def _stages(times: Times, who: str, work: str, how: str) -> dict[str, float]:
+def _stages(times: Times[Key], who: str, work: str, how: str) -> dict[str, float]:
     ms = {f"{side}x{side}": 1e3 * times.pick((side, who, work), how) for side, _, _ in STAGES}
     return ms | {"weighted": sum(blocks * ms[f"{side}x{side}"] for side, _, blocks in STAGES)}
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {key: short(value) for key, value in values.items()}
+    return {key: significant(value) for key, value in values.items()}
 
 
 COLUMNS = [
@@ -239,8 +278,8 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def table(entries: Sequence[dict]) -> str:
-    """The rows of one clock as two Markdown tables, of times and of ratios: minima and, in parentheses, medians."""
+def table(entries: Sequence[Row]) -> str:
+    """Rows of one clock as two Markdown tables, of times and of ratios: minima and, in parentheses, medians."""
     stages = [f"{side}x{side}" for side, _, _ in STAGES] + ["weighted"]
     medians = {(row["what"], row["who"]): row for row in entries if row["of"] == "median"}
     tables = []
@@ -264,25 +303,28 @@ def benchmark_ops(
     wall_threads: int = 2,
     csv: Path | None = None,
     report: Callable[[str], None] = print,
-) -> list[dict]:
-    """Time the operator against its peers; returns the rows, reports them as tables and appends them to a file.
+) -> list[Row]:
+    """Time the operator against other implementations.
 
     Args:
-        checkout: The user's checkout of OpenGVLab/InternImage, for the peer "official".
-        peers: Of "reference", "torchvision" and "official" those to time.
-        batch: Images.
-        rounds: Timed calls of each function and clock.
-        wall_threads: Threads of the second clock, wall time; 0 leaves it out.
+        checkout: The user's checkout of OpenGVLab/InternImage, for "official".
+        peers: Implementations to time against: "reference", "torchvision", "official".
+        batch: Batch size.
+        rounds: Number of timed calls per function and clock.
+        wall_threads: Number of threads for wall times, the second clock; 0 skips these.
         csv: File to append the rows to.
-        report: Takes text for people.
+        report: Called with the printed tables.
+
+    Returns:
+        The rows, by column.
 
     Raises:
-        BenchmarkError: A peer cannot be had or computes something else; the file has other columns.
+        BenchmarkError: An implementation is not available or computes something else, or the file has other columns.
     """
     if csv is not None:
         check_csv(csv, COLUMNS)
     functions = contenders(batch, peers, checkout)
-    result: list[dict] = []
+    result: list[Row] = []
     for clock in clocks(wall_threads):
         times = interleave(functions, rounds, clock, settle=True, name="DCNv3")
         entries = rows(times, {"batch": batch, **facts(clock, times)})

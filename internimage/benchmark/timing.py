@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Interleaved rounds of timed calls, what there is to know about the machine, and rows for people and for files.
+"""Interleaved rounds of timed calls, facts about the machine, and rows as Markdown tables and CSV files.
 
-All functions that are to be compared run in turn in one process, round after round, so that a machine that slows down
-slows all of them. Two clocks: the CPU time of one thread, which other processes disturb least, and the wall time of
-several, for which rounds count only while the rest of the machine is quiet.
+All functions to be compared run in turn in one process, round after round, so that a machine that slows down affects
+all of them. Two clocks: the CPU time of one thread, which other processes disturb least, and the wall time of several
+threads, where a round counts only if the rest of the machine was quiet.
 """
 
 import csv
@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -26,20 +28,20 @@ from ..errors import UserError
 from ..extension import cpu_capability
 from ..files import appending, check_writable
 
-QUIET = 0.1  # cores that other processes may use during a round of wall times
+QUIET = 0.1  # number of cores that other processes may use during a round of wall times
 HOW = "From the fastest round; in parentheses, from the median round."  # above the printed tables
-PICKS = {"min": min, "median": statistics.median}
+Key = TypeVar("Key", bound=Hashable)  # identifies a timed function
 
 
 class BenchmarkError(UserError, ValueError):
-    """A peer that cannot be had or that computes something else, or a file that cannot take the rows."""
+    """An implementation that is not available or computes something else, or a file that cannot take the rows."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How a phase is timed."""
+    """How calls are timed."""
 
-    name: str  # cpu: of the calling thread, time.thread_time; wall: time.perf_counter
+    name: str  # cpu: time.thread_time of the calling thread; wall: time.perf_counter
     threads: int
 
     def __call__(self) -> float:
@@ -47,17 +49,17 @@ class Clock:
 
 
 @dataclass
-class Times:
-    """Seconds of every call by what was called, and how the rounds went."""
+class Times(Generic[Key]):
+    """The seconds of every call by function, and under which conditions they were measured."""
 
     clock: Clock
-    seconds: dict[Hashable, list[float]] = field(default_factory=dict)
+    seconds: dict[Key, list[float]] = field(default_factory=dict)
     rounds: int = 0
-    others: float = float("nan")  # cores that other processes used meanwhile; of the rounds that count
+    others: float = float("nan")  # mean number of cores that other processes used during the rounds that count
 
-    def pick(self, key: Hashable, how: str) -> float:
+    def pick(self, key: Key, how: str) -> float:
         """The "min" or the "median" of a function's times, in seconds."""
-        return PICKS[how](self.seconds[key])
+        return min(self.seconds[key]) if how == "min" else statistics.median(self.seconds[key])
 
 
 def clocks(wall_threads: int) -> list[Clock]:
@@ -66,34 +68,36 @@ def clocks(wall_threads: int) -> list[Clock]:
 
 
 def interleave(
-    functions: Mapping[Hashable, Callable[[], object]], rounds: int, clock: Clock, settle: bool, name: str = ""
-) -> Times:
-    """Time the functions in turn, `rounds` times after one round that warms up.
+    functions: Mapping[Key, Callable[[], object]], rounds: int, clock: Clock, settle: bool, name: str = ""
+) -> Times[Key]:
+    """Time the functions in turn, for `rounds` rounds after one of warm-up.
 
-    Of wall times a round counts if the rest of the machine was quiet; up to three times as many are tried, and if too
-    few were quiet, the quietest are taken and `Times.others` says how loud it was.
+    A round of wall times counts if the rest of the machine was quiet. Up to three times as many are tried; if too few
+    of these were quiet, the quietest are used, and `Times.others` tells how busy the machine was.
 
     Args:
         functions: Key -> function.
-        rounds: How many times each is timed.
-        clock: Sets torch's threads, too.
-        settle: Call each once more, untimed, before it is timed: the function before it left other data in the caches
-            and other blocks to malloc. For what takes milliseconds.
+        rounds: Number of timed calls per function.
+        clock: The clock; its number of threads is set in torch.
+        settle: Precede each timed call by an untimed one, since the previous function left other data in the caches and
+            other free blocks in malloc. For functions that take milliseconds.
         name: For the progress bar.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(clock.threads)
-    taken: list[tuple[float, dict[Hashable, float]]] = []
-    bar = tqdm(total=rounds, unit="round", desc=f"{name} {clock.name}", leave=False, disable=None)  # on a terminal
+    taken: list[tuple[float, dict[Key, float]]] = []
+    bar = tqdm(
+        total=rounds, unit="round", desc=f"{name} {clock.name}", leave=False, disable=None
+    )  # None: only on a terminal
     try:
         for function in functions.values():
             function()
         while len(taken) < rounds or (
             clock.name == "wall"
             and len(taken) < 3 * rounds
-            and sum(not others > QUIET for others, _ in taken) < rounds  # also where others is unknown
+            and sum(not others > QUIET for others, _ in taken) < rounds  # NaN, for unknown, counts as quiet
         ):
-            seconds = {}
+            seconds: dict[Key, float] = {}
             with _Others() as others:
                 for key, function in functions.items():
                     if settle:
@@ -109,14 +113,14 @@ def interleave(
     if clock.name == "wall":
         taken.sort(key=lambda entry: entry[0])
     kept = taken[:rounds]
-    times = Times(clock, rounds=rounds, others=statistics.mean(others for others, _ in kept))
+    times: Times[Key] = Times(clock, rounds=rounds, others=statistics.mean(others for others, _ in kept))
     for key in functions:
         times.seconds[key] = [seconds[key] for _, seconds in kept]
     return times
 
 
 class _Others:
-    """Context that measures how many cores the rest of the machine used; NaN where the system does not tell."""
+    """Context that measures how many cores other processes use on average; NaN if the system does not provide that."""
 
     cores = float("nan")
 
@@ -124,10 +128,12 @@ class _Others:
         self._start = self._now()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         wall, own, busy = (b - a for a, b in zip(self._start, self._now()))
         cores = (busy - own) / max(wall, 1e-9)
-        self.cores = 0.0 if cores < 0 else cores  # NaN stays
+        self.cores = 0.0 if cores < 0 else cores  # and not max(), which is undefined for NaN
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
@@ -140,11 +146,11 @@ class _Others:
         return time.perf_counter(), time.process_time(), busy
 
 
-# ---- about the machine
+# ---- facts about the machine
 
 
-def facts(clock: Clock | None = None, times: Times | None = None) -> dict[str, object]:
-    """What a row says about where and how it was measured."""
+def facts(clock: Clock | None = None, times: Times[Any] | None = None) -> dict[str, object]:
+    """The columns of a row that say where and how it was measured."""
     malloc = [f"{name}={os.environ[name]}" for name in _MALLOC if os.environ.get(name)]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
@@ -169,7 +175,7 @@ _MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"
 
 
 def processor() -> str:
-    """The processor's name, where Linux tells it."""
+    """The model name of the processor on Linux, elsewhere the name of the architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
@@ -186,12 +192,12 @@ def _version(package: str) -> str:
 
 
 def significant(value: float, digits: int = 3) -> float:
-    """`value` rounded to so many significant digits."""
+    """`value` rounded to a number of significant digits."""
     return float(f"{value:.{digits}g}")
 
 
 def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Append rows to a file, which gets a header if it is new.
+    """Append rows to a CSV file; a new file gets a header.
 
     Raises:
         BenchmarkError: The file has other columns.
@@ -211,10 +217,10 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def check_csv(path: Path, columns: Sequence[str]) -> None:
-    """Whether rows of these columns may be appended to a file: to ask before an hour of measuring.
+    """Check that rows of these columns can be appended to a file, before an hour of measurements.
 
     Raises:
-        BenchmarkError: The file has other columns, or is no text.
+        BenchmarkError: The file has other columns, or is not a CSV file.
         UserError: It cannot be written to.
     """
     check_writable(path)
@@ -223,14 +229,14 @@ def check_csv(path: Path, columns: Sequence[str]) -> None:
             with path.open(newline="", encoding="utf-8") as file:
                 there = next(csv.reader(file), [])
         except (UnicodeDecodeError, csv.Error) as error:
-            raise BenchmarkError(f"'{path}' is not a csv file ({error}); take a new file") from error
+            raise BenchmarkError(f"'{path}' is not a CSV file ({error}); use a new file") from error
         if there != list(columns):
-            odd = sorted(set(there) ^ set(columns)) or ["their order"]
-            raise BenchmarkError(f"'{path}' has other columns (they differ in {', '.join(odd)}); take a new file")
+            differences = sorted(set(there) ^ set(columns)) or ["their order"]
+            raise BenchmarkError(f"'{path}' has other columns ({', '.join(differences)}); use a new file")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], names: int) -> str:
-    """A Markdown table whose columns line up as text, too: the first `names` to the left, the others to the right."""
+    """A Markdown table with aligned columns: the first `names` columns to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
     rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -239,7 +245,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], names: int
 
 
 def describe(about: Mapping[str, object]) -> str:
-    """One line for people about how a table was measured."""
+    """One line on how the rows of a table were measured."""
     threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
     how = f"CPU time of {threads}" if about["clock"] == "cpu" else f"wall time with {threads}"
     rounds = f"{about['rounds']} round{'' if about['rounds'] == 1 else 's'}"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The model that the options shared by several verbs ask for."""
+"""Loading the model that the options of `tables.MODEL` specify."""
 
 import argparse
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,8 +11,8 @@ from ..dtypes import torch_dtype
 from ..engine.create import create_model, data_config, pick_device
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict, torch.device, torch.dtype]:
-    """Model, preprocessing, device and dtype from the options of `tables.MODEL`."""
+def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], torch.device, torch.dtype]:
+    """Model, preprocessing (timm's data config), device and dtype."""
     device = pick_device(arguments.device)
     model = create_model(
         arguments.model,

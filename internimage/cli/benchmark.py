@@ -13,10 +13,10 @@ from ..terminal import say
 
 
 def _peers(arguments: argparse.Namespace, every: Sequence[str]) -> list[str]:
-    """Those to time. Where none were chosen, the official code is left out without a checkout, and a message tells."""
+    """The peers to time. By default, without a checkout, the official code is skipped with a message."""
     if arguments.official is not None or list(arguments.peers) != list(every):
         return list(arguments.peers)
-    say("without the official code: --official PATH names your checkout of it", sys.stderr)
+    say("skipping the official code; --official PATH gives a checkout of it", sys.stderr)
     return [peer for peer in every if peer != "official"]
 
 

@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for file, size in result.files.items():
         say(f"{size:>16,}  {result.folder / file}")
-    checked = "every tensor read again and compared" if result.verified else "not read again (--verify does)"
-    size = f"{result.tensors} tensors, {result.parameters:,} parameters, {', '.join(result.dtypes)}"
-    say(f"{result.model}: {size}; {checked}")
+    checked = "every tensor read back and compared" if result.verified else "not verified (see --verify)"
+    contents = f"{result.tensors} tensors, {result.parameters:,} parameters, {', '.join(result.dtypes)}"
+    say(f"{result.model}: {contents}; {checked}")
     say(f'load it with timm.create_model("local-dir:{result.folder}", pretrained=True)')
     return 0

@@ -5,6 +5,7 @@ import argparse
 import json
 import platform
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ..terminal import say
 
 
 def run(arguments: argparse.Namespace) -> int:
-    facts = {
+    facts: dict[str, Any] = {
         "internimage": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     for entry in facts["backends"]:
         say(f"{entry['device']} ({entry['hardware']}): DCNv3 is served by {entry['name']}")
         if entry["reason"]:
-            say(f"  not by a faster one: {entry['reason']}")
+            say(f"  why not faster: {entry['reason']}")
         if entry["device"] == "cpu" and facts["kernel_capability_note"]:
             say(f"  {facts['kernel_capability_note']}")
     built = facts["kernels_built_with"]

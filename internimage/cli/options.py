@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Options of the command line as data: their types and ranges, and which of them have no effect with which others.
+"""Command-line options as data: types, ranges, and which options have no effect with or without others.
 
-A verb is a table of `Option`s (`tables.py`), and `add_options` makes its parser: no option is without a type, and none
-is ignored in silence. Nothing here imports torch, nor Pillow before a picture is asked for.
+The options of a verb are a table of `Option`s (`tables.py`), from which `add_options` sets up its parser. Every option
+has a type, and none is silently ignored. Nothing here imports torch, and only `PictureFile` imports Pillow.
 """
 
 import argparse
@@ -24,8 +24,8 @@ class UsageError(UserError):
     """Arguments that cannot be used.
 
     Args:
-        message: What is wrong, and what would be right.
-        prog: The command that was given them, such as `internimage evaluate`.
+        message: What is wrong, and what is allowed.
+        prog: The command, such as `internimage evaluate`.
     """
 
     def __init__(self, message: str, prog: str = "internimage") -> None:
@@ -38,14 +38,14 @@ class Option:
     """An argument of a verb.
 
     Args:
-        name: `--name` of an option, or the name of a positional argument.
-        help: One line. The default is added.
-        kind: Type and range of a value; None is a switch.
-        default: Value if it is not given.
-        metavar: Name of a value in the help.
+        name: `--name`, or the name of a positional argument.
+        help: One line; the default is appended.
+        kind: Type and range of the value; None for a flag without a value.
+        default: Default value.
+        metavar: Placeholder of the value in the help.
         nargs: As in argparse.
-        required: An option that must be given.
-        requires: Option -> the value it must have, or None for any, without which this one has no effect.
+        required: Whether an option must be given.
+        requires: Options without which this one has no effect -> the value they must have, or None for any.
         excludes: Options with which this one has no effect.
     """
 
@@ -64,24 +64,24 @@ class Option:
         return self.name.lstrip("-").replace("-", "_")
 
     @property
-    def value_by_default(self) -> Any:
+    def default_value(self) -> Any:
         return False if self.kind is None else list(self.default) if isinstance(self.default, tuple) else self.default
 
 
 @dataclass(frozen=True)
 class Group:
-    """Options under a heading of the help."""
+    """Options under one heading of the help."""
 
     title: str
     options: tuple[Option, ...]
 
 
-# ---- kinds of values that only the command line has
+# ---- kinds of values that only occur on the command line
 
 
 @dataclass(frozen=True)
 class OutputFile(Kind):
-    """The name of a file that can be written. `stdout`: `-` stands for standard output."""
+    """The name of a file that can be written. With `stdout`, `-` means standard output."""
 
     stdout: bool = False
     words = "the name of a file to write"
@@ -90,7 +90,7 @@ class OutputFile(Kind):
         if value == "-":
             if self.stdout:
                 return value
-            raise BadValue(f"{self.words}, which standard output is not")
+            raise BadValue(f"{self.words}, not standard output")
         if not value.strip() or "\0" in value:
             raise BadValue(self.words)
         try:
@@ -102,7 +102,7 @@ class OutputFile(Kind):
 
 @dataclass(frozen=True)
 class PictureFile(OutputFile):
-    """The name of a picture, with an ending that Pillow can write."""
+    """The name of a picture file, with an extension that Pillow can write."""
 
     words = "the name of a picture to write"
 
@@ -112,12 +112,12 @@ class PictureFile(OutputFile):
 
         suffix = Path(value).suffix.lower()
         if not suffix and os.path.exists(value) and not os.path.isfile(value):
-            return value  # a pipe or a device, which gets a PNG
+            return value  # a pipe or a device, to which PNG is written
         format = Image.registered_extensions().get(suffix)
         try:
             if format is None:
                 raise ValueError
-            Image.new("RGB", (8, 8)).save(io.BytesIO(), format)  # formats have modes, and parts that may be missing
+            Image.new("RGB", (8, 8)).save(io.BytesIO(), format)  # a format may not support RGB, or not be installed
         except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
             raise BadValue(f"{self.words}, ending in .png, .jpg or another format that Pillow can write") from error
         return value
@@ -125,9 +125,9 @@ class PictureFile(OutputFile):
 
 @dataclass(frozen=True)
 class Size(Kind):
-    """A number of bytes, or of KB, MB, GB or TB (powers of 1000)."""
+    """A positive number of bytes, or of KB, MB, GB or TB (powers of 1000)."""
 
-    words = "a number of bytes or such as '5GB' or '500MB', and more than 0"
+    words = "a positive number of bytes, with or without a unit, such as '5GB' or '500MB'"
     most = 10**18
 
     def parse(self, text: str) -> int:
@@ -144,8 +144,8 @@ class Size(Kind):
 
 
 @dataclass(frozen=True)
-class OneOf(Kind):
-    """A word, or a value of another kind."""
+class WordOr(Kind):
+    """A certain word, or a value of another kind."""
 
     word: str
     kind: Kind
@@ -163,7 +163,7 @@ class OneOf(Kind):
 
 @dataclass(frozen=True)
 class KeyValue(Kind):
-    """KEY=VALUE with a YAML value, as a pair; `known` has the ranges of keys whose values are numbers."""
+    """KEY=VALUE with a value in YAML, parsed to a pair; `known` has the kinds of the values of some keys."""
 
     known: Mapping[str, Kind] = field(default_factory=dict)
     words = "KEY=VALUE"
@@ -171,11 +171,11 @@ class KeyValue(Kind):
     def parse(self, text: str) -> tuple[str, Any]:
         from ..config import ConfigError, read_value  # YAML
 
-        key, equals, written = text.partition("=")
+        key, equals, yaml_value = text.partition("=")
         if not equals or not key.isidentifier():
             raise BadValue(self.words)
         try:
-            value = read_value(written, f"the value of '{key}'", depth=3)
+            value = read_value(yaml_value, f"the value of '{key}'", depth=3)
         except ConfigError as error:
             raise BadValue(f"{self.words}; {error}") from error
         if key in self.known:
@@ -186,8 +186,8 @@ class KeyValue(Kind):
         return key, tuple(value) if isinstance(value, list) else value
 
 
-class _Argument:
-    """A kind as argparse wants it: a function of a text."""
+class _ArgumentType:
+    """A kind as a `type` of argparse: a function of a text."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
@@ -203,23 +203,24 @@ class _Argument:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are `UsageError`s and which lets no option pass that has no effect."""
+    """argparse's parser that raises `UsageError`, also for options that have no effect."""
 
-    options: tuple[Option, ...] | None = None  # of a verb; None above the verbs
-    hint: Callable[[str], str] | None = None  # what to say about an unknown option
+    options: tuple[Option, ...] | None = None  # of a verb; None for parsers of verbs
+    hint: Callable[[str], str] | None = None  # unknown option -> hint for the message
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.prog)
 
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, extras = super().parse_known_args(args, namespace)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, extras = super().parse_known_args(args, namespace)
         if self.options is not None:
             if extras:
-                self.error(self._unknown(extras))
-            self._finish(namespace)
-        return namespace, extras
+                self.error(self._describe_unknown(extras))
+            self._check_given(self.options, parsed)
+            self._set_defaults(self.options, parsed)
+        return parsed, extras
 
-    def _unknown(self, extras: list[str]) -> str:
+    def _describe_unknown(self, extras: list[str]) -> str:
         first = next((word for word in extras if word.startswith("-")), extras[0])
         near = difflib.get_close_matches(first.partition("=")[0], [o.name for o in self.options or ()], n=1)
         if self.hint is not None and first.startswith("-"):
@@ -227,36 +228,40 @@ class Parser(argparse.ArgumentParser):
         what = "option" if first.startswith("-") else "argument"
         return f"there is no {what} '{first}'; " + (f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
 
-    def _finish(self, namespace: argparse.Namespace) -> None:
-        """Refuse what would be ignored, then fill in the defaults: until here only what was given has a value."""
+    def _check_given(self, options: tuple[Option, ...], namespace: argparse.Namespace) -> None:
+        """Reject options that have no effect with, or without, the others that were given."""
         given = vars(namespace)
-        named = {option.name: option for option in self.options}
-        for option in self.options:
+        named = {option.name: option for option in options}
+        for option in options:
             if option.dest not in given:
                 continue
             for other in option.excludes:
                 if named[other].dest in given:
-                    self.error(f"{option.name} has no effect with {other}: leave one of them out")
+                    self.error(f"{option.name} has no effect with {other}: omit one of them")
             for other, value in option.requires.items():
                 if named[other].dest not in given or (value is not None and given[named[other].dest] != value):
                     needed = other if value is None else f"{other} {value}"
                     self.error(f"{option.name} has no effect without {needed}")
-        for option in self.options:
-            given.setdefault(option.dest, option.value_by_default)
+
+    @staticmethod
+    def _set_defaults(options: tuple[Option, ...], namespace: argparse.Namespace) -> None:
+        """Fill in the defaults, which argparse does not: `_check_given` must see which options were given."""
+        for option in options:
+            vars(namespace).setdefault(option.dest, option.default_value)
 
 
 def add_options(parser: Parser, parts: Iterable[Option | Group]) -> None:
-    """Give the parser of a verb its options; to be called once for each parser."""
+    """Add its options to the parser of a verb; to be called once per parser."""
     options: list[Option] = []
     for part in parts:
         place = parser if isinstance(part, Option) else parser.add_argument_group(part.title)
         for option in (part,) if isinstance(part, Option) else part.options:
-            _add(place, option)
+            _add_option(place, option)
             options.append(option)
     parser.options = tuple(options)
 
 
-def _add(place: Any, option: Option) -> None:
+def _add_option(place: "argparse.ArgumentParser | argparse._ArgumentGroup", option: Option) -> None:
     keywords: dict[str, Any] = {"help": _help(option)}
     if option.name.startswith("-"):
         keywords |= {"dest": option.dest, "required": option.required, "default": argparse.SUPPRESS}
@@ -267,7 +272,7 @@ def _add(place: Any, option: Option) -> None:
     if metavar is None and isinstance(option.kind, Choice):
         metavar = "{" + ",".join(map(str, option.kind.allowed)) + "}"
     place.add_argument(
-        option.name, type=_Argument(option.kind), nargs=option.nargs,
+        option.name, type=_ArgumentType(option.kind), nargs=option.nargs,
         metavar=metavar or ("N" if isinstance(option.kind, Whole) else None), **keywords,
     )  # fmt: skip
 

@@ -5,7 +5,11 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
+
+from PIL import Image
 
 from ..analysis.points import draw_points
 from ..data.images import DataError
@@ -14,60 +18,55 @@ from ..tasks.classification.predict import Prediction, find_images, predict, rea
 from ..terminal import joined, say
 from .arguments import load_model
 
-MOST_ON_STDIN = 1 << 28  # bytes of an image on standard input, which may have no end
+MOST_ON_STDIN = 1 << 28  # bytes of an image on standard input, which may be endless
+_MOST_DRAWN = 16  # images with sampling points
 
 
 def run(arguments: argparse.Namespace) -> int:
     files = find_images(path for path in arguments.images if path != "-")
     model, config, device, dtype = load_model(arguments)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    failures: list[str] = []
+    unreadable: list[str] = []
     not_finite: list[str] = []
+    drawn: dict[str, Image.Image] = {}
 
-    def images():
-        sources = [(str(file), file) for file in files]
+    def images() -> Iterator[tuple[str, Image.Image]]:
+        sources: list[tuple[str, Path | None]] = [(str(file), file) for file in files]
         if "-" in arguments.images:
-            sources.append(("-", sys.stdin.buffer))
-        for name, source in sources:
+            sources.append(("-", None))
+        for name, file in sources:
             try:
-                if name == "-":
-                    source = _read_all(source)
-                yield name, read_image(source, name, mode)
+                image = read_image(_read_stdin() if file is None else file, name, mode)
             except DataError as error:
-                failures.append(name)
-                _fail(error)
+                failed(name, error)
+                continue
+            if arguments.draw_points is not None and len(drawn) < _MOST_DRAWN:
+                drawn[name] = image
+            yield name, image
 
     def failed(name: str, problem: NotFiniteError | DataError) -> None:
         if isinstance(problem, DataError):
-            kept.pop(name, None)
-            failures.append(name)
+            drawn.pop(name, None)
+            unreadable.append(name)
             _fail(problem)
         else:
             not_finite.append(name)
             _fail(f"'{name}': {problem}")
 
-    kept = {}
-
-    def remembered():
-        for name, image in images():
-            if arguments.draw_points is not None and len(kept) < 16:
-                kept[name] = image
-            yield name, image
-
-    for prediction in predict(model, remembered(), config, arguments.topk, device, dtype, failed):
+    for prediction in predict(model, images(), config, arguments.topk, device, dtype, failed):
         _print(prediction, arguments.json)
-    if arguments.draw_points is not None and kept:
-        layer = draw_points(model, list(kept.items()), config, arguments.draw_points, arguments.draw_layer)
-        say(f"sampled points of {layer}: {arguments.draw_points}", sys.stderr)
-    if failures:
+    if arguments.draw_points is not None and drawn:
+        layer = draw_points(model, list(drawn.items()), config, arguments.draw_points, arguments.draw_layer)
+        say(f"sampling points of {layer}: {arguments.draw_points}", sys.stderr)
+    if unreadable:
         return 2
     return 1 if not_finite else 0
 
 
-def _read_all(stream: BinaryIO) -> BinaryIO:
-    data = stream.read(MOST_ON_STDIN + 1)
+def _read_stdin() -> BinaryIO:
+    data = sys.stdin.buffer.read(MOST_ON_STDIN + 1)
     if len(data) > MOST_ON_STDIN:
-        raise DataError(f"'-' cannot be read: more than {MOST_ON_STDIN >> 20} MiB come on standard input; give a file")
+        raise DataError(f"'-' cannot be read: more than {MOST_ON_STDIN >> 20} MiB on standard input; use a file")
     return io.BytesIO(data)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..convert.convert import CARD, check_folder
+from ..convert.convert import check_folder
+from ..convert.folder import CARD
 from ..terminal import say
 from ..weights.hub import check_repository, push
 
@@ -20,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"'{folder}' has no {CARD}: the repository will have no model card", sys.stderr)
     left = sorted(file.name for file in folder.iterdir() if file.name not in files)
     where = f"{constants.ENDPOINT}/{arguments.repository}" + (f" ({arguments.revision})" if arguments.revision else "")
-    say(f"{'would go' if arguments.dry_run else 'going'} to {where}, in one commit:")
+    say(f"{'would upload' if arguments.dry_run else 'uploading'} to {where}, in one commit:")
     for file in files:
         say(f"{(folder / file).stat().st_size:>16,}  {file}")
     if left:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What each verb takes: its options with their types and ranges, and which have no effect without or with others."""
+"""The options of each verb, with their types and ranges, and which have no effect with or without others."""
 
 from ..benchmark import MODEL_PEERS, OPS_PEERS
 from ..data.variants import VARIANTS
 from ..dtypes import DTYPE
 from ..values import Choice, Number, Text, Whole
-from .options import Group, KeyValue, OneOf, Option, OutputFile, PictureFile, Size
+from .options import Group, KeyValue, Option, OutputFile, PictureFile, Size, WordOr
 
 _BATCH, _WORKERS, _PIXELS, _CLASSES = Whole(1), Whole(0, 1024), Whole(1, 16384), Whole(1, 10**7)
 _HUB_NAME = Text(r"[\w.-]+/[\w.-]+", "OWNER/NAME")
@@ -15,20 +15,20 @@ MODEL = Group(
     (
         Option(
             "--model",
-            "internimage_SIZE[.TAG], any timm name, hf-hub:OWNER/NAME, or a folder that finetune has written",
+            "internimage_SIZE[.TAG], any timm model, hf-hub:OWNER/NAME, or a folder written by finetune",
             Text(),
             metavar="NAME",
             required=True,
         ),
         Option("--checkpoint", "file or folder of weights to load into the model", Text(), metavar="PATH"),
-        Option("--use-ema", "take the averaged (EMA) weights of a checkpoint that has both"),
-        Option("--num-classes", "number of classes, instead of the weights' own", _CLASSES),
-        Option("--img-size", "image side, instead of the model's own", _PIXELS, metavar="PIXELS"),
+        Option("--use-ema", "use the averaged (EMA) weights of a checkpoint that has both"),
+        Option("--num-classes", "number of classes; overrides that of the weights", _CLASSES),
+        Option("--img-size", "image size; overrides the model's", _PIXELS, metavar="PIXELS"),
         Option(
             "--crop-pct",
-            "share of the resized image's side that the center crop keeps, instead of the model's own",
+            "center crop as a fraction of the resized image; overrides the model's",
             Number(above=0, most=1),
-            metavar="SHARE",
+            metavar="FRACTION",
         ),
         Option(
             "--device",
@@ -37,7 +37,7 @@ MODEL = Group(
             default="auto",
             metavar="DEVICE",
         ),
-        Option("--dtype", "what the model runs in; fp32, bf16 and fp16 for short", DTYPE, default="float32"),
+        Option("--dtype", "dtype of the model, also as fp32, bf16 or fp16", DTYPE, default="float32"),
     ),
 )
 
@@ -46,7 +46,13 @@ EVALUATE = (
     Group(
         "data",
         (
-            Option("--data", "class folders, a tar, or a dataset's root", Text(), metavar="PATH", required=True),
+            Option(
+                "--data",
+                "class folders, a tar file, or the root of a dataset",
+                Text(),
+                metavar="PATH",
+                required=True,
+            ),
             Option(
                 "--dataset",
                 "timm's name of a dataset, such as hfds/OWNER/NAME",
@@ -65,14 +71,14 @@ EVALUATE = (
             ),
             Option(
                 "--class-map",
-                "the model's classes, one per line, for data that lacks some of them",
+                "the classes of the model, one per line, for data without some of them",
                 Text(),
                 metavar="FILE",
                 excludes=("--labels",),
             ),
             Option(
                 "--labels",
-                "labels of a folder without class folders: lines of 'FILE LABEL'",
+                "labels of a folder without class folders, in lines of 'FILE LABEL'",
                 Text(),
                 metavar="FILE",
             ),
@@ -83,14 +89,14 @@ EVALUATE = (
             ),
             Option(
                 "--real-labels",
-                "ReaL's real.json, instead of timm's copy",
+                "real.json of ReaL, instead of timm's copy",
                 Text(),
                 metavar="FILE",
                 requires={"--variant": "real"},
             ),
-            Option("--flip", "average over each image and its mirror image"),
-            Option("--batch-size", "images per step of each process", _BATCH, default=64),
-            Option("--workers", "loader processes; 0 loads in the process itself", _WORKERS, default=2),
+            Option("--flip", "average predictions over each image and its mirror image"),
+            Option("--batch-size", "images per step and process", _BATCH, default=64),
+            Option("--workers", "data loader processes; 0 loads in the main process", _WORKERS, default=2),
         ),
     ),
     Group(
@@ -100,11 +106,11 @@ EVALUATE = (
             Option(
                 "--csv", "write the result as a CSV row; - is standard output", OutputFile(stdout=True), metavar="FILE"
             ),
-            Option("--per-class", "report every class"),
+            Option("--per-class", "report the accuracy of every class"),
             Option(
                 "--expect",
-                "exit with 1 if top-1 is more than 0.1 from what was published for these weights, or from a number",
-                OneOf("published", Number(least=0, most=100)),
+                "exit with 1 unless top-1 is within 0.1 of a number, or of the published one for these weights",
+                WordOr("published", Number(least=0, most=100)),
                 metavar="published | TOP1",
             ),
             Option("--strict", "exit with 1 if an image could not be read"),
@@ -118,17 +124,17 @@ PREDICT = (
     Group(
         "report",
         (
-            Option("--topk", "how many classes to print", Whole(1), default=5, metavar="K"),
+            Option("--topk", "number of classes to print", Whole(1), default=5, metavar="K"),
             Option("--json", "print one JSON object per line"),
             Option(
                 "--draw-points",
-                "draw where a DCNv3 layer samples the images (the first 16)",
+                "draw the sampling points of a DCNv3 layer on the images (the first 16)",
                 PictureFile(),
                 metavar="PICTURE",
             ),
             Option(
                 "--draw-layer",
-                "which layer; the last one of stage 3 if not given",
+                "name of the layer; by default the last one of stage 3",
                 Text(),
                 metavar="NAME",
                 requires={"--draw-points": None},
@@ -140,7 +146,7 @@ PREDICT = (
 FINETUNE = (
     Option(
         "settings",
-        "a recipe and settings in any order; a setting overrides the recipe's",
+        "a recipe and settings, which override it, in any order",
         Text(),
         metavar="RECIPE.yaml | KEY=VALUE",
         nargs="+",
@@ -154,23 +160,21 @@ CONVERT = (
         Text(),
         metavar="SRC",
     ),
-    Option("destination", "folder to make", Text(), metavar="DST"),
-    Option(
-        "--dtype", "convert the weights to this type (fp32, bf16, fp16 for short); without it each keeps its own", DTYPE
-    ),
+    Option("destination", "folder to create", Text(), metavar="DST"),
+    Option("--dtype", "dtype of the result, also as fp32, bf16 or fp16; by default each tensor keeps its own", DTYPE),
     Option(
         "--shard-size",
-        "largest file of weights; what is larger is split into shards",
+        "largest weights file; larger weights are split into shards",
         Size(),
         default="5GB",
         metavar="SIZE",
     ),
-    Option("--verify", "read the result again and compare every tensor"),
-    Option("--head", "keep ImageNet-1k's rows of an ImageNet-22k classifier", Choice(("22k-to-1k",))),
-    Option("--use-ema", "take the averaged (EMA) weights of a source that has both"),
-    Option("--overwrite", "replace a folder that holds a model"),
+    Option("--verify", "read the result back and compare every tensor"),
+    Option("--head", "keep the ImageNet-1k classes of an ImageNet-22k classifier", Choice(("22k-to-1k",))),
+    Option("--use-ema", "use the averaged (EMA) weights of a source that has both"),
+    Option("--overwrite", "replace a folder that contains a model"),
     Group(
-        "model, where the weights do not tell",
+        "model, if it cannot be detected from the weights",
         (
             Option("--model", "internimage_SIZE[.TAG]", Text(), metavar="NAME"),
             Option(
@@ -187,45 +191,52 @@ CONVERT = (
 
 PUSH = (
     Option("folder", "folder with model.safetensors or shards, config.json and README.md", Text(), metavar="FOLDER"),
-    Option("repository", "repository on the Hub; it is made if there is none", _HUB_NAME, metavar="OWNER/NAME"),
+    Option("repository", "repository on the Hub, created if it does not exist", _HUB_NAME, metavar="OWNER/NAME"),
     Option("--revision", "branch to commit to, instead of the main one", Text(), metavar="BRANCH"),
-    Option("--private", "make a new repository private"),
+    Option("--private", "create a new repository as private"),
     Option("--message", "commit message", Text(), default="", metavar="TEXT"),
     Option("--dry-run", "print what would be uploaded, and upload nothing"),
 )
 
-_QUICK = Option("--quick", "one round of little work: whether it runs, not how fast it is")
+_QUICK = Option("--quick", "smoke test: one round with little work")
 
 
-def _common(rounds: int) -> tuple[Option, ...]:
+def _benchmark_options(rounds: int) -> tuple[Option, ...]:
     return (
-        Option("--official", "your checkout of OpenGVLab/InternImage, for its code as a peer", Text(), metavar="PATH"),
-        Option("--rounds", "timed calls of each", Whole(1), default=rounds, excludes=("--quick",)),
-        Option("--wall-threads", "threads of the wall times; 0 leaves them out", Whole(0, 1024), default=2),
+        Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH"),
+        Option("--rounds", "timed calls per function", Whole(1), default=rounds, excludes=("--quick",)),
+        Option("--wall-threads", "threads for wall times; 0 skips them", Whole(0, 1024), default=2),
         Option("--csv", "append the rows to this file", OutputFile(), metavar="FILE"),
         _QUICK,
     )
 
 
 BENCHMARK_OPS = (
-    *_common(rounds=9),
+    *_benchmark_options(rounds=9),
     Option("--batch", "images per call", _BATCH, default=8, excludes=("--quick",)),
-    Option("--peers", "those to time", Choice(OPS_PEERS), default=OPS_PEERS, nargs="*"),
+    Option("--peers", "implementations to time", Choice(OPS_PEERS), default=OPS_PEERS, nargs="*"),
 )
 
 BENCHMARK_MODELS = (
-    *_common(rounds=7),
+    *_benchmark_options(rounds=7),
     Option(
         "--batches",
-        "images per call of inference, one or more numbers",
+        "images per call of inference, one or more batch sizes",
         _BATCH,
         default=(8, 1),
         nargs="+",
         excludes=("--quick",),
     ),
-    Option("--training-batch", "images per training step; 0 leaves training out", Whole(0), default=4),
-    Option("--img-size", "image side", Whole(32, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
-    Option("--peers", "official, and names of timm models", Text(), default=MODEL_PEERS, metavar="NAME", nargs="*"),
+    Option("--training-batch", "images per training step; 0 skips training", Whole(0), default=4),
+    Option("--img-size", "image size", Whole(32, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
+    Option(
+        "--peers",
+        "models to time: official, and names of timm models",
+        Text(),
+        default=MODEL_PEERS,
+        metavar="NAME",
+        nargs="*",
+    ),
     Option("--no-memory", "do not measure peak memory"),
 )
 

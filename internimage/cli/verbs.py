@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The verbs of the command line: what each says about itself, and what cannot be asked for together.
+"""The verbs of the command line: their help, and checks of combinations of options.
 
-What a verb takes is in `tables.py`. What it does is in the module of its name, which is imported once the arguments are
-known to be right.
+`tables.py` has the options of each verb. What a verb does is in the module of its name, which is imported after the
+arguments have been checked.
 """
 
 import argparse
@@ -16,35 +16,36 @@ from pathlib import Path
 
 from .. import __version__
 from ..config import load_config, split_arguments
+from ..engine.config import settings_of
 from ..tasks.classification.config import FinetuneConfig
 from ..values import Number, Whole
 from . import tables
 from .options import Group, Option, Parser, UsageError, add_options
 
-# ---- what cannot be asked for together, beyond the tables
+# ---- checks of combinations, beyond those of the tables
 
 
 def _check_model(arguments: argparse.Namespace, prog: str) -> None:
-    named = ":" not in arguments.model and not Path(arguments.model).is_dir()
-    if arguments.use_ema and arguments.checkpoint is None and named:
-        raise UsageError("--use-ema has no effect without --checkpoint: the weights of a name are of one kind", prog)
+    by_name = ":" not in arguments.model and not Path(arguments.model).is_dir()
+    if arguments.use_ema and arguments.checkpoint is None and by_name:
+        raise UsageError("--use-ema has no effect without --checkpoint: released weights have no EMA", prog)
 
 
 def _check_evaluate(arguments: argparse.Namespace, prog: str) -> None:
     _check_model(arguments, prog)
-    other = arguments.variant not in (None, "imagenet", "real")
-    if arguments.expect == "published" and (arguments.checkpoint or arguments.num_classes or other):
+    other_images = arguments.variant not in (None, "imagenet", "real")
+    if arguments.expect == "published" and (arguments.checkpoint or arguments.num_classes or other_images):
         raise UsageError(
-            f"no top-1 on ImageNet-1k was published for '{arguments.model}' as it is asked for here: --expect "
-            f"published takes released weights, without --checkpoint, --num-classes or another dataset",
+            f"no ImageNet-1k top-1 is published for '{arguments.model}' with these options: --expect published needs "
+            f"released weights, without --checkpoint, --num-classes or another dataset",
             prog,
         )
-    if arguments.json and arguments.csv and _same(arguments.json, arguments.csv):
-        raise UsageError(f"--json and --csv are one file, '{arguments.csv}': name two", prog)
-    for option, read in (("--labels", arguments.labels), ("--class-map", arguments.class_map)):
-        for written in (arguments.json, arguments.csv):
-            if read and written and _same(read, written):
-                raise UsageError(f"'{written}' is read as {option}, and the report would replace it", prog)
+    if arguments.json and arguments.csv and _same_file(arguments.json, arguments.csv):
+        raise UsageError(f"--json and --csv are the same file, '{arguments.csv}'", prog)
+    for option, source in (("--labels", arguments.labels), ("--class-map", arguments.class_map)):
+        for target in (arguments.json, arguments.csv):
+            if source and target and _same_file(source, target):
+                raise UsageError(f"the report would overwrite '{target}', the file of {option}", prog)
 
 
 def _check_predict(arguments: argparse.Namespace, prog: str) -> None:
@@ -55,14 +56,14 @@ def _check_predict(arguments: argparse.Namespace, prog: str) -> None:
             inside = (
                 picture.exists() and Path(image).is_dir() and picture.resolve().is_relative_to(Path(image).resolve())
             )
-            if image != "-" and (inside or _same(image, picture)):
-                raise UsageError(f"--draw-points would replace the image '{picture}': name another file", prog)
+            if image != "-" and (inside or _same_file(image, picture)):
+                raise UsageError(f"--draw-points would overwrite the image '{picture}': choose another file", prog)
 
 
-def _same(a: str, b: str | Path) -> bool:
+def _same_file(a: str, b: str | Path) -> bool:
     try:
         return os.path.samefile(a, b)
-    except OSError:  # one of them is not there yet
+    except OSError:  # one of them does not exist yet
         return os.path.realpath(a) == os.path.realpath(b)
 
 
@@ -76,14 +77,14 @@ def _check_convert(arguments: argparse.Namespace, prog: str) -> None:
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise UsageError(f"--model-kwargs has '{min(twice)}' twice", prog)
     if arguments.head and "num_classes" in keys:
-        raise UsageError(f"num_classes has no effect with --head {arguments.head}: leave one of them out", prog)
+        raise UsageError(f"num_classes has no effect with --head {arguments.head}: omit one of them", prog)
     arguments.model_kwargs = dict(arguments.model_kwargs)
 
 
 def _check_benchmark(arguments: argparse.Namespace, prog: str) -> None:
     wanted = "official" in arguments.peers
     if arguments.official is not None and not wanted:
-        raise UsageError("--official has no effect if --peers leaves 'official' out", prog)
+        raise UsageError("--official has no effect if --peers does not include 'official'", prog)
 
 
 def _no_check(arguments: argparse.Namespace, prog: str) -> None:
@@ -95,7 +96,7 @@ def _no_check(arguments: argparse.Namespace, prog: str) -> None:
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: its name, what it is for, its options, examples, and a check of what was given together."""
+    """A verb: its name, help, options, examples, and check of combinations of options."""
 
     name: str
     help: str
@@ -134,13 +135,13 @@ VERBS = (
         """
         internimage finetune configs/own_data.yaml data=photos output=runs/photos
         internimage finetune data=photos output=runs/photos model=internimage_small.ogvl_in1k epochs=20
-        scripts/train_one_machine.sh configs/own_data.yaml data=photos output=runs/photos
+        scripts/launch/train_one_machine.sh configs/own_data.yaml data=photos output=runs/photos
         """,
         _check_finetune,
     ),
     Verb(
         "convert",
-        "Convert weights in any format to a folder that timm, transformers and the Hub take.",
+        "Convert weights of any format to a folder for timm, transformers and the Hub.",
         tables.CONVERT,
         """
         internimage convert OpenGVLab/internimage_g_22kto1k_512 giant/ --dtype bf16
@@ -151,7 +152,7 @@ VERBS = (
     ),
     Verb(
         "push",
-        "Upload a folder that convert has written to the Hub.",
+        "Upload a folder written by convert to the Hub.",
         tables.PUSH,
         """
         internimage push tiny/ me/tiny --dry-run
@@ -160,7 +161,7 @@ VERBS = (
     ),
     Verb(
         "info",
-        "Print versions, devices, and which backend serves each.",
+        "Print versions, devices and the backend of each.",
         tables.INFO,
         """
         internimage info
@@ -172,7 +173,7 @@ VERBS = (
 BENCHMARKS = (
     Verb(
         "ops",
-        "Time DCNv3 beside our reference, torchvision and the official function.",
+        "Time DCNv3 against the reference, torchvision and the official function.",
         tables.BENCHMARK_OPS,
         """
         internimage benchmark ops
@@ -182,7 +183,7 @@ BENCHMARKS = (
     ),
     Verb(
         "models",
-        "Time InternImage-T beside the official model and models of timm.",
+        "Time InternImage-T against the official model and timm models.",
         tables.BENCHMARK_MODELS,
         """
         internimage benchmark models --quick
@@ -192,11 +193,11 @@ BENCHMARKS = (
     ),
 )
 
-_BENCHMARK_HELP = "Time the operator and InternImage-T on this CPU, beside their peers."
+_BENCHMARK_HELP = "Time the operator and InternImage-T on this CPU against other implementations."
 
 
 def parser() -> Parser:
-    """The whole command line's parser. What it returns has `verb`, and `check`, to be called before the verb runs."""
+    """The parser of the command line. Its result has `verb`, and `check`, to be called before the verb runs."""
     top = Parser(
         prog="internimage",
         description="InternImage for PyTorch and timm: evaluate, predict, fine-tune, convert, publish.",
@@ -205,23 +206,23 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"internimage {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb in VERBS:
-        if verb.name == "info":  # benchmark stands before it
+        if verb.name == "info":  # benchmark is listed before it
             benchmark = verbs.add_parser("benchmark", help=_BENCHMARK_HELP, description=_BENCHMARK_HELP)
-            whats = benchmark.add_subparsers(dest="what", metavar="WHAT", required=True)
+            benchmarks = benchmark.add_subparsers(dest="what", metavar="WHAT", required=True)
             for what in BENCHMARKS:
-                _add_verb(whats, what)
+                _add_verb(benchmarks, what)
         sub = _add_verb(verbs, verb)
         if verb.name == "finetune":
             sub.epilog = f"settings:\n{_describe_settings()}\n\n{sub.epilog}"
-            sub.hint = _as_setting
+            sub.hint = _setting_hint
     return top
 
 
-def _as_setting(option: str) -> str:
+def _setting_hint(option: str) -> str:
     return f"settings are written {option.lstrip('-').partition('=')[0].replace('-', '_')}=VALUE"
 
 
-def _add_verb(verbs: argparse._SubParsersAction, verb: Verb) -> Parser:
+def _add_verb(verbs: "argparse._SubParsersAction[Parser]", verb: Verb) -> Parser:
     sub = verbs.add_parser(
         verb.name, help=verb.help, description=verb.help, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(verb.examples).strip(), "  "),
@@ -232,9 +233,9 @@ def _add_verb(verbs: argparse._SubParsersAction, verb: Verb) -> Parser:
 
 
 def _describe_settings() -> str:
-    """A line or more for each setting: what it is for, what it may be, and its default."""
+    """The settings of `finetune` with meaning, range and default, for the help."""
     lines = []
-    for field in dataclasses.fields(FinetuneConfig):
+    for field in settings_of(FinetuneConfig):
         text = field.metadata["help"]
         if isinstance(field.metadata["kind"], (Whole, Number)):
             words = field.metadata["kind"].words.removeprefix("a whole number ").removeprefix("a number ")
@@ -242,6 +243,6 @@ def _describe_settings() -> str:
         if field.default is dataclasses.MISSING:
             text += "; required"
         else:
-            text += f"; default {json.dumps(field.default).strip(chr(34))}"  # as YAML has it: null, true
+            text += f"; default {json.dumps(field.default).strip(chr(34))}"  # null and true as in YAML
         lines += textwrap.wrap(f"{field.name:<20}{text}", 118, initial_indent="  ", subsequent_indent=" " * 22)
     return "\n".join(lines)

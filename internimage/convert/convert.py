@@ -43,13 +43,13 @@ HEAD_22K_TO_1K = "22k-to-1k"
 class Conversion:
     """What was written."""
 
-    folder: Path
-    model: str  # architecture, with the tag of released weights
-    files: dict[str, int] = field(default_factory=dict)  # name -> bytes
-    tensors: int = 0
-    parameters: int = 0
-    dtypes: list[str] = field(default_factory=list)
-    verified: bool = False
+    folder: Path  #: where it is
+    model: str  #: architecture, with the tag of released weights
+    files: dict[str, int] = field(default_factory=dict)  #: name -> bytes
+    tensors: int = 0  #: how many
+    parameters: int = 0  #: how many numbers they have
+    dtypes: list[str] = field(default_factory=list)  #: of the tensors, as names
+    verified: bool = False  #: whether the result was read back and compared
 
 
 def convert(

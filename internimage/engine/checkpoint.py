@@ -113,7 +113,7 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
             problem = None if failure is None else _failed(folder, step, failure, clean=world.first)
             if world.first and failure is None:
                 _clean(folder)
-            world.agree(problem)
+            world.raise_any(problem)
     if world.first:
         _remove_old(folder, step)
     return final
@@ -174,12 +174,12 @@ def newest(
             processes do not find the same ones; in all processes. `take_up` may have stopped half way then, and what it
             left is no start for a run.
     """
-    with world.together():
+    with world.raise_on_all_ranks():
         names = [path.name for path in checkpoints(folder)]
     lists = world.gather(names)
     everywhere = [name for name in names if all(name in others for others in lists)]
     if not everywhere and any(lists):
-        world.agree(_different(folder))
+        world.raise_any(_different(folder))
     passed = sorted({name for others in lists for name in others} - set(everywhere))
     for name in passed:
         _pass_over(folder / name, "not all processes find it", world)
@@ -189,7 +189,7 @@ def newest(
         if reason is None:
             content, checksum = found
             if len(set(world.gather(checksum))) > 1:
-                world.agree(_different(folder))
+                world.raise_any(_different(folder))
             _, reason = _attempt(lambda content=content: take_up(content), world)
         if reason is None:
             if passed and world.first:
@@ -199,7 +199,7 @@ def newest(
         passed.append(name)
         found = content = None  # before the next is read, which may be as large
     if passed:
-        world.agree(
+        world.raise_any(
             CheckpointError(f"none of the checkpoints in '{folder}' can be read; resume=false begins the run anew")
         )
     return None
@@ -214,7 +214,7 @@ def _attempt(work: Callable[[], Any], world: World) -> tuple[Any, str | None]:
         problem = error
     except (OSError, DamagedError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-    world.agree(problem)
+    world.raise_any(problem)
     return result, next((reason for reason in world.gather(reason) if reason is not None), None)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Outputs and weights that are not finite: no class is the largest of such outputs, so nothing is counted of them."""
+"""Detection of NaN and infinity in outputs and weights: metrics of such outputs would mean nothing."""
 
 from collections.abc import Iterator
 
@@ -15,10 +15,10 @@ class NotFiniteError(UserError, ArithmeticError):
     """A model gave NaN or infinity.
 
     Attributes:
-        weights: Whether its own weights are not finite, so that no image will fare better.
+        weights: Whether its own weights are not finite, so that every input fails.
     """
 
-    status = 1  # the input was good and the answer is not
+    status = 1  # the input was good and the output is not
 
     def __init__(self, message: str, weights: bool = False) -> None:
         super().__init__(message)
@@ -29,8 +29,8 @@ def output_problem(logits: Tensor, model: nn.Module, dtype: torch.dtype) -> NotF
     """What is wrong with outputs, for the caller to raise; None if they are finite.
 
     Args:
-        logits: As the model gave them; where a class is impossible a probability may be 0, an output is finite.
-        model: That gave them. Of sharded weights this process's part is looked at: no exchange is made.
+        logits: The model's outputs.
+        model: The model. Of sharded weights only this process's shard is checked, without communication.
         dtype: What it runs in.
     """
     if torch.isfinite(logits).all():
@@ -52,14 +52,14 @@ def output_problem(logits: Tensor, model: nn.Module, dtype: torch.dtype) -> NotF
 
 
 def finite_weights(model: nn.Module) -> set[str]:
-    """Names of the tensors that are finite as a whole: a mask may be infinite by intent."""
+    """Names of the tensors that are entirely finite: others, such as masks, may be infinite on purpose."""
     return {name for name, tensor in _weights(model) if tensor.isfinite().all()}
 
 
 def weights_problem(model: nn.Module, names: set[str], world: World) -> str | None:
-    """What of the named tensors is infinite or NaN, for a sentence; None where nothing is.
+    """Which of the named tensors have infinities or NaN, in words; None if none does.
 
-    To be called in all processes at once; the same in each.
+    To be called in all processes at once; returns the same in each.
     """
     bad = [(name, int((~tensor.isfinite()).sum())) for name, tensor in _weights(model) if name in names]
     bad = [(name, count) for name, count in bad if count]
@@ -68,11 +68,11 @@ def weights_problem(model: nn.Module, names: set[str], world: World) -> str | No
         return None
     (name, count), *others = found
     more = f", and some in {len(others)} other tensors," if others else ""
-    return f"{count} numbers in '{name}'{more} are not finite"
+    return f"{count} elements of '{name}'{more} are not finite"
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and floating-point buffers that are saved, of sharded ones this process's part."""
+    """Saved parameters and floating-point buffers; of sharded ones, this process's shard."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             yield name, tensor.to_local() if isinstance(tensor, DTensor) else tensor

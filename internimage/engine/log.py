@@ -69,9 +69,9 @@ class TrainingLog:
     ) -> None:
         self.output, self.epochs, self.batch_size, self.writes = output, epochs, batch_size, writes
         self.note, self.last_epoch = note, last_epoch
-        self.tells = progress and writes
+        self.prints = progress and writes
         self.bar = progress_bar(
-            total * batch_size, "finetune", "img", shown=self.tells, initial=step * batch_size, leave=False
+            total * batch_size, "finetune", "img", shown=self.prints, initial=step * batch_size, leave=False
         )
         self.board = self._steps = None
         if not writes:
@@ -107,11 +107,17 @@ class TrainingLog:
                 for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm), ("images_per_second", rate)):
                     self.board.add_scalar(f"train/{name}", value, step)
 
-    def epoch(self, row: dict, step: int) -> None:
-        """Note one epoch and tell it in a line; the table is rewritten as a whole."""
+    def epoch(self, row: dict, step: int, validation: str = "") -> None:
+        """Log one epoch and print its line; the table is rewritten as a whole.
+
+        Args:
+            row: Of the table; columns that begin with `val_` also go to TensorBoard.
+            step: Steps done.
+            validation: The metrics for the line, empty without any.
+        """
         self.epochs.append(row)
-        if self.tells:
-            self.bar.write(self._line(row), file=sys.stderr)
+        if self.prints:
+            self.bar.write(self._line(row, validation), file=sys.stderr)
         if not self.writes:
             return
         with self._writing(self.output / LOG_FILE):
@@ -125,11 +131,11 @@ class TrainingLog:
     def _of(self, epoch: int) -> str:
         return str(epoch) if self.last_epoch is None else f"{epoch}/{self.last_epoch}"
 
-    def _line(self, row: dict) -> str:
+    def _line(self, row: dict, validation: str) -> str:
         """Such as `epoch 3/30: train loss 0.4312, val loss 0.3901, val top-1 91.25 %, 812 images/s`."""
         parts = [f"train loss {row['train_loss']:.4f}"]
-        if "val_loss" in row:
-            parts += [f"val loss {row['val_loss']:.4f}", f"val top-1 {row['val_top1']:.2f} %"]
+        if validation:
+            parts.append(validation)
         parts.append(f"{row['images_per_second']:.0f} images/s")
         return f"epoch {self._of(row['epoch'])}: {', '.join(parts)}"
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..models.parts import NoSuchParts, offset_parameters
-from ..tasks.classification.config import FinetuneConfig
+from .config import RunConfig
 
 
 def create_optimizer(
-    model: nn.Module, config: FinetuneConfig, steps_per_epoch: int
+    model: nn.Module, config: RunConfig, steps_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Scheduler | None]:
     """Optimizer and schedule; the schedule is None with `sched=none`.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Every random draw of training as a function of (seed, epoch, sample) or (seed, step).
 
-No draw depends on what was drawn before it, so a run that is resumed inside an epoch, loads with another number of
-workers, or is spread over another number of processes sees the same batches.
+No draw depends on earlier ones, so a run sees the same batches if it resumes in the middle of an epoch, loads with
+another number of workers, or runs in another number of processes.
 """
 
 import random
@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-# what a seed is for: draws for two purposes never share a stream
+# the purpose of a seed: no two purposes share a stream
 _ORDER, _SAMPLE, _STEP, _DROP_PATH = range(4)
 
 
@@ -42,81 +42,82 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
 
 
 def seed_step(seed: int, step: int, micro_step: int = 0, rank: int = 0) -> None:
-    """Before a forward pass: dropout of models that are not ours."""
+    """Before a forward pass: for the dropout of other models."""
     _seed_all(_derive(_STEP, seed, step, micro_step, rank))
 
 
 def seed_mixing(seed: int, step: int) -> None:
-    """Before a batch is mixed: timm draws one ratio and box a batch from NumPy, the same in every process."""
+    """Before a batch is mixed: timm draws one ratio and one box for it from NumPy, the same in every process."""
     np.random.seed(_derive(_STEP, seed, step) & 0xFFFFFFFF)
 
 
 class BatchPlan:
-    """Which samples stand in which batch.
+    """Which samples belong to which batch.
 
     Args:
-        samples: Images of the training set.
-        batch_size: Images an optimizer step, over all processes and accumulated parts.
-        parts: Into how many equal parts a batch is split: processes times accumulation.
+        samples: Size of the training set.
+        batch_size: Samples in an optimizer step, over all processes and micro-batches.
+        micro_batches: The equal parts that a batch is split into: processes times gradient accumulation steps.
         seed: Of the order.
     """
 
-    def __init__(self, samples: int, batch_size: int, parts: int, seed: int) -> None:
-        self.samples, self.batch_size, self.parts, self.seed = samples, batch_size, parts, seed
-        self.steps_per_epoch = samples // batch_size  # the last, smaller batch is left out
+    def __init__(self, samples: int, batch_size: int, micro_batches: int, seed: int) -> None:
+        self.samples, self.batch_size, self.micro_batches, self.seed = samples, batch_size, micro_batches, seed
+        self.steps_per_epoch = samples // batch_size  # the last, smaller batch is dropped
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
-    def positions(self, part: int) -> list[int]:
-        """The positions in the batch that a part holds.
+    def positions(self, index: int) -> list[int]:
+        """The positions in the batch that a micro-batch holds.
 
-        timm mixes the first image with the last, the second with the one before the last and so on. A part of even
-        size is a piece from the front and its mirror image from the back, so that pairs stay together and mixing the
-        parts is mixing the batch.
+        timm mixes the first image with the last, the second with the second to last, and so on. A micro-batch of even
+        size takes a slice from the front and the mirrored one from the back, so that pairs stay together and mixing the
+        micro-batches is mixing the batch.
         """
-        size = self.batch_size // self.parts
+        size = self.batch_size // self.micro_batches
         if size % 2:
-            return list(range(part * size, (part + 1) * size))
-        front = list(range(part * size // 2, (part + 1) * size // 2))
+            return list(range(index * size, (index + 1) * size))
+        front = list(range(index * size // 2, (index + 1) * size // 2))
         return front + [self.batch_size - 1 - i for i in reversed(front)]
 
-    def batch(self, step: int, part: int) -> list[tuple[int, int]]:
-        """(epoch, index) of the samples of a part of the batch of an optimizer step."""
+    def samples_of(self, step: int, index: int) -> list[tuple[int, int]]:
+        """(epoch, index) of the samples in a micro-batch of an optimizer step."""
         epoch, inside = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(_derive(_ORDER, self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(self.samples, generator=generator)
         start = inside * self.batch_size
-        return [(epoch, int(self._order[start + i])) for i in self.positions(part)]
+        return [(epoch, int(self._order[start + i])) for i in self.positions(index)]
 
 
 class PlanSampler(Sampler[list[tuple[int, int]]]):
-    """Batch sampler over the rest of a run: the parts of one process, from a step on.
+    """Batch sampler over the rest of a run: the micro-batches of one process, from a step on.
 
     Args:
         plan: The batches.
-        parts: The parts of each batch that this process takes, in order.
+        micro_batches: Those of each batch that this process takes, in order.
         start, stop: First step, and the step after the last.
     """
 
-    def __init__(self, plan: BatchPlan, parts: list[int], start: int, stop: int) -> None:
-        self.plan, self.parts, self.start, self.stop = plan, parts, start, stop
+    def __init__(self, plan: BatchPlan, micro_batches: list[int], start: int, stop: int) -> None:
+        self.plan, self.micro_batches, self.start, self.stop = plan, micro_batches, start, stop
 
     def __len__(self) -> int:
-        return (self.stop - self.start) * len(self.parts)
+        return (self.stop - self.start) * len(self.micro_batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
-            for part in self.parts:
-                yield self.plan.batch(step, part)
+            for index in self.micro_batches:
+                yield self.plan.samples_of(step, index)
 
 
 class PlannedDropPath(nn.Module):
-    """Stochastic depth whose draws are set from outside, by `DropPathDraws`; in evaluation the identity."""
+    """Stochastic depth with draws that `DropPathDraws` sets; the identity in evaluation."""
 
     def __init__(self, drop_prob: float, scale_by_keep: bool) -> None:
         super().__init__()
         self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
-        self.register_buffer("factor", torch.empty(0), persistent=False)  # (N,): 0, or 1 / (1 - drop_prob)
+        self.factor: Tensor  # (N,): 0, or 1 / (1 - drop_prob)
+        self.register_buffer("factor", torch.empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -125,9 +126,9 @@ class PlannedDropPath(nn.Module):
 
 
 class DropPathDraws:
-    """Takes the place of timm's `DropPath` modules in a model and sets their draws for a step.
+    """Replaces timm's `DropPath` modules in a model, and sets their draws for each step.
 
-    The draws of a step are one table, layers by positions in the batch; each process takes its columns.
+    The draws of a step form a table, layers by positions in the batch, of which each process takes its columns.
 
     Args:
         model: Is changed in place.
@@ -145,17 +146,17 @@ class DropPathDraws:
                     setattr(parent, name, planned)
                     self.layers.append(planned)
         device = next(model.parameters()).device
-        size = plan.batch_size // plan.parts
+        size = plan.batch_size // plan.micro_batches
         for layer in self.layers:
             layer.factor = torch.ones(size, device=device)
 
-    def draw(self, step: int, part: int) -> None:
-        """Set the draws of a part of a step's batch."""
+    def draw(self, step: int, index: int) -> None:
+        """Set the draws for a micro-batch of a step."""
         if not self.layers:
             return
         generator = torch.Generator().manual_seed(_derive(_DROP_PATH, self.seed, step))
         table = torch.rand(len(self.layers), self.plan.batch_size, generator=generator)
-        table = table[:, self.plan.positions(part)]
+        table = table[:, self.plan.positions(index)]
         for layer, row in zip(self.layers, table):
             keep = 1 - layer.drop_prob
             factor = (row < keep).float()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The folder of a run: the names of its files, and when it may be written to.
 
-A run is finished if its folder has the model and not the file UNFINISHED: the model comes as soon as training is done,
-and a run that is killed in its last evaluation or its report goes on there.
+A run is finished if its folder has the model and no file UNFINISHED. The model is written as soon as training is done;
+a run that is killed in its last validation or its report resumes there.
 
-Nothing in it is removed but what a run has written, by name, and only where the folder is known to be a run's.
+Only what a run has written is ever removed, by name, and only where the folder is known to be a run's.
 """
 
 import json
@@ -12,39 +12,35 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..atomic import is_leftover, recover
-from ..config import ConfigError, dump, from_dict, parse_settings, read_text
+from ..config import ConfigError, from_dict, parse_settings, read_text
 from ..files import check_writable, write_text
 from ..locks import LOCK_FILE, hold
-from ..tasks.classification.config import FinetuneConfig
+from ..weights.file_names import CONFIG, WEIGHTS
 from .checkpoint import checkpoints, remove_all, remove_if_empty
+from .config import RunConfig, dump, settings_of
 
-CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "finetune.yaml", "model.safetensors", "report.html"
+CONFIG_FILE, REPORT_FILE = "finetune.yaml", "report.html"
 LOG_FILE, STEPS_FILE = "log.csv", "steps.csv"
-UNFINISHED = ".internimage-unfinished"  # beside a model: of its run, the last evaluation or the report is to be done
+UNFINISHED = ".internimage-unfinished"  # beside a model whose run has not validated or reported yet
 CHECKPOINTS, BAD_BATCHES, TENSORBOARD = "checkpoints", "bad-batches", "tensorboard"
 _OURS = {BAD_BATCHES: r"step-\d{9}-process-\d+\.pt", TENSORBOARD: r"events\.out\.tfevents\..+"}
 
-# may differ between a run and its continuation: where and how, not what is computed
-_FREE = ("output", "overwrite", "resume", "workers", "device", "tensorboard", "report", "data",
-         "checkpoint_every", "compile", "grad_checkpointing", "nan_limit")  # fmt: skip
 
-
-def check_output(config: FinetuneConfig) -> bool:
-    """Look at the result's folder and write nothing; a new result is not mixed with an old one.
+def check_output(config: RunConfig) -> bool:
+    """Look at the run's folder and write nothing; a new result is not mixed with an old one.
 
     Returns:
-        Whether it holds an unfinished run of these settings to go on with.
+        Whether it holds an unfinished run of these settings to resume.
 
     Raises:
-        ConfigError: It holds a finished result, an unfinished run of other settings, the model to start from, or what
-            is not ours.
+        ConfigError: It holds a finished result, an unfinished run of other settings, the model to start from, or
+            files that are not ours.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
@@ -56,17 +52,16 @@ def check_output(config: FinetuneConfig) -> bool:
     if not (output / CONFIG_FILE).is_file():
         raise ConfigError(f"the folder '{output}' is not empty and not ours")
     resumes = not is_finished(output) and config.resume and bool(checkpoints(output / CHECKPOINTS))
-    if (output / WEIGHTS_FILE).is_file() and not config.overwrite and not resumes:
+    if (output / WEIGHTS).is_file() and not config.overwrite and not resumes:
         raise ConfigError(f"the folder '{output}' holds an earlier result; overwrite=true replaces it")
-    for name in ("model", "checkpoint"):
-        start = getattr(config, name)
-        start = start and Path(start.removeprefix("local-dir:")).resolve()
-        if start and start.exists() and output.resolve() in (start, *start.parents):
-            raise ConfigError(f"'{name}' stands in '{output}', which this run would replace: set another output")
+    for name, value in config.starts_from.items():
+        start = Path(value.removeprefix("local-dir:")).resolve() if value else None
+        if start is not None and start.exists() and output.resolve() in (start, *start.parents):
+            raise ConfigError(f"'{name}' is inside '{output}', which this run would replace: set another output")
     if resumes:
         _check_same(config, output)
         return True
-    if not _is_run(output):
+    if not _is_run(output, type(config)):
         raise ConfigError(
             f"the folder '{output}' is not empty, and its {CONFIG_FILE} is not one that finetune has written for this "
             f"folder, so nothing in it is replaced: name another output, or empty it yourself"
@@ -76,8 +71,8 @@ def check_output(config: FinetuneConfig) -> bool:
 
 
 @contextmanager
-def own_output(config: FinetuneConfig) -> Iterator[None]:
-    """The result's folder, made ready and for this run alone.
+def own_output(config: RunConfig) -> Iterator[None]:
+    """Context in which the run's folder is prepared, and locked for this run.
 
     Raises:
         ConfigError: As `check_output`.
@@ -90,8 +85,8 @@ def own_output(config: FinetuneConfig) -> Iterator[None]:
         yield
 
 
-def prepare_output(config: FinetuneConfig) -> None:
-    """Make the result's folder ready: removes an earlier run unless that is gone on with.
+def prepare_output(config: RunConfig) -> None:
+    """Prepare the run's folder: removes an earlier run unless this one resumes it.
 
     Raises:
         ConfigError: As `check_output`.
@@ -108,72 +103,73 @@ def prepare_output(config: FinetuneConfig) -> None:
 
 
 def _entries(output: Path) -> list[str]:
-    """Names in a folder, without what a killed process can leave."""
+    """Names in a folder, without what a killed process may have left."""
     return [name for name in os.listdir(output) if not is_leftover(name)]
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a folder holds the result of a run that came to its end."""
-    return (output / WEIGHTS_FILE).is_file() and not (output / UNFINISHED).exists()
+    """Whether a folder holds the result of a finished run."""
+    return (output / WEIGHTS).is_file() and not (output / UNFINISHED).exists()
 
 
 def begin_result(output: Path) -> None:
     """To be called before the model is written."""
-    write_text(output / UNFINISHED, "Training is done. The same command does what is left to be done after it.\n")
+    write_text(output / UNFINISHED, "Training is done. The same command validates and reports.\n")
 
 
 def end_result(output: Path) -> None:
-    """To be called when nothing is left to be done: the run is finished."""
+    """To be called when the run is finished."""
     (output / UNFINISHED).unlink(missing_ok=True)
 
 
 def remove_result(output: Path) -> None:
-    """Remove the model, which turned out to be none, and what says that there is one."""
-    for file in (WEIGHTS_FILE, "config.json", UNFINISHED):
+    """Remove a model that turned out to be useless, and the files that announce it."""
+    for file in (WEIGHTS, CONFIG, UNFINISHED):
         (output / file).unlink(missing_ok=True)
 
 
 def _mark(output: Path) -> str:
-    """The first line of a run's settings. It has the folder's name: copied to another one, they say nothing of that."""
+    """The first line of a run's settings. It has the folder's name: a copy proves nothing about another folder."""
     return f"# written by `internimage finetune` for its folder {json.dumps(output.resolve().name)}"
 
 
-def _is_run(output: Path) -> bool:
+def _is_run(output: Path, cls: type[RunConfig]) -> bool:
     """Whether a folder's settings prove that `finetune` made it."""
     try:
         text = read_text(output / CONFIG_FILE)
         if text.startswith(_mark(output) + "\n"):
             return True
-        # before there was that line: as yaml writes all the settings that there were, which no recipe is
-        values = parse_settings(text, "it", FinetuneConfig)
-        known = [field.name for field in fields(FinetuneConfig)]
+        # before there was that line: all the settings that there were as yaml writes them, which no recipe is
+        values = parse_settings(text, "it", cls)
         return (
             len(values) >= 48
-            and list(values) == [name for name in known if name in values]
+            and values.keys() <= {field.name for field in fields(cls)}
             and yaml.safe_dump(values, sort_keys=False) == text
-            and Path(os.path.abspath(values.get("output"))).name == output.resolve().name
+            and Path(os.path.abspath(values["output"])).name == output.resolve().name
         )
-    except (ConfigError, TypeError):  # of an output that is no path, or is not there
+    except (ConfigError, KeyError, TypeError):  # of an output that is no path, or is not there
         return False
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, cls: type[RunConfig]) -> RunConfig:
     try:
-        return asdict(from_dict(FinetuneConfig, parse_settings(read_text(path), "it", FinetuneConfig)))
+        return from_dict(cls, parse_settings(read_text(path), "it", cls))
     except ConfigError as error:
         raise ConfigError(
-            f"'{path}' cannot be read ({error}), so the run cannot go on: put the file back as it was, or name another "
-            f"output"
+            f"'{path}' cannot be read ({error}), so the run cannot resume: put the file back as it was, or name "
+            f"another output"
         ) from error
 
 
-def _check_same(config: FinetuneConfig, output: Path) -> None:
-    earlier = _settings(output / CONFIG_FILE)
-    differ = [f"{k} was {earlier[k]}, now {v}" for k, v in asdict(config).items() if k not in _FREE and earlier[k] != v]
+def _check_same(config: RunConfig, output: Path) -> None:
+    earlier = _read_config(output / CONFIG_FILE, type(config))
+    compared = [field.name for field in settings_of(type(config)) if not field.metadata["free"]]
+    pairs = [(name, getattr(earlier, name), getattr(config, name)) for name in compared]
+    differ = [f"{name} was {before}, now {now}" for name, before, now in pairs if before != now]
     if differ:
         raise ConfigError(
             f"the folder '{output}' holds an unfinished run of other settings ({'; '.join(differ)}): set them back to "
-            f"go on with it, or resume=false to begin anew"
+            f"resume it, or resume=false to start over"
         )
 
 
@@ -186,6 +182,6 @@ def _clear(output: Path) -> None:
                 if re.fullmatch(names, file.name):
                     file.unlink()
             remove_if_empty(output / folder)
-    for file in (LOG_FILE, STEPS_FILE, REPORT_FILE):
-        (output / file).unlink(missing_ok=True)
+    for name in (LOG_FILE, STEPS_FILE, REPORT_FILE):
+        (output / name).unlink(missing_ok=True)
     remove_result(output)

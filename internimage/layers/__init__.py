@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layers over the operators."""
+"""Layers built on the operators."""
 
 from .attention_pool import AttentivePool
 from .dcnv3 import DCNv3

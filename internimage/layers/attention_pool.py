@@ -5,19 +5,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .factory import FactoryKwargs
 from .norm import create_norm
 
 
 class _PoolingAttention(nn.Module):
-    """Multi-head attention of one query over all keys; keys of the official `cross_dcn`."""
+    """Multi-head attention of one query over all positions, with the parameter names of the official `cross_dcn`."""
 
-    def __init__(self, channels: int, out_channels: int, num_heads: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         if channels % num_heads != 0:
             raise ValueError(f"num_heads must divide the channels: {channels} channels, {num_heads} heads")
         self.num_heads = num_heads
-        # weight and bias apart, under the official names
+        # weights and biases are separate parameters, under the official names
         self.q_bias = nn.Parameter(torch.zeros(channels, **dd))
         self.k_bias = nn.Parameter(torch.zeros(channels, **dd))
         self.v_bias = nn.Parameter(torch.zeros(channels, **dd))
@@ -35,21 +43,28 @@ class _PoolingAttention(nn.Module):
 
 
 class AttentivePool(nn.Module):
-    """Pools a feature map by attention, with the map's mean as the query.
+    """Pools a feature map by attention, with the mean of the map as the query.
 
     Args:
-        channels: Channels of the map.
-        out_channels: Channels of the result.
-        num_heads: Attention heads; divides `channels`.
+        channels: Number of channels of the map.
+        out_channels: Number of output channels.
+        num_heads: Number of attention heads; divides `channels`.
         device, dtype: Of the parameters.
 
     Shapes:
         (N, channels, H, W) -> (N, out_channels).
     """
 
-    def __init__(self, channels: int, out_channels: int, num_heads: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         self.norm1_q = create_norm(channels, **dd)
         self.norm1_k = create_norm(channels, **dd)
         self.norm1_v = create_norm(channels, **dd)

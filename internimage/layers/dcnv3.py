@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DCNv3 as a layer: projections, predicted offsets and mask, and the operator between them."""
+"""The DCNv3 layer: projections, prediction of offset and mask, and the operator."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,20 @@ from timm.layers import create_act_layer
 from torch import Tensor, nn
 
 from ..ops.arguments import as_pair, check_channels, check_kernel, check_offset_scale
-from ..ops.dcnv3 import apply_dcnv3  # importing it defines torch.ops.internimage.dcnv3
+from ..ops.dcnv3 import apply_dcnv3  # the import defines torch.ops.internimage.dcnv3
 from ..ops.sampling import Geometry, Pair, num_points, sampling_locations
 from ..ops.transforms import is_transformed
+from .factory import FactoryKwargs
 from .linear import Linear
 from .norm import create_norm
 
 
 def _query_padding(kernel: int, dilation: int, padding: int, dw_kernel: int) -> int:
-    """Padding that makes the depthwise convolution's window concentric with the sampling window, on one axis."""
+    """Padding that makes the window of the depthwise convolution concentric with the sampling window, on one axis."""
     twice = 2 * padding + dw_kernel - 1 - dilation * (kernel - 1)
     if twice < 0 or twice % 2:
         raise ValueError(
-            f"dw_kernel_size {dw_kernel} cannot be centred on a kernel of {kernel} with dilation {dilation} and "
+            f"dw_kernel_size {dw_kernel} cannot be centered on a kernel of {kernel} with dilation {dilation} and "
             f"padding {padding}; choose it so that 2 * padding + dw_kernel_size - 1 - dilation * (kernel_size - 1) is "
             f"even and not negative"
         )
@@ -33,7 +34,7 @@ def _create_act(act_layer: str) -> nn.Module:
         act = create_act_layer(act_layer)
     except KeyError:
         act = None
-    if act is None:  # what timm makes of an empty name
+    if act is None:  # timm returns None for an empty name
         raise ValueError(f"act_layer must be timm's name of an activation, such as 'gelu', got {act_layer!r}")
     return act
 
@@ -48,17 +49,18 @@ class DCNv3(nn.Module):
         y      = y * (1 - s) + input_proj(x) * s,  s = sigmoid(center_feature_scale(query))   (huge and giant only)
         output = output_proj(y)
 
-    Offset and mask start at zero: a regular grid with equal weights.
+    Offset and mask are initialized to zero: a regular grid with equal weights.
 
     Args:
-        channels: Channels C of input and output.
+        channels: Number of channels C of input and output.
         kernel_size, stride, padding, dilation: Sampling geometry, ints or (height, width) pairs.
         groups: Number of groups; divides `channels`.
         offset_scale: Factor on the kernel grid and on the offsets.
         dw_kernel_size: Kernel of the depthwise convolution, `kernel_size` if None.
-        center_feature_scale: Mix the projected input back in, by group. Needs an output of the input's size.
-        remove_center: Leave out the kernel's centre point.
-        act_layer: Activation after the depthwise convolution, by timm's name.
+        center_feature_scale: Blend the projected input back in, with a weight per group. The output must have the
+            size of the input.
+        remove_center: Omit the kernel's center point.
+        act_layer: timm's name of the activation after the depthwise convolution.
         norm_layer: "layernorm" or "batchnorm", the norm after the depthwise convolution.
         device, dtype: Of the parameters.
 
@@ -66,10 +68,10 @@ class DCNv3(nn.Module):
         (N, H, W, C) -> (N, Ho, Wo, C), with Ho, Wo as for a convolution.
 
     Raises:
-        TypeError, ValueError: An argument is out of range or does not fit another; the message names it.
+        TypeError, ValueError: An argument is out of range or inconsistent with another; the message names it.
     """
 
-    center_feature_scale: torch.jit.Final[bool]  # so that TorchScript leaves out a branch without its parameters
+    center_feature_scale: torch.jit.Final[bool]  # lets TorchScript drop the branch whose parameters do not exist
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class DCNv3(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         self.channels = channels
         self.kernel_size: Pair = as_pair(kernel_size, "kernel_size", 1)
         self.stride: Pair = as_pair(stride, "stride", 1)
@@ -104,15 +106,16 @@ class DCNv3(nn.Module):
             self.dw_kernel_size = as_pair(dw_kernel_size, "dw_kernel_size", 1)
         check_channels(channels, groups)
         check_kernel(self.kernel_size, self.remove_center)
-        dw_padding = tuple(
+        padding_y, padding_x = (
             _query_padding(*axis) for axis in zip(self.kernel_size, self.dilation, self.padding, self.dw_kernel_size)
         )
+        dw_padding = padding_y, padding_x
         self.center_feature_scale = center_feature_scale
         if center_feature_scale:
             same = tuple(2 * p == d * (k - 1) for k, p, d in zip(self.kernel_size, self.padding, self.dilation))
             if self.stride != (1, 1) or same != (True, True):
                 raise ValueError(
-                    "center_feature_scale needs an output of the input's size: stride 1 and padding "
+                    "center_feature_scale needs an output of the size of the input: stride 1 and padding "
                     f"dilation * (kernel_size - 1) / 2, got stride {self.stride}, padding {self.padding}"
                 )
             self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels, **dd))
@@ -131,7 +134,7 @@ class DCNv3(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the layer's own parameters; the depthwise convolution and its norm keep torch's defaults."""
+        """Initialize the layer's own parameters; the depthwise convolution and its norm keep torch's defaults."""
         for linear in (self.offset, self.mask):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -145,24 +148,24 @@ class DCNv3(nn.Module):
     @property
     @torch.jit.unused
     def geometry(self) -> Geometry:
-        """The operator's arguments."""
+        """The operator's non-tensor arguments."""
         pairs = self.kernel_size, self.stride, self.padding, self.dilation
         return Geometry(*pairs, self.groups, self.offset_scale, self.remove_center, softmax=True)
 
     def query(self, x: Tensor) -> Tensor:
-        """What offset and mask are predicted from: (N, H, W, C) -> (N, Ho, Wo, C)."""
+        """The features from which offset and mask are predicted: (N, H, W, C) -> (N, Ho, Wo, C)."""
         return self.dw_conv(x.permute(0, 3, 1, 2))
 
     @torch.jit.ignore
     def sampling(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the layer looks for the input x, and how much each point weighs; for analysis and pictures.
+        """Sampling locations and weights for the input x, for analysis and visualization.
 
         Args:
             x: (N, H, W, C).
 
         Returns:
             Locations (N, Ho, Wo, groups, P, 2) as (x, y) in pixels of the layer's input, and weights
-            (N, Ho, Wo, groups, P), which add up to 1 over P.
+            (N, Ho, Wo, groups, P), which sum to 1 over P.
         """
         query = self.query(x)
         location = sampling_locations(self.offset(query), self.geometry)
@@ -182,8 +185,8 @@ class DCNv3(nn.Module):
         return parameters
 
     def _sample(self, projected: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """The operator itself and not the checking function: every shape is right by construction here, and the call
-        stays visible to TorchScript, FX and export."""
+        """Call the operator without the checks of `ops.dcnv3`: the shapes are right by construction, and the call is
+        visible to TorchScript, FX and export."""
         if not torch.jit.is_scripting():
             if is_transformed():
                 return self._sample_transformed(projected, offset, mask)

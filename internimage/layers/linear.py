@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with less memory traffic in inference on a CPU. Parameters and results are torch's.
+"""Linear layer with less memory traffic in CPU inference. Parameters and results are torch's.
 
-On a CPU this layer is bound by memory as much as by arithmetic, and torch's first writes the bias to the whole output.
+On a CPU this layer is limited by memory bandwidth as much as by arithmetic, and torch's version first writes the bias
+to the whole output.
 """
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from .fast_path import use_fast_path
 
-# The operator behind torch.compile's fused linear layers. It is not public, so its schema is compared.
+# The operator behind torch.compile's fused linear layers. It is not public, so its schema is checked.
 _SCHEMA = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
 
 
 def _min_rows() -> dict[torch.dtype, int]:
-    """From how many rows on the fused operator is the faster one, for the dtypes in which it can be used."""
+    """Minimum number of rows for which the fused operator is faster, for each dtype that supports it."""
     try:
         if str(torch.ops.mkldnn._linear_pointwise.default._schema) != _SCHEMA:
             return {}
@@ -30,14 +31,14 @@ def _min_rows() -> dict[torch.dtype, int]:
 _MIN_ROWS = _min_rows()
 
 
-@register_notrace_module  # timm's FX graphs call it as a whole, and get the bits that the model has without them
+@register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
 class Linear(nn.Linear):
-    """torch's linear layer; in inference on a CPU the bias is fused, where that is faster."""
+    """torch's linear layer; CPU inference fuses the bias where that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
-        if torch.compiler.is_compiling() or type(input) is not Tensor:  # the sizes of either must not be asked for
+        if torch.compiler.is_compiling() or type(input) is not Tensor:  # do not branch on their sizes
             return F.linear(input, self.weight, self.bias)
         min_rows = _MIN_ROWS.get(input.dtype)
         if (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MLP whose hidden layer stays in the cache in inference on a CPU. Parameters and results are torch's."""
+"""MLP whose hidden layer stays in the cache in CPU inference. Parameters and results are torch's."""
 
 import torch
 from timm.models import register_notrace_module
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from .fast_path import use_fast_path
 from .linear import Linear
 
-_HIDDEN_BYTES = 2 << 20  # of a chunk's hidden layer for each thread: what an L2 cache holds
-_HALF_ROWS = 8192  # least rows of a chunk in a half type, whose weights are packed anew with every call
+_HIDDEN_BYTES = 2 << 20  # hidden layer of a chunk, per thread: what fits in an L2 cache
+_HALF_ROWS = 8192  # minimum rows of a chunk in a 16-bit type, whose weights are repacked on every call
 
 
 @register_notrace_module
 class Mlp(nn.Module):
-    """fc2(act(fc1(x))) over the last axis; keys of timm's Mlp and of the official one.
+    """fc2(act(fc1(x))) over the last axis, with the parameter names of timm's Mlp and of the official one.
 
-    In inference on a CPU a large input is processed in chunks of rows, whose hidden layer stays in the cache instead of
-    filling tens of megabytes that are written, activated and read again. Rows are independent, so nothing else changes.
+    CPU inference processes a large input in chunks of rows, whose hidden layer stays in the cache; as a whole it would
+    take tens of megabytes, which are written, activated and read again. Rows are independent: the result is the same.
 
     Args:
-        channels: Channels of input and output.
-        hidden_channels: Channels between the two linear layers.
+        channels: Number of channels of input and output.
+        hidden_channels: Number of channels between the two linear layers.
         act_layer: Class of the activation.
         device, dtype: Of the parameters.
 
@@ -30,7 +30,12 @@ class Mlp(nn.Module):
     """
 
     def __init__(
-        self, channels: int, hidden_channels: int, act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None
+        self,
+        channels: int,
+        hidden_channels: int,
+        act_layer: type[nn.Module] = nn.GELU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.fc1 = Linear(channels, hidden_channels, device=device, dtype=dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Layer norm, layout changes as modules, and norms between layouts.
+"""Layer norm, layout changes as modules, and norms that change the layout.
 
-The official checkpoints name a norm by its place in a small sequence of layout changes (`norm1.1.weight`), so these
-sequences are part of the state-dict keys.
+The official checkpoints name a norm by its index in a short sequence of layout changes (`norm1.1.weight`), so the
+sequences determine the state-dict keys.
 """
 
 import torch
@@ -28,21 +28,21 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-_MIN_ELEMENTS = 1 << 16  # for which the compiled kernel is worth its call, some microseconds longer than torch's
+_MIN_ELEMENTS = 1 << 16  # below, the call of the compiled kernel, microseconds longer than torch's, does not pay off
 
 
-def _kernel_is_worth_it(input: Tensor) -> bool:
+def _use_kernel(input: Tensor) -> bool:
     return input.numel() >= _MIN_ELEMENTS and has_kernel("layer_norm", "cpu")
 
 
-@register_notrace_module  # timm's FX graphs call it as a whole, and get the bits that the model has without them
+@register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
 class LayerNorm(nn.LayerNorm):
-    """torch's layer norm over the last axis; in inference on a CPU by the compiled kernel."""
+    """torch's layer norm over the last axis; CPU inference uses the compiled kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if use_fast_path(input, self.weight, self.bias) and _kernel_is_worth_it(input):
+        if use_fast_path(input, self.weight, self.bias) and _use_kernel(input):
             return torch.ops.internimage.layer_norm(input, self.weight, self.bias, self.eps)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -56,18 +56,18 @@ def create_norm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Sequential:
-    """A norm over channels with the layout changes around it.
+    """A norm over channels, with layout changes before and after it as needed.
 
     Args:
         channels: Number of channels C.
-        norm_layer: "layernorm" (over C, works channels last) or "batchnorm" (works channels first).
+        norm_layer: "layernorm" (over C, computed channels last) or "batchnorm" (computed channels first).
         in_format: Layout of the input, "NHWC" or "NCHW".
         out_format: Layout of the output, likewise.
         eps: Epsilon of the layer norm; batch norm keeps torch's 1e-5, as upstream does.
         device, dtype: Of the parameters.
 
     Returns:
-        The sequence; the norm's place in it is the official one.
+        The sequence, with the norm at its official index.
 
     Raises:
         ValueError: Unknown `norm_layer` or layout.
@@ -94,21 +94,21 @@ def create_norm(
 
 
 def add_normalized(x: Tensor, y: Tensor, norm: nn.Sequential, scale: Tensor | None) -> Tensor:
-    """x + scale * norm(y) in inference, channels last; on a CPU in one pass over memory.
+    """x + scale * norm(y) in inference, channels last; one pass over memory on a CPU.
 
-    In float32 and float64 it has the bits of the three operations one by one.
+    In float32 and float64 the result matches the three separate operations bit for bit.
 
     Args:
         x, y: (..., C).
         norm: From `create_norm`.
-        scale: (C,), or None for one without.
+        scale: (C,), or None for no scale.
     """
     layer = norm[0]
     if (
         len(norm) == 1
         and isinstance(layer, LayerNorm)
         and use_fast_path(y, layer.weight, layer.bias, scale, x)
-        and _kernel_is_worth_it(y)
+        and _use_kernel(y)
         and not has_hooks(norm, layer)
     ):
         return torch.ops.internimage.layer_norm(y, layer.weight, layer.bias, layer.eps, x, scale)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Operators. `dcnv3` is the public function; `torch.ops.internimage.dcnv3` is the operator beneath it, unchecked."""
+"""Operators. `dcnv3` checks its arguments; the operator under it, `torch.ops.internimage.dcnv3`, does not."""
 
 from .. import extension
-from . import layer_norm  # noqa: F401  (its schema)
+from . import layer_norm  # noqa: F401  (defines its schema)
 from .dcnv3 import dcnv3
 
-extension.load()  # after the schemas that it implements
+extension.load()  # the kernels implement the schemas defined above
 
 __all__ = ["dcnv3"]

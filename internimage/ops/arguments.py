@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of operator arguments, with messages that say what was wrong and what would be right."""
+"""Checks of operator arguments, with messages that name the argument, the value and what is allowed."""
 
 import math
 import operator
@@ -20,14 +20,14 @@ def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
 
     Raises:
         TypeError: It is neither an int nor a pair of ints.
-        ValueError: It has another length, or an entry is below `minimum`.
+        ValueError: Its length is not 2, or an entry is below `minimum`.
     """
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{name} must be an int or a (height, width) pair, got {len(values)} values: {value!r}")
     try:
-        # asks what can be an index, not for a type: dynamo hands symbolic ints through (on which torch 2.10 traces no
-        # hasattr), and a float tensor or a numpy array has an __index__ and refuses it
+        # operator.index and not isinstance: under dynamo the values may be symbolic ints. Not hasattr either, which
+        # torch 2.10 cannot trace on them, and which float tensors and numpy arrays pass: their __index__ raises
         if isinstance(values[0], bool) or isinstance(values[1], bool):
             raise TypeError
         height, width = operator.index(values[0]), operator.index(values[1])
@@ -39,24 +39,24 @@ def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
 
 
 def check_kernel(kernel_size: Pair, remove_center: bool) -> None:
-    """Whether the kernel has a centre to remove, and something beside it.
+    """Check that a kernel whose center is removed has a center, and other points.
 
     Raises:
         ValueError: With `remove_center`, for an even kernel side or a kernel of one point.
     """
     if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
         raise ValueError(
-            f"remove_center needs a kernel_size with odd sides (an even side has no centre), got {kernel_size}"
+            f"remove_center needs a kernel_size with odd sides (an even side has no center), got {kernel_size}"
         )
     if num_points(kernel_size, remove_center) == 0:
-        raise ValueError("remove_center leaves no sampling point of a 1x1 kernel; take a larger kernel_size")
+        raise ValueError("remove_center leaves a 1x1 kernel without sampling points; use a larger kernel_size")
 
 
 def check_channels(channels: int, groups: int) -> None:
-    """Whether `channels` split into `groups`.
+    """Check that `groups` divides `channels`.
 
     Raises:
-        TypeError: `groups` is no int.
+        TypeError: `groups` is not an int.
         ValueError: There are no channels, or `groups` is not positive or does not divide them.
     """
     if channels < 1:
@@ -74,23 +74,23 @@ def check_channels(channels: int, groups: int) -> None:
 
 
 def check_offset_scale(offset_scale: float) -> None:
-    """Whether `offset_scale` is a finite number.
+    """Check that `offset_scale` is a finite number.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not a number.
         ValueError: It is NaN or infinite.
     """
     if isinstance(offset_scale, (str, bytes)) or not isinstance(offset_scale, (int, float)):
         raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
-    if not abs(offset_scale) < math.inf:  # not math.isfinite, which dynamo cannot trace of a symbolic float
+    if not abs(offset_scale) < math.inf:  # dynamo cannot trace math.isfinite on a symbolic float
         raise ValueError(f"offset_scale must be finite, got {offset_scale!r}")
 
 
 def check_one_device(tensors: dict[str, Tensor]) -> None:
-    """Whether the named tensors are on one device.
+    """Check that the named tensors are on one device.
 
     Raises:
-        ValueError: One is on another device than the first.
+        ValueError: One is not on the device of the first.
     """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
@@ -99,16 +99,16 @@ def check_one_device(tensors: dict[str, Tensor]) -> None:
 
 
 def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
-    """Whether the named tensors are floating tensors of rank 4 on one device.
+    """Check that the named tensors are floating-point tensors of rank 4 on one device.
 
     Args:
         tensors: Name -> tensor.
-        same_dtype: Ask for one dtype. Without, float64 and the others still do not mix: autocast, which gives the
-            others one dtype later, leaves float64 alone.
+        same_dtype: Require a single dtype. Otherwise float64 still does not mix with the others: autocast casts these
+            to one dtype later, but leaves float64 alone.
 
     Raises:
-        TypeError: One is no tensor, or its dtype is not supported or does not go with that of the first.
-        ValueError: One has another rank or another device.
+        TypeError: One is not a tensor, or its dtype is unsupported or incompatible with that of the first.
+        ValueError: One is not of rank 4, or not on the device of the first.
     """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
@@ -132,10 +132,10 @@ def check_shapes(
     mask: Tensor,
     geometry: Geometry,
 ) -> None:
-    """Whether offset and mask have the shapes that input and geometry ask for.
+    """Check that offset and mask have the shapes that follow from input and geometry.
 
     Raises:
-        ValueError: The kernel does not fit the padded input, or a shape differs from the one named in the message.
+        ValueError: The kernel does not fit the padded input, or a shape is wrong.
     """
     n, height, width, _ = input.shape
     ho, wo = output_size((height, width), *geometry[:4])

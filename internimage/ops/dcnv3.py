@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The DCNv3 operator: its schema and the public function.
 
-`torch.ops.internimage.dcnv3` and `torch.ops.internimage.dcnv3_backward` are defined here. The plain-torch reference
-serves every device; a compiled kernel, once loaded, takes over its device.
+Defines `torch.ops.internimage.dcnv3` and `torch.ops.internimage.dcnv3_backward`. The plain-torch reference is
+registered for every device; a compiled kernel, once loaded, takes precedence on its device.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .arguments import as_pair, check_channels, check_kernel, check_offset_scale
 from .registration import DifferentiableOperator, Reference, is_autocast_enabled
 from .sampling import Geometry, output_size
 
-# unchecked, with the arguments in the order of the schema: three tensors and the fields of `Geometry`
+# checks nothing; takes the arguments in the order of the schema: three tensors and the fields of `Geometry`
 apply_dcnv3 = DifferentiableOperator(
     "dcnv3",
     tensors=("input", "offset", "mask"),
@@ -44,14 +44,14 @@ def dcnv3(
     remove_center: bool = False,
     softmax: bool = False,
 ) -> Tensor:
-    """Deformable convolution v3: modulated sampling at learned offsets, without a weight of its own.
+    """Deformable convolution v3: modulated sampling at learned offsets. The operator has no weights.
 
-    With P = kh * kw - remove_center sampling points a group, for output pixel o and the channels of group g::
+    With P = kh * kw - remove_center sampling points per group, for output pixel o and the channels of group g::
 
         output[o, g] = sum_p  m[o, g, p] * bilinear(input[:, g], location[o, g, p])
-        location     = o * stride - padding + centre + (kernel_point_p + offset[o, g, p]) * offset_scale
+        location     = o * stride - padding + center + (kernel_point_p + offset[o, g, p]) * offset_scale
 
-    where centre = dilation * (kernel_size - 1) // 2, kernel points are counted from the centre, and m is `mask`, or its
+    where center = dilation * (kernel_size - 1) // 2, kernel points are relative to the center, and m is `mask`, or its
     softmax over the P points with `softmax=True`. Pixels outside the image are zero. A location that is not strictly
     inside (-1, W) x (-1, H), or not finite, contributes nothing and gets no gradient. (Wang et al., "InternImage:
     Exploring Large-Scale Vision Foundation Models with Deformable Convolutions", CVPR 2023, equation 2.)
@@ -61,19 +61,19 @@ def dcnv3(
     `hessian`, `vmap`) and in forward mode.
 
     Args:
-        input: (N, H, W, C), channels last. float64, float32, bfloat16 or float16; the half types accumulate in float32.
-            N may be 0.
-        offset: (N, Ho, Wo, groups * P * 2), in pixels: group-major, then point, then (x, y). The points are counted
-            x-major: all rows of the leftmost kernel column first. Dtype and device of `input`.
-        mask: (N, Ho, Wo, groups * P): group-major, then point. Factors, or logits with `softmax=True`.
+        input: (N, H, W, C), channels last. float64, float32, bfloat16 or float16; the 16-bit types accumulate in
+            float32. N may be 0.
+        offset: (N, Ho, Wo, groups * P * 2), in pixels: group-major, then point, then (x, y). The points are in
+            x-major order: all rows of the leftmost kernel column first. Dtype and device of `input`.
+        mask: (N, Ho, Wo, groups * P): group-major, then point. Weights, or logits with `softmax=True`.
         kernel_size: Kernel (height, width), or one int for both.
         stride: Step between output pixels.
-        padding: Zeros around the image, any non-negative number.
-        dilation: Distance of neighbouring kernel points.
-        groups: Number of groups, each with offsets and mask of its own; divides C.
+        padding: Rows and columns of zeros around the image; not limited by the kernel size.
+        dilation: Distance between neighboring kernel points.
+        groups: Number of groups, each with its own offsets and mask; divides C.
         offset_scale: Factor on the kernel grid and on the offsets.
-        remove_center: Leave out the centre point; both kernel sides must be odd.
-        softmax: `mask` holds logits, to be normalised over the P points of a group (in float32 for the half types).
+        remove_center: Omit the center point; both kernel sides must be odd.
+        softmax: `mask` holds logits, normalized over the P points of a group (in float32 for the 16-bit types).
 
     Returns:
         (N, Ho, Wo, C) with `Ho = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1`, Wo likewise.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Layer norm for inference, over the last axis, and what follows it in a residual block::
+"""Layer norm over the last axis for inference, fused with the scale and the sum of a residual block::
 
     torch.ops.internimage.layer_norm(input, weight, bias, eps, residual=None, scale=None)
         = residual + scale * layer_norm(input)
 
-`weight`, `bias` and `scale` are vectors of that axis' size and of `input`'s dtype; `residual` has `input`'s shape and
-dtype. One rounding, at the end. Defined on every device, without gradients; only the compiled CPU kernel makes it worth
-calling.
+`weight`, `bias` and `scale` have shape (C,) and `input`'s dtype; `residual` has `input`'s shape and dtype. The compiled
+kernel rounds once, at the end. Defined on every device and not differentiable; faster than torch's operators only with
+the compiled CPU kernel.
 """
 
 import torch

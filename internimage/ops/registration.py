@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Registration of operators with torch: everything about an operator that is not its arithmetic.
+"""Registration of operators with torch: everything about an operator except its arithmetic.
 
-A differentiable operator is a function of tensors whose first axis is the batch, and of plain arguments::
+A differentiable operator takes tensors, whose first axis is the batch, and other arguments::
 
     NAME(tensors..., arguments...) -> Tensor
     NAME_backward(Tensor grad_output, tensors..., arguments..., bool deterministic, bool[] output_mask) -> tensors
 
 Its author writes four functions in plain torch, the `Reference`, and gets `torch.ops.internimage.NAME` and
 `NAME_backward` on every device: with fakes (meta tensors, `torch.compile`, `torch.export`), derivatives of every order,
-`torch.func`, forward mode, vmap and autocast. A compiled kernel takes over a device by registering itself for the two
-names under that device's key, and all the rest stays as it is here.
+`torch.func`, forward mode, vmap and autocast. A compiled kernel registers itself for the two names under the dispatch
+key of its device and takes precedence there; everything else is inherited from here.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from .transforms import as_function, is_transformed
 
 NAMESPACE = "internimage"
 library = torch.library.Library(NAMESPACE, "DEF")
-library.define("cpu_capability() -> str")  # the instruction set of the CPU kernels; served by the compiled module only
+library.define("cpu_capability() -> str")  # the instruction set in use; implemented by the compiled module only
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
@@ -37,11 +37,11 @@ class Reference:
 
     Attributes:
         forward: `(*tensors, *arguments) -> output`.
-        backward: `(grad_output, *tensors, *arguments, deterministic, output_mask) -> grads`, one for each tensor; an
-            empty one of shape (0,) where `output_mask` is false.
+        backward: `(grad_output, *tensors, *arguments, deterministic, output_mask) -> grads`, one for each tensor, of
+            shape (0,) where `output_mask` is false.
         double_backward: `(*grad_grads, grad_output, *tensors, *arguments, deterministic) -> grads` of grad_output and
-            of each tensor, in differentiable operations: third and higher derivatives are torch's own.
-        jvp: `(tangents, tensors, *arguments) -> tangent of the output`, in differentiable operations.
+            of each tensor. Written in differentiable operations, from which torch derives third and higher orders.
+        jvp: `(tangents, tensors, *arguments) -> tangent of the output`, also in differentiable operations.
     """
 
     forward: Callable[..., Tensor]
@@ -51,14 +51,15 @@ class Reference:
 
 
 class DifferentiableOperator:
-    """A registered operator; calling it is calling `torch.ops.internimage.NAME`, also where that has no derivatives:
-    under the transforms of `torch.func` and in forward mode. Nothing is checked.
+    """A registered operator. Calling it is calling `torch.ops.internimage.NAME`, but also works where that has no
+    derivatives: under the transforms of `torch.func` and in forward mode. Arguments are not checked.
 
     Args:
         name: NAME.
-        tensors: Names of its tensors. The batch is their first axis, and that of the output.
+        tensors: Names of its tensors. The first axis of each, and of the output, is the batch.
         arguments: The schema of its other arguments, such as "int groups, bool softmax".
-        output_shape: `(*shapes of the tensors, *arguments) -> shape of the output`. The dtype is the first tensor's.
+        output_shape: `(*shapes of the tensors, *arguments) -> shape of the output`. The output has the dtype of the
+            first tensor.
         reference: The arithmetic.
     """
 
@@ -103,7 +104,7 @@ class DifferentiableOperator:
         for device_type, key in _AUTOCAST_KEYS.items():
             library.impl(name, partial(self._autocast, device_type), key)
             library.impl(f"{name}_backward", partial(self._autocast_backward, device_type), key)
-        # their vmap rules call what may be transformed once more: another vmap, or a gradient of the whole
+        # the vmap rules of these functions call the transformable form: another transform may enclose this one
         self._forward_function = as_function(
             self._forward_op,
             tensors=count,
@@ -121,7 +122,7 @@ class DifferentiableOperator:
             jvp=self._jvp_of_backward,
         )
 
-    def _register(self, rule: str, forward: Callable, backward: Callable) -> None:
+    def _register(self, rule: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         for name, function in ((self.name, forward), (f"{self.name}_backward", backward)):
             getattr(torch.library, rule)(f"{NAMESPACE}::{name}", function, lib=library)
 
@@ -132,7 +133,7 @@ class DifferentiableOperator:
         if not is_autocast_enabled(device_type):
             return self._forward_function.apply(*arguments)
         count = len(self.tensors)
-        # cast before the function, so that the gradients have the dtypes of what it saves
+        # cast outside of the function, so that its gradients have the dtypes of the tensors that it saves
         tensors = _autocast_tensors(device_type, arguments[:count])
         with without_autocast(device_type):
             return self._forward_function.apply(*tensors, *arguments[count:])
@@ -140,8 +141,7 @@ class DifferentiableOperator:
     def _apply_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         return self._backward_function.apply(*arguments) if is_transformed() else self._backward_op(*arguments)
 
-    # ---- fakes: shapes without data. They also run for tensors of the meta device, and for others beside one of those,
-    # whose data no kernel would read
+    # ---- fakes: shapes without data. They also run for meta tensors, even if only one of the tensors is one
 
     def _fake(self, *arguments: Any) -> Tensor:
         count = len(self.tensors)
@@ -157,24 +157,24 @@ class DifferentiableOperator:
 
     # ---- autograd
 
-    def _keep_inputs(self, ctx, inputs, output) -> None:
+    def _keep_inputs(self, ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         count = len(self.tensors)
         ctx.save_for_backward(*inputs[:count])
         ctx.arguments = inputs[count:]
 
-    def _backward(self, ctx, grad_output: Tensor):
+    def _backward(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needed = list(ctx.needs_input_grad[: len(self.tensors)])
         deterministic = torch.are_deterministic_algorithms_enabled()
         grads = self._apply_backward(grad_output, *ctx.saved_tensors, *ctx.arguments, deterministic, needed)
         return *(grad if need else None for grad, need in zip(grads, needed)), *[None] * len(ctx.arguments)
 
-    def _keep_inputs_of_backward(self, ctx, inputs, output) -> None:
+    def _keep_inputs_of_backward(self, ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         count = len(self.tensors) + 1
         ctx.save_for_backward(*inputs[:count])
         ctx.arguments = inputs[count:]
         ctx.set_materialize_grads(False)
 
-    def _double_backward(self, ctx, *grad_grads: Tensor | None):
+    def _double_backward(self, ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *arguments, deterministic, output_mask = ctx.arguments
         tensors = ctx.saved_tensors
         given = [
@@ -185,14 +185,18 @@ class DifferentiableOperator:
             grads = self.reference.double_backward(*given, *tensors, *arguments, deterministic)
         return *grads, *[None] * len(ctx.arguments)
 
-    # ---- vmap: the mapped axis becomes part of the batch
+    # ---- vmap: the mapped axis is folded into the batch
 
-    def _vmap(self, call, info, in_dims, *arguments: Any):
+    def _vmap(
+        self, call: Callable[..., Tensor], info: Any, in_dims: Sequence[int | None], *arguments: Any
+    ) -> tuple[Tensor, int]:
         count = len(self.tensors)
         output = call(*_fold(arguments[:count], in_dims, info.batch_size), *arguments[count:])
         return output.unflatten(0, (info.batch_size, -1)), 0
 
-    def _vmap_backward(self, call, info, in_dims, *arguments: Any):
+    def _vmap_backward(
+        self, call: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[int | None], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         count = len(self.tensors) + 1
         grads = call(*_fold(arguments[:count], in_dims, info.batch_size), *arguments[count:])
         unfolded = tuple(
@@ -210,14 +214,14 @@ class DifferentiableOperator:
     def _jvp_of_backward(
         self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None], arguments: Sequence[Any]
     ) -> tuple[Tensor, ...]:
-        """The gradients are linear in grad_output; their derivative in the direction of the other tensors is what
-        double backward gives for these tensors, as second derivatives do not depend on the order."""
-        *plain, deterministic, output_mask = arguments
+        """The tangents of the gradients: one term for grad_output, in which the gradients are linear, and one for the
+        other tensors, a product of the (symmetric) Hessian, which double backward computes."""
+        *others, deterministic, output_mask = arguments
         grad_output_dir, *directions = _or_zero(tangents, tensors)
         grads = self._apply_backward(grad_output_dir, *tensors[1:], *arguments)
         with without_autocast(tensors[0].device.type):
-            _, *bent = self.reference.double_backward(*directions, *tensors, *plain, deterministic)
-        return tuple(a + b if wanted else a for a, b, wanted in zip(grads, bent, output_mask))
+            _, *curvature = self.reference.double_backward(*directions, *tensors, *others, deterministic)
+        return tuple(a + b if wanted else a for a, b, wanted in zip(grads, curvature, output_mask))
 
     # ---- autocast
 
@@ -232,24 +236,25 @@ class DifferentiableOperator:
 
 
 def is_autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device; the meta device has none to ask."""
+    """Whether autocast is on for a device type; False for those without autocast, such as meta."""
     return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Context in which operators keep the dtype of their operands; a backward pass may run under autocast."""
+    """Context without autocast, which may be active when a backward pass runs."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def _autocast_tensors(device_type: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in autocast's dtype; float64 is left alone, as torch's own casting rules do."""
+    """The tensors in autocast's dtype, except those in float64, as in torch's own casting rules."""
     dtype = torch.get_autocast_dtype(device_type)
     return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _fold(tensors: Sequence[Tensor], axes: Sequence[int | None], size: int) -> list[Tensor]:
+    """Move the mapped axis of each tensor (None: not mapped, repeat it) to the front and merge it with the batch."""
     moved = [t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in zip(tensors, axes)]
     return [t.flatten(0, 1) for t in moved]
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Sampling geometry of DCNv3: output size, kernel grid and sampling locations.
 
-The one place that knows where DCNv3 looks. The reference operator, the fake kernels, the layer and the analysis tools
-all ask here, so that they cannot disagree.
+The single definition of where DCNv3 samples, shared by the reference operator, the fake kernels, the layer and the
+analysis tools.
 
 Conventions, used everywhere in this package:
 
-* Coordinates are (x, y) = (column, row) in pixels of the unpadded input. Pixel centres are the integers.
-* The points of a kernel are counted x-major: all rows of the leftmost column first.
+* Coordinates are (x, y) = (column, row) in pixels of the unpadded input. Pixel centers are at integer coordinates.
+* The points of a kernel are in x-major order: all rows of the leftmost column first.
 * The channels of `offset` are group-major, then point, then (x, y); those of `mask` are group-major, then point.
 """
 
@@ -21,9 +21,9 @@ Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-    """The arguments of DCNv3 besides its tensors, in the order of the operator's schema."""
+    """The non-tensor arguments of DCNv3, in the order of the operator's schema."""
 
-    kernel_size: Pair  # (height, width), as the next three
+    kernel_size: Pair  # (height, width), like the next three
     stride: Pair
     padding: Pair
     dilation: Pair
@@ -34,7 +34,7 @@ class Geometry(NamedTuple):
 
 
 def num_points(kernel_size: Sequence[int], remove_center: bool = False) -> int:
-    """Number of sampling points P of one group: `kh * kw`, less one with `remove_center`."""
+    """Number of sampling points P per group: `kh * kw`, minus one with `remove_center`."""
     return kernel_size[0] * kernel_size[1] - int(remove_center)
 
 
@@ -66,26 +66,26 @@ def kernel_grid(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Regular kernel grid about the kernel's centre.
+    """Regular kernel grid, relative to the kernel's center.
 
     Args:
         kernel_size: (kh, kw).
-        dilation: Distance of neighbouring points in pixels, (vertical, horizontal).
-        remove_center: Leave out the centre point. Both kernel sides must be odd then.
+        dilation: Distance between neighboring points in pixels, (vertical, horizontal).
+        remove_center: Omit the center point; both kernel sides must be odd.
         dtype: Floating dtype of the result.
         device: Device of the result.
 
     Returns:
-        (P, 2) points as (x, y) pixels, x-major. The centre of an even side is the left or upper one of the two middle
-        points for dilation 1; in general it is `dilation * (kernel - 1) // 2` pixels after the first point.
+        (P, 2) points as (x, y) pixels, in x-major order. The center is `dilation * (kernel - 1) // 2` pixels after the
+        first point: of an even side with dilation 1, the left or upper one of the two middle points.
     """
     (kh, kw), (dh, dw) = kernel_size, dilation
     x = torch.arange(kw, dtype=dtype, device=device) * dw - (dw * (kw - 1)) // 2
     y = torch.arange(kh, dtype=dtype, device=device) * dh - (dh * (kh - 1)) // 2
     grid = torch.stack(torch.meshgrid(x, y, indexing="ij"), dim=-1).reshape(kh * kw, 2)
     if remove_center:
-        centre = (kw // 2) * kh + kh // 2
-        grid = torch.cat([grid[:centre], grid[centre + 1 :]])
+        center = (kw // 2) * kh + kh // 2
+        grid = torch.cat([grid[:center], grid[center + 1 :]])
     return grid
 
 
@@ -95,16 +95,16 @@ def sampling_coordinates(
 ) -> tuple[Tensor, Tensor]:
     """Where every output pixel of every group samples the input.
 
-    For output pixel (ox, oy) and kernel point (kx, ky) of `kernel_grid`, with `centre_x = dilation_x * (kw - 1) // 2`::
+    For output pixel (ox, oy) and kernel point (kx, ky) of `kernel_grid`, with `center_x = dilation_x * (kw - 1) // 2`::
 
-        x = ox * stride_x - padding_x + centre_x + (kx + offset_x) * offset_scale
+        x = ox * stride_x - padding_x + center_x + (kx + offset_x) * offset_scale
 
-    and the same for y. `offset_scale` stretches the grid about the kernel's centre as well as the offsets
+    and likewise for y. `offset_scale` scales both the grid, about the kernel's center, and the offsets
     (Wang et al., "InternImage", CVPR 2023, and the official CUDA kernel).
 
     Args:
         offset: (N, Ho, Wo, groups * P * 2) in pixels, (x, y) innermost.
-        geometry: Of the operator; `softmax` plays no part.
+        geometry: Of the operator; `softmax` is ignored.
 
     Returns:
         x and y, each (N, Ho, Wo, groups, P), in `accumulate_dtype(offset.dtype)`.
@@ -116,7 +116,7 @@ def sampling_coordinates(
     y = torch.arange(ho, dtype=dtype, device=device) * sh - ph + (dh * (kh - 1)) // 2
     grid = kernel_grid((kh, kw), (dh, dw), remove_center, dtype=dtype, device=device)  # (P, 2)
     points = grid.shape[0]
-    # groups and points as one axis: torch is slow where the innermost axis that broadcasts is short
+    # groups and points as one axis: torch is slow at broadcasting over a short innermost axis
     grid_x, grid_y = grid.repeat(groups, 1).unbind(-1)
     offset_x, offset_y = offset.to(dtype).reshape(n, ho, wo, groups * points, 2).unbind(-1)
     x = x.view(wo, 1) + (grid_x + offset_x) * offset_scale

@@ -33,10 +33,10 @@ _LONGEST_NAME = 1000  # of a tensor
 class Entry:
     """One tensor of weights. `read` returns a contiguous copy that the caller owns."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    problem: str = ""  # what it is instead of plain numbers in memory; `read` must not be called then
+    shape: tuple[int, ...]  #: in the file
+    dtype: torch.dtype  #: in the file
+    read: Callable[[], Tensor]  #: reads it
+    problem: str = ""  #: what it is instead of plain numbers in memory; `read` must not be called then
 
 
 class Weights(Mapping[str, Entry]):

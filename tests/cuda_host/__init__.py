@@ -14,8 +14,6 @@ FOLDER = Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-
-
 COMPUTE = {t: torch.float64 if t == torch.float64 else torch.float32 for t in DTYPES}
 
 
@@ -67,15 +65,15 @@ class Host:
             raise RuntimeError(message)
 
     def kernels_for(self, problem: Problem, dtype: str, direction: str, deterministic: bool = False) -> list[str]:
-        """The kernels that a problem of any size would be given to; nothing is run."""
+        """The kernels that would serve a problem, which may be of any size; none is run."""
         nothing = [pointer(None)] * 4
-        self.library.set_runs(False)
+        self.library.set_runs_kernels(False)
         if direction == "forward":
             self.library.forward(dtype.encode(), ctypes.byref(problem), *nothing, False)
         else:
-            something = [ctypes.c_void_p(32)] * 3  # the gradients that are asked for
+            something = [ctypes.c_void_p(32)] * 3  # the gradients that are wanted
             self.library.backward(dtype.encode(), ctypes.byref(problem), *nothing, *something, deterministic, False)
-        self.library.set_runs(True)
+        self.library.set_runs_kernels(True)
         return self.library.launched().decode().split(";")[:-1]
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor, *geometry, wide: bool = False) -> Tensor:
@@ -97,7 +95,12 @@ class Host:
         wide: bool = False,
         grad_input: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """`wanted`: grad_input; grad_offset and grad_mask. `grad_input`: zeros to add to; then it is not returned."""
+        """Gradients in the order of the operator.
+
+        Args:
+            wanted: Whether to compute grad_input, and whether to compute grad_offset and grad_mask.
+            grad_input: Zeros to add to; it is not returned then.
+        """
         given = grad_input is not None
         problem = self.problem(input, mask, geometry)
         if grad_input is None and wanted[0]:
@@ -109,5 +112,5 @@ class Host:
         ]
         tensors = [pointer(t) for t in (grad_output, input, offset, mask, *grads)]
         self.call(self.library.backward, input, ctypes.byref(problem), *tensors, deterministic, wide)
-        own = [] if given else [grads[0]]
-        return [None if g is None else g.to(input.dtype) for g in (*own, *grads[1:])]
+        returned = grads[1:] if given else grads
+        return [None if g is None else g.to(input.dtype) for g in returned]

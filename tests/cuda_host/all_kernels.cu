@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Every CUDA kernel and nothing else, for tests that look at what the compiler makes of them.
+// Every CUDA kernel and nothing else, for tests that inspect the compiled code.
 #include "../../csrc/cuda/gather/kernels.cuh"
 
 namespace internimage {

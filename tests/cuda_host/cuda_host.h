@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// What csrc/cuda/gather/kernels.cuh uses of CUDA, for a CPU: the kernels run thread after thread, as fibers.
+// What csrc/cuda/gather/kernels.cuh uses of CUDA, for a CPU: the kernels run one thread at a time, as fibers.
 //
-// A fiber runs until its kernel returns or it comes to a shuffle, where it waits for the other 31 of its warp. Vector
-// loads, stores and atomics check their alignment; bounds are AddressSanitizer's business. A mistake ends the launch
-// with a message. Not seen here: races between threads, what only a GPU compiles, and speed.
+// A fiber runs until its kernel returns or reaches a shuffle, where it waits for the other 31 of its warp. Vector
+// loads, stores and atomics check their alignment; bounds are left to AddressSanitizer. An error ends the launch with a
+// message. Not covered: races between threads, code that is compiled for a GPU only, and speed.
 #pragma once
 
 #include <ucontext.h>
@@ -33,7 +33,7 @@ struct Index {
   unsigned x;
 };
 
-// The 32 threads of a warp, and the one that runs.
+// The 32 threads of a warp, and which of them is running.
 struct Warp {
   ucontext_t scheduler, threads[kWarp];
   std::unique_ptr<char[]> stacks{new char[kWarp * kStack]};
@@ -49,8 +49,8 @@ struct Warp {
 inline Warp warp;
 inline Index block, thread;
 
-// Leaves the stack of `from` for that of `to`. AddressSanitizer wants to know.
-inline void change(ucontext_t& from, ucontext_t& to, bool to_scheduler) {
+// Switches from one fiber to another, and tells AddressSanitizer.
+inline void switch_fiber(ucontext_t& from, ucontext_t& to, bool to_scheduler) {
 #if defined(__SANITIZE_ADDRESS__)
   static const void* scheduler_stack = nullptr;
   static size_t scheduler_size = 0;
@@ -60,7 +60,7 @@ inline void change(ucontext_t& from, ucontext_t& to, bool to_scheduler) {
   else
     __sanitizer_start_switch_fiber(&fake, warp.stacks.get() + warp.current * kStack, kStack);
   swapcontext(&from, &to);
-  if (to_scheduler)  // back in a thread that had gone to the scheduler
+  if (to_scheduler)  // back in a thread that had switched to the scheduler
     __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_size);
   else
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
@@ -70,9 +70,9 @@ inline void change(ucontext_t& from, ucontext_t& to, bool to_scheduler) {
 #endif
 }
 
-inline void to_scheduler() { change(warp.threads[warp.current], warp.scheduler, true); }
+inline void to_scheduler() { switch_fiber(warp.threads[warp.current], warp.scheduler, true); }
 
-// Ends the launch: this thread is not run again.
+// Ends the launch; this thread does not run again.
 [[noreturn]] inline void fail(const char* what, const void* address = nullptr) {
   char text[200];
   std::snprintf(text, sizeof(text), "block %u, thread %u: %s (%p)", block.x, thread.x, what, address);
@@ -109,7 +109,7 @@ inline bool run_warp(unsigned first_thread) {
       warp.state[i] = Warp::kRuns;
       warp.current = i;
       thread.x = first_thread + i;
-      change(warp.scheduler, warp.threads[i], false);
+      switch_fiber(warp.scheduler, warp.threads[i], false);
       if (!warp.failure.empty()) return false;
       done += warp.state[i] == Warp::kDone;
     }
@@ -124,7 +124,7 @@ inline bool run_warp(unsigned first_thread) {
   }
 }
 
-// kernel<<<blocks of `width` threads>>>(arguments...); an empty string, or what went wrong.
+// kernel<<<blocks of `width` threads>>>(arguments...); returns "" or an error message.
 template <typename Kernel, typename... A>
 std::string launch(Kernel* kernel, int64_t threads, int width, A... arguments) {
   auto call = [&] { kernel(arguments...); };
@@ -226,7 +226,7 @@ inline __half __float2half_rn(float value) {
   unsigned half;
   if (size > 0x7f800000u)
     half = 0x7e00;
-  else if (size >= 0x477ff000u)  // 65520, half way to what would be 65536
+  else if (size >= 0x477ff000u)  // 65520, halfway to what would be 65536
     half = 0x7c00;
   else if (size < 0x38800000u)  // below 2^-14: a multiple of 2^-24
     half = static_cast<unsigned>(std::nearbyint(std::ldexp(__uint_as_float(size), 24)));
@@ -264,14 +264,14 @@ inline void atomicAdd(float4* address, float4 value) {
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned distance) {
   using namespace cuda_host;
-  if (mask != 0xffffffffu) fail("only whole warps are provided for");
+  if (mask != 0xffffffffu) fail("only full warps are supported");
   const int lane = warp.current;
   warp.value[lane] = static_cast<double>(value);
   warp.distance[lane] = distance;
   warp.state[lane] = Warp::kShuffles;
   to_scheduler();
   const T result = static_cast<T>(warp.value[lane ^ distance]);
-  // nobody may put down the next value before all have picked up this one
+  // no thread may write its next value before all have read this one
   warp.distance[lane] = 0;
   warp.state[lane] = Warp::kShuffles;
   to_scheduler();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The CUDA kernels on a CPU, as a shared library for ctypes. Each function returns "" or what went wrong.
+// The CUDA kernels on a CPU, as a shared library for ctypes. Passes return "" or an error message.
 #include "cuda_host.h"
-// after what it needs
+// last, as it needs the names above
 #include "../../csrc/cuda/gather/kernels.cuh"
 
 #include <cxxabi.h>
@@ -13,7 +13,7 @@
 namespace {
 
 std::string message, kernels;
-bool runs = true;
+bool runs_kernels = true;
 
 // The name of a template instantiation, as in "forward_kernel<__half, 16, 9, true, unsigned int>".
 std::string name_of(const void* function) {
@@ -32,7 +32,7 @@ struct Launch {
   void operator()(Kernel* kernel, int64_t threads, A... arguments) const {
     if (!message.empty()) return;
     kernels += name_of(reinterpret_cast<const void*>(kernel)) + ";";
-    if (runs) message = cuda_host::launch(kernel, threads, internimage::cuda::kThreads, arguments...);
+    if (runs_kernels) message = cuda_host::launch(kernel, threads, internimage::cuda::kThreads, arguments...);
   }
 };
 
@@ -61,8 +61,8 @@ extern "C" {
 // The kernels of the last call, each followed by a semicolon.
 const char* launched() { return kernels.c_str(); }
 
-// Whether calls run their kernels, or only name them.
-void set_runs(bool whether) { runs = whether; }
+// Whether calls run their kernels, or only record their names.
+void set_runs_kernels(bool value) { runs_kernels = value; }
 
 const char* forward(const char* dtype, const internimage::Problem* p, const void* input, const void* offset,
                     const void* mask, void* output, bool wide) {
@@ -89,7 +89,7 @@ void divide(uint32_t divisor, const uint32_t* dividends, uint32_t* quotients, in
   for (int64_t i = 0; i < n; ++i) quotients[i] = divider.quotient(dividends[i]);
 }
 
-// One value to the storage type and back.
+// Converts a value to the storage type and back.
 float round_trip(const char* dtype, float value) {
   float result = 0;
   with_dtype(dtype, [&](auto zero) {

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT
  *
- * To be preloaded: kills the process instead of its n-th system call that changes a file below a folder.
+ * Preloaded into a process: kills it instead of its n-th system call that changes a file below a folder.
  *
- * At the level of the C library, so that calls count whoever makes them: Python's files, torch's writers, the threads
- * of a sharded checkpoint. Between two such calls nothing changes on the disk, so these are all the moments that
- * differ. fsync counts too: what follows it must not come before it.
+ * It wraps functions of the C library, so calls count whoever makes them: Python's files, torch's writers, the threads
+ * of a sharded checkpoint. Nothing on the disk changes between two such calls, so these are all the moments that
+ * differ. fsync counts too, as the order of what comes before and after it matters.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,16 +21,17 @@
 #include <unistd.h>
 
 static char root[PATH_MAX];
-static long fatal, torn;
+static long fatal_call, half_writes;
 static int log_to = -1;
 static atomic_long calls;
 
-/* Kill at the n-th call below a folder (0: at none), half of it done if it is a write; tell the calls to a descriptor.
+/* Kill at the n-th call below a folder (0: never); with `half`, a write is half done before. Calls are logged to a
+ * descriptor.
  */
 void arm(const char *folder, long n, long half, int descriptor) {
   strncpy(root, folder, sizeof root - 1);
-  fatal = n;
-  torn = half;
+  fatal_call = n;
+  half_writes = half;
   log_to = descriptor;
   atomic_store(&calls, 0);
 }
@@ -40,13 +41,13 @@ static int below(const char *path) {
   return length && !strncmp(path, root, length) && (path[length] == '/' || !path[length]);
 }
 
-/* Count a call; returns whether it is the last one. */
+/* Count a call; returns whether it is the one to kill at. */
 static int count(const char *name, const char *path) {
   if (!below(path)) return 0;
   char line[PATH_MAX + 64];
   long n = atomic_fetch_add(&calls, 1) + 1;
   if (log_to >= 0) syscall(SYS_write, log_to, line, snprintf(line, sizeof line, "%s %s\n", name, path + strlen(root)));
-  return n == fatal;
+  return n == fatal_call;
 }
 
 static void die(void) {
@@ -128,7 +129,7 @@ FILE *fopen64(const char *path, const char *mode) {
 ssize_t write(int file, const void *data, size_t size) {
   char path[PATH_MAX];
   if (root[0] && count("write", of_descriptor(file, path))) {
-    if (torn) NEXT(write)(file, data, size / 2);
+    if (half_writes) NEXT(write)(file, data, size / 2);
     die();
   }
   return NEXT(write)(file, data, size);

@@ -36,7 +36,7 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
   check_size(p);
   const Kernels& kernels = kernels_of(input.scalar_type());
   const std::vector<int64_t> shape = {p.batch, p.out_height, p.out_width, p.channels};
-  if (input.numel() == 0) return torch::stable::new_zeros(input, shape);  // padding alone
+  if (input.numel() == 0) return torch::stable::new_zeros(input, shape);  // only padding is sampled
   Tensor output = torch::stable::new_empty(input, shape);
   const Tensor in = torch::stable::contiguous(input), off = torch::stable::contiguous(offset),
                m = torch::stable::contiguous(mask);
@@ -68,13 +68,13 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
   const Kernels& kernels = kernels_of(input.scalar_type());
   const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
-  const bool is_empty = input.numel() == 0;  // padding alone, of which nothing depends on the points
-  const auto like = [&](const Tensor& t, bool wanted) {
+  const bool is_empty = input.numel() == 0;  // only padding is sampled, and no gradient depends on it
+  const auto new_grad = [&](const Tensor& t, bool wanted) {
     const auto shape = wanted ? std::vector<int64_t>(t.sizes().begin(), t.sizes().end()) : std::vector<int64_t>{0};
     return is_empty ? torch::stable::new_zeros(input, shape) : torch::stable::new_empty(input, shape);
   };
-  Tensor grad_input = like(input, want_input), grad_offset = like(offset, want_points),
-         grad_mask = like(mask, want_points);
+  Tensor grad_input = new_grad(input, want_input), grad_offset = new_grad(offset, want_points),
+         grad_mask = new_grad(mask, want_points);
   if (!is_empty && (want_input || want_points)) {
     const Tensor grad = torch::stable::contiguous(grad_output), in = torch::stable::contiguous(input),
                  off = torch::stable::contiguous(offset), m = torch::stable::contiguous(mask);
@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
                        begin, end);
     });
   }
-  if (!output_mask[1]) grad_offset = like(offset, false);
-  if (!output_mask[2]) grad_mask = like(mask, false);
+  if (!output_mask[1]) grad_offset = new_grad(offset, false);
+  if (!output_mask[2]) grad_mask = new_grad(mask, false);
   return {grad_input, grad_offset, grad_mask};
 }
 

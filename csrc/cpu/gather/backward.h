@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The backward pass: each unit's gradient, added to the gradients of its corners, and its dot products with the
+// The backward pass: adds each unit's gradient to the gradients of its corners, and computes its dot products with the
 // corners.
 #pragma once
 
@@ -21,8 +21,8 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// For M vectors of N channels of one unit, whose points begin at t: adds to the gradients of the corners (one after the
-// other, as points may share them), and to each point's four dot products, or sets them with kFirst.
+// For M vectors of N channels of the unit whose points begin at t: adds to the gradients of the corners (one at a time,
+// as points may share them), and adds to each point's four dot products, or sets them if kFirst.
 template <typename S, typename T, int N, int M, bool kInput, bool kDots, bool kFirst, int kPoints, int kChannels>
 INTERNIMAGE_INLINE void scatter_channels(const Points<T>& s, int64_t t, int64_t points, const T* plane, T* grad_plane,
                                          int64_t row, int64_t channels, const S* grad) {
@@ -54,7 +54,7 @@ INTERNIMAGE_INLINE void scatter_channels(const Points<T>& s, int64_t t, int64_t 
     }
   };
   const int64_t count = kPoints > 0 ? kPoints : points;
-  // as many points at a time as a vector has room for their sums
+  // as many points at a time as have their sums in one vector
   constexpr int kAtOnce = N >= 4 ? N / 4 : 1;
   int64_t k = 0;
   if constexpr (kDots && kAtOnce > 1) {
@@ -79,7 +79,7 @@ INTERNIMAGE_INLINE void scatter_channels(const Points<T>& s, int64_t t, int64_t 
   }
 }
 
-// All `width` channels, in vectors as wide as they can be.
+// As scatter_channels for all `width` channels, in vectors as wide as possible.
 template <typename S, typename T, int N, bool kInput, bool kDots, bool kFirst>
 INTERNIMAGE_INLINE void scatter_unit(const Points<T>& s, int64_t t, int64_t points, const T* plane, T* grad_plane,
                                      int64_t row, int64_t channels, int64_t width, const S* grad) {
@@ -119,15 +119,15 @@ INTERNIMAGE_NOINLINE void gradients_from_dots(const Problem& p, const Points<T>&
   }
 }
 
-// The backward pass as a sequence of tasks, one for each block of each image. No two of them write to the same place,
-// so there are no atomics, and no sum depends on how tasks are spread over threads or groups over blocks.
+// The backward pass as a sequence of tasks, one for each block of each image. No two tasks write to the same address,
+// so no atomics are needed, and no sum depends on how tasks are distributed over threads, or groups over blocks.
 template <typename S, typename T>
 struct Backward {
   const Problem& p;
   Blocks blocks;
   StripShape shape;
 
-  // At least `wanted_tasks` tasks, if there are so many groups.
+  // Makes at least `wanted_tasks` tasks if there are enough groups.
   Backward(const Problem& problem, int64_t wanted_tasks)
       : p(problem), blocks(problem, block_size(problem, wanted_tasks)), shape(problem, blocks.size) {}
 
@@ -149,7 +149,7 @@ struct Backward {
     InputPlane<S, T> plane(p, planes);
     GradientPlane<S, T> grad_plane(p, planes + Plane<T>::bytes(p, blocks.size));
     const int64_t image_size = p.height * p.width * p.channels, row = plane.pitch * p.group_channels;
-    int64_t grid_groups = 0;  // that the grid is written for
+    int64_t grid_groups = 0;  // that the grid is filled in for
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks.count, first_group = blocks.begin(task % blocks.count);
       const int64_t group_count = blocks.groups(task % blocks.count),

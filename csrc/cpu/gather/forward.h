@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The forward pass: weighted sums of the corners of every group's points, vectorized over channels.
+// The forward pass: for each unit, the weighted sum of its points' corners, vectorized over channels.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,13 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// M vectors of N channels of one unit, whose points begin at t. kPoints and kChannels are compile-time copies of
-// `points` and `channels`, or 0.
+// Computes M vectors of N channels of the unit whose points begin at t. kPoints and kChannels are `points` and
+// `channels` where these are known at compile time, else 0.
 template <typename S, typename T, int N, int M, int kPoints, int kChannels>
 INTERNIMAGE_INLINE void gather_channels(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
                                         int64_t channels, S* out) {
   using V = Vector<T, N>;
-  // a sum for each corner where registers allow: shorter chains of dependent additions
+  // one sum per corner where registers allow it: shorter chains of dependent additions
   constexpr int kSums = M <= 2 ? 4 : 2;
   V sum[kSums][M];
   for (int i = 0; i < kSums; ++i)
@@ -57,7 +57,7 @@ INTERNIMAGE_INLINE void gather_channels(const Points<T>& s, int64_t t, int64_t p
   }
 }
 
-// All `width` channels: 16 at a time, then whole vectors, halves of them, down to single channels.
+// Computes all `width` channels: 16 at a time, then whole vectors, then half vectors, down to single channels.
 template <typename S, typename T, int N, int kPoints>
 INTERNIMAGE_INLINE void gather_unit(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
                                     int64_t channels, int64_t width, S* out) {
@@ -73,8 +73,8 @@ INTERNIMAGE_INLINE void gather_unit(const Points<T>& s, int64_t t, int64_t point
   }
 }
 
-// Prefetches what the next strip will read, a little with every unit of this one: strips are consecutive in memory. An
-// address past a tensor's end does not fault.
+// Prefetches what the next strip will read, a little with each unit of this one; strips are contiguous in memory.
+// Prefetching past the end of a tensor does not fault.
 template <typename S>
 struct Prefetch {
   uintptr_t offset, mask, input;
@@ -83,7 +83,7 @@ struct Prefetch {
            int64_t first_group)
       : offset((uintptr_t)offset_tensor + 2 * (pixel * p.groups + first_group) * p.points * sizeof(S)),
         mask((uintptr_t)mask_tensor + (pixel * p.groups + first_group) * p.points * sizeof(S)),
-        // a guess, right for an output of the input's size: the row that the next strip is the first to reach
+        // a guess, right if the output has the input's size: the row that the next strip is the first to need
         input((uintptr_t)input_tensor +
               ((pixel + 3 * p.width) * p.channels + first_group * p.group_channels) * sizeof(S)) {}
 
@@ -98,7 +98,7 @@ struct Prefetch {
   }
 };
 
-// The forward pass as a sequence of tasks: the strips of each block of each image. Ranges of them are independent.
+// The forward pass as a sequence of independent tasks: the strips of each block of each image.
 template <typename S, typename T>
 struct Forward {
   const Problem& p;
@@ -117,7 +117,7 @@ struct Forward {
     const Points<T> s(scratch, shape);
     InputPlane<S, T> plane(p, (char*)scratch + Points<T>::bytes(shape));
     const int64_t image_size = p.height * p.width * p.channels, row = plane.pitch * p.group_channels;
-    int64_t current = -1, first_group = 0, group_count = 0;  // of image and block
+    int64_t current = -1, first_group = 0, group_count = 0;  // the current image and block
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image_and_block = task / shape.count(), n = image_and_block / blocks.count;
       if (image_and_block != current) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The regular grid: where the points of a kernel are without offsets. The order of the points is x-major, as DCNv3's.
+// The regular grid: the points of a kernel without offsets. Their order is x-major, as in DCNv3.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Writes the grid of a strip at the image's upper left corner; every other strip's is shifted by whole pixels.
+// Fills in the grid of the strip at the image's upper left corner. That of any other strip is shifted by whole pixels.
 template <typename T>
 INTERNIMAGE_NOINLINE void fill_grid(const Problem& p, const StripShape& shape, const Points<T>& s,
                                     int64_t group_count) {

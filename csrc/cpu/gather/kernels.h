@@ -21,16 +21,16 @@
 //
 // Glossary:
 //   unit    one output pixel of one group: it has P sampling points and group_channels channels
-//   factor  what a point is multiplied with: its mask, or the softmax of it over the unit
+//   factor  what a point is multiplied by: its mask, or the softmax of the masks of its unit
 //   corner  one of the four pixels around a point; share: its bilinear weight; weight: share * factor
-//   block   groups that are taken together, as many as let the rows in use stay in the L2 cache
-//   strip   output pixels that are taken together: some 600 points, whose arrays fit the L1 cache
-//   plane   a group's channels of one image, dense and surrounded by zeros, so that no corner is a special case
+//   block   groups that are processed together: as many as keep the rows in use in the L2 cache
+//   strip   output pixels that are processed together: about 600 points, whose arrays fit the L1 cache
+//   plane   a group's channels of one image, dense and padded with zeros, so that no corner is a special case
 //   lane    one element of a SIMD vector
 //   task    the unit of parallel work; plan: how many tasks a pass has, and their scratch memory
 //   S, T    storage type, in tensors; compute type, in registers: float, or double for double
 //
-// DCNv3's own are the order of the points (grid.h), the pairs (x, y) of the offsets (locate.h) and the softmax.
+// Specific to DCNv3 are the order of the points (grid.h), that of the offsets, (x, y) (locate.h), and the softmax.
 #pragma once
 
 #include <cstdint>

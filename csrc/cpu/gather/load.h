@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Offsets and mask of a strip, from the tensors into the strip's arrays.
+// Loads the offsets and the mask of a strip from the tensors into its arrays.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// `count` of the `stride` elements of each of the strip's pixels, one after the other, and zeros behind them.
+// Copies the first `count` of the `stride` elements of each of the strip's pixels, densely, and appends zeros.
 template <typename S, typename T>
 INTERNIMAGE_NOINLINE void read_strip(T* to, const S* from, int64_t pixels, int64_t count, int64_t stride) {
   constexpr int N = kLanes<T>;
@@ -23,8 +23,8 @@ INTERNIMAGE_NOINLINE void read_strip(T* to, const S* from, int64_t pixels, int64
   if (count == stride) {
     copy_widened(to, from, pixels * count);
   } else {
-    // Whole vectors: what is written past a pixel's elements is overwritten by the next pixel's, and no more is read
-    // than what the next pixel has.
+    // Whole vectors: what is written past a pixel's elements is overwritten by the next pixel's, and nothing is read
+    // past the beginning of those.
     const int64_t rounded = (count + N - 1) / N * N;
     for (int64_t i = 0; i < pixels; ++i, from += stride, to += count) {
       if (rounded <= stride && i + 1 < pixels) {
@@ -35,12 +35,12 @@ INTERNIMAGE_NOINLINE void read_strip(T* to, const S* from, int64_t pixels, int64
     }
     to -= pixels * count;
   }
-  // for the rest of the last vector of points, which has up to two elements a point
+  // for the rest of the last vector of points, which have up to two elements each
   store(to + pixels * count, V{});
   store(to + pixels * count + N, V{});
 }
 
-// Offsets and mask of a strip and of `group_count` groups from first_group on; the softmax, if asked for.
+// Loads the offsets and the mask of `group_count` groups from first_group on; computes the softmax if there is one.
 template <typename S, typename T>
 INTERNIMAGE_NOINLINE void load_points(const Problem& p, const Strip& strip, const Points<T>& s, const S* offset,
                                       const S* mask, int64_t first_group, int64_t group_count) {

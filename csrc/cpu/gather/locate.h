@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Where each point samples, and with what weights.
+// The location of each point, and the weights of its corners.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// floor(x) in both types; |x| must fit the integer.
+// floor(x), also as an integer, which |x| must fit.
 template <typename T, int N>
 INTERNIMAGE_INLINE void floor_and_integer(Vector<T, N> x, Vector<T, N>& floor,
                                           Vector<typename IntOf<T>::type, N>& integer) {
@@ -22,13 +22,13 @@ INTERNIMAGE_INLINE void floor_and_integer(Vector<T, N> x, Vector<T, N>& floor,
   using I = Vector<typename IntOf<T>::type, N>;
   integer = __builtin_convertvector(x, I);
   floor = __builtin_convertvector(integer, V);
-  const I above = floor > x;  // truncation went up: -1 where true
+  const I above = floor > x;  // -1 where truncation rounded up
   integer += above;
   floor -= above ? V{} + 1 : V{};
 }
 
-// Where the strip's points sample, and with what weights. A point outside has weight 0 and samples the corner of
-// the padding.
+// Computes the location of each of the strip's points and the weights of its corners; returns the rows that they
+// sample. A point outside the image has weight 0 and samples the corner of the padding.
 template <typename T, bool kBackward>
 INTERNIMAGE_NOINLINE RowRange locate(const Problem& p, const Strip& strip, const Points<T>& s, int64_t total,
                                      int64_t pitch) {
@@ -40,7 +40,7 @@ INTERNIMAGE_NOINLINE RowRange locate(const Problem& p, const Strip& strip, const
   const T shift_x = (T)(strip.x * p.stride_w), shift_y = (T)(strip.y * p.stride_h);
   const V width = broadcast<T, N>((T)p.width), height = broadcast<T, N>((T)p.height);
   const V zero = V{}, one = zero + 1;
-  // taken for the row of a point outside, which must not widen the range of rows
+  // used as the row of a point outside, which must not widen the range of rows
   int64_t middle = strip.y * p.stride_h - p.pad_h + p.dilation_h * (p.kernel_h - 1) / 2;
   middle = middle < 0 ? 0 : middle >= p.height ? p.height - 1 : middle;
   const V safe_y = broadcast<T, N>((T)middle);

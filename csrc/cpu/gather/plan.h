@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What a caller must know of a pass before it runs it.
+// What a caller needs to know to run a pass.
 #pragma once
 
 #include <cstdint>

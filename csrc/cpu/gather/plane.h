@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// One image's channels of a block of groups, copied dense and padded with zeros.
+// The channels of a block of groups of one image, copied densely and padded with zeros.
 //
-// Why a copy: with zeros around, border and interior are one case, so a point is one index and four loads at fixed
-// distances; a group's pixels are adjacent in memory instead of C elements apart, which would map to few sets of
-// the L1 cache; and the half types are widened once a pixel instead of 36 times. A 3x3 kernel reads every
-// pixel some 36 times, so the copy is cheap. Rows are copied when a strip first needs them.
+// Why a copy: padding makes the border no special case, so a point is one index and four loads at fixed distances; a
+// group's pixels are adjacent in memory, where a distance of C elements would map them to few sets of the L1 cache; and
+// half types are widened once per pixel instead of 36 times. A 3x3 kernel reads each pixel about 36 times, so the copy
+// is cheap. Rows are copied when a strip first needs them.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Two pixels of padding before and one after, as a point outside samples the corner at (-2, -2). A row's padding at the
-// right is the next row's at the left.
+// Two pixels of padding before the image and one after it, as points outside sample the corner at (-2, -2). The padding
+// to the right of a row is also that to the left of the next row.
 template <typename T>
 struct Plane {
   int64_t height, width, channels;  // of the image; channels of one group
@@ -28,7 +28,7 @@ struct Plane {
   T* data;
 
   static int64_t elements(const Problem& p) { return ((p.height + 3) * (p.width + 2) + 1) * p.group_channels; }
-  // Bytes that planes of `groups` groups take, with room for a whole vector behind.
+  // Bytes of the planes of `groups` groups, with room for a whole vector at the end.
   static int64_t bytes(const Problem& p, int64_t groups) {
     return (groups * elements(p) + 16) * (int64_t)sizeof(T) + 64;
   }
@@ -41,19 +41,19 @@ struct Plane {
         size(elements(p)),
         data((T*)(((uintptr_t)memory + 63) / 64 * 64)) {}
 
-  // Start of a row's first pixel; -2 to height are rows.
+  // The first pixel of row y, which is -2 to height.
   INTERNIMAGE_INLINE T* row(int64_t group, int64_t y) const {
     return data + group * size + ((y + 2) * pitch + 2) * channels;
   }
 
-  // Zeros from `column` of row y on.
+  // Zeros `pixels` pixels of row y, from `column` on.
   INTERNIMAGE_INLINE void clear(int64_t group, int64_t y, int64_t column, int64_t pixels) const {
     __builtin_memset(row(group, y) + column * channels, 0, pixels * channels * sizeof(T));
   }
 };
 
-// How many groups a block has, so that the rows of `planes` planes around an output row stay in the L2 cache. As many
-// as possible: offsets and mask are then read in one go.
+// The groups per block: so few that the rows of `planes` planes around an output row stay in the L2 cache, and no
+// fewer, as offsets and mask are then contiguous.
 template <typename T>
 inline int64_t groups_in_cache(const Problem& p, int64_t planes) {
   constexpr int64_t kCacheBytes = 256 * 1024;
@@ -69,7 +69,7 @@ template <typename S, typename T>
 struct InputPlane : Plane<T> {
   const S* image = nullptr;  // first channel of the first group
   int64_t all_channels, groups = 0;
-  int64_t begin = 0, end = 0;  // rows copied
+  int64_t begin = 0, end = 0;  // rows copied so far
 
   InputPlane(const Problem& p, void* memory) : Plane<T>(p, memory), all_channels(p.channels) {}
 
@@ -84,7 +84,7 @@ struct InputPlane : Plane<T> {
   }
 
   void ensure(RowRange rows) {
-    // after a jump (a large stride) the rows between are not wanted
+    // after a jump (a large stride) the rows in between are not needed
     if (begin == end || rows.begin > end || rows.end < begin) begin = end = rows.begin;
     while (begin > rows.begin) copy_row(--begin);
     while (end < rows.end) copy_row(end++);
@@ -109,14 +109,14 @@ struct InputPlane : Plane<T> {
   }
 };
 
-// Sums for the gradient of the input. What is added outside the image ends up in the padding and is dropped.
+// Accumulates the gradient of the input. What is added outside the image ends up in the padding and is dropped.
 template <typename S, typename T>
 struct GradientPlane : Plane<T> {
   GradientPlane(const Problem& p, void* memory) : Plane<T>(p, memory) {}
 
   void reset(int64_t groups) { __builtin_memset(this->data, 0, groups * this->size * sizeof(T)); }
 
-  // The image's channels of these groups: `image` is the first channel of the first group.
+  // Writes the sums of the first `groups` groups to `image`, the first channel of the first group.
   INTERNIMAGE_NOINLINE void write(S* image, int64_t all_channels, int64_t groups) const {
     for (int64_t y = 0; y < this->height; ++y)
       for (int64_t x = 0; x < this->width; ++x)

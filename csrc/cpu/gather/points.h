@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What is kept of a strip's sampling points.
+// The arrays over the sampling points of a strip.
 #pragma once
 
 #include <cstdint>
@@ -10,29 +10,29 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Scratch memory for one strip: arrays over its points, in order of output pixel, group and kernel point, with room for
-// whole vectors behind.
+// Scratch arrays over the points of one strip, ordered by output pixel, group and kernel point, and padded to whole
+// vectors.
 template <typename T>
 struct Points {
-  T* offset;  // 2 a point: x, y
-  T* logits;  // the mask, where there is a softmax
+  T* offset;  // 2 per point: x, y
+  T* logits;  // the mask, if there is a softmax
   T* factor;  // the mask, or softmax(logits)
   T *kernel_x, *kernel_y, *center_x, *center_y;  // the regular grid of a strip at the image's upper left corner
   T* weight[4];  // bilinear share times factor: upper left, upper right, lower left, lower right
-  int32_t* pixel;  // upper left corner, counted in the padded plane
+  int32_t* pixel;  // upper left corner, as an index into the padded plane
   // backward only
-  T *right, *below;  // bilinear shares of the right and of the lower pixels
-  T* dots;  // 4 a point: <grad_output, corner>
-  T* inside_factor;  // the factor where the point is inside the image, else 0
+  T *right, *below;  // bilinear shares of the right and the lower pixels
+  T* dots;  // 4 per point: <grad_output, corner>
+  T* inside_factor;  // the factor if the point is inside the image, else 0
 
-  // The gradients take the memory of what is no longer needed when they are computed, so that a strip stays in the
-  // cache: grad_offset after the weights are known, grad_logits after grad_offset.
-  T* grad_offset() const { return offset; }  // 2 a point: x, y
+  // The gradients reuse arrays that are no longer needed, so that a strip stays in the cache: grad_offset is computed
+  // after the weights, grad_logits after grad_offset.
+  T* grad_offset() const { return offset; }  // 2 per point: x, y
   T* grad_factor() const { return logits; }
   T* grad_logits() const { return below; }
   T* softmax_scratch() const { return right; }
 
-  // Elements of an array, with room for whole vectors behind and for the units that fill up the last four in `softmax`.
+  // Elements per array, with room for whole vectors and for the units that `softmax` adds to make the last four.
   static int64_t padded(const StripShape& shape) { return (shape.size() + 4 * shape.points + 143) / 16 * 16; }
 
   static int64_t bytes(const StripShape& shape) {

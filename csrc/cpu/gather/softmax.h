@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The softmax over the points of every unit, and its gradient.
+// The softmax over the points of each unit, and its gradient.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Sums over the points of four units, by whole vectors and one by one behind them.
+// Sums over the points of each of four units: whole vectors, then what is left one by one.
 template <typename T>
 INTERNIMAGE_INLINE void sum_units(T* sum, const T* from, int64_t points) {
   constexpr int N = kLanes<T>;
@@ -36,15 +36,15 @@ INTERNIMAGE_INLINE void sum_units(T* sum, const T* from, int64_t points) {
   }
 }
 
-// to[...] = each(value) over the points of a unit. Writes whole vectors: what it writes behind the unit's points the
-// next unit's overwrite, so units come in order and `to` is not what is read.
+// to[k] = each(k) for the points of a unit, in whole vectors. What is written past the unit's points is overwritten by
+// the next unit's, so units must be processed in order, and `each` must not read from `to`.
 template <typename T, typename Each>
 INTERNIMAGE_INLINE void map_unit(T* to, int64_t points, Each each) {
   for (int64_t k = 0; k < points; k += kLanes<T>) store(to + k, each(k));
 }
 
-// factor <- softmax(logits) over each unit's points; changes the logits. exp(logit - c) with c = 0 where no logit of
-// the unit could make exp overflow or vanish, which spares a search, and the largest logit otherwise.
+// factor <- softmax(logits) over each unit's points; overwrites the logits. Computes exp(logit - c), where c is 0 if no
+// logit of the unit makes exp overflow or underflow, which saves the search for the largest, and the largest otherwise.
 template <typename T>
 INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t points) {
   constexpr int N = kLanes<T>;
@@ -53,21 +53,21 @@ INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t poi
   const int64_t total = units * points;
   auto moderate = V{} == V{};
   for (int64_t t = 0; t < total; t += N) {
-    const V v = load<V>(s.logits + t);  // zeros behind the end
+    const V v = load<V>(s.logits + t);  // zeros past the end
     moderate &= (v < kModerate) & (v > -kModerate);
   }
   bool all_moderate = true;
   for (int i = 0; i < N; ++i) all_moderate &= moderate[i] != 0;
   if (!all_moderate) {
     for (int64_t u = 0; u < units; ++u) {
-      T* of = s.logits + u * points;
-      T top = of[0];
+      T* logits = s.logits + u * points;
+      T largest = logits[0];
       bool unit_moderate = true;
       for (int64_t k = 0; k < points; ++k) {
-        top = of[k] > top ? of[k] : top;
-        unit_moderate &= of[k] < kModerate && of[k] > -kModerate;
+        largest = logits[k] > largest ? logits[k] : largest;
+        unit_moderate &= logits[k] < kModerate && logits[k] > -kModerate;
       }
-      for (int64_t k = 0; k < points && !unit_moderate; ++k) of[k] -= top;
+      for (int64_t k = 0; k < points && !unit_moderate; ++k) logits[k] -= largest;
     }
   }
   constexpr int K = 4;
@@ -77,14 +77,14 @@ INTERNIMAGE_NOINLINE void softmax(const Points<T>& s, int64_t units, int64_t poi
     exponential<N, K>(v);
     for (int k = 0; k < K; ++k) store(s.logits + t + k * N, v[k]);
   }
-  // Four units at a time, and always so, also where fewer are left: a sum must not depend on where its unit is.
+  // Always four units at a time, even if fewer are left: a sum must not depend on the position of its unit.
   for (int64_t u = 0; u < units; u += 4) {
     T sum[4];
     sum_units(sum, s.logits + u * points, points);
     for (int i = 0; i < 4; ++i) {
-      const T* of = s.logits + (u + i) * points;
+      const T* exponentials = s.logits + (u + i) * points;
       const V inverse = broadcast<T, N>((T)1 / sum[i]);
-      map_unit(s.factor + (u + i) * points, points, [&](int64_t k) { return load<V>(of + k) * inverse; });
+      map_unit(s.factor + (u + i) * points, points, [&](int64_t k) { return load<V>(exponentials + k) * inverse; });
     }
   }
 }

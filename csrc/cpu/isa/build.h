@@ -2,8 +2,8 @@
 // All kernels of one instruction set.
 //
 // Included by each source of this folder, which sets the compiler's target and defines what simd/target.h lists. No
-// kernel may instantiate anything of the C++ library: it would be compiled for this instruction set, and the linker
-// could keep that copy for all.
+// kernel may instantiate a template of the C++ library: it would be compiled for this instruction set, and the linker
+// could keep that copy for all callers.
 #pragma once
 
 #include "../gather/kernels.h"

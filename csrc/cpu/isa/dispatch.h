@@ -8,7 +8,7 @@
 
 namespace internimage {
 
-// The kernels for a dtype, of the best instruction set that this processor has;
+// The kernels for a dtype, of the best instruction set that this processor supports;
 // INTERNIMAGE_CPU_CAPABILITY=default|avx2|avx512 lowers it.
 const Kernels& kernels_of(torch::headeronly::ScalarType dtype);
 

@@ -15,8 +15,8 @@ struct Kernels {
   Plan (*plan_forward)(const Problem&);
   void (*forward)(const Problem&, const void* input, const void* offset, const void* mask, void* output, void* scratch,
                   int64_t begin, int64_t end);
-  // `wanted_tasks` are made if there are so many groups; the results do not depend on it. A gradient may be null:
-  // grad_input, or grad_offset and grad_mask.
+  // At least `wanted_tasks` tasks are made if there are enough groups; the results do not depend on it. grad_input may
+  // be null, or both grad_offset and grad_mask.
   Plan (*plan_backward)(const Problem&, int64_t wanted_tasks);
   void (*backward)(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
                    const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,

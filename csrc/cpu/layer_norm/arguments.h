@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Layer norm as the kernels see it.
+// The arguments of the layer norm kernels.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Layer norm over the last axis, for inference, with the layer scale and the residual sum that follow it. Rows are
-// short: one at a time would be one chain of dependent additions, so there are four.
+// Layer norm over the last dimension, for inference, fused with the layer scale and the residual addition that follow.
+// Rows are short, and a single one is a chain of dependent additions, so four are processed at a time.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Sums of four rows of n elements: each(row, index, lanes as a constant) gives a vector of that many of them.
+// Sums four rows of n elements; each(row, index, Constant<lanes>) returns a vector of so many elements.
 template <typename T, typename Each>
 INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
   constexpr int N = kLanes<T>;
@@ -29,18 +29,18 @@ INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
   for (int r = 0; r < 4; ++r) sums[r] += rest[r];
 }
 
-// v, hidden from the compiler, which must not contract a product and the sum that follows it to a fused multiply-add:
-// both round, as they do in two operators.
+// v, opaque to the compiler, which must not contract a product and the sum that follows into a fused multiply-add: both
+// are rounded, as in two operators.
 template <typename T, int N>
 INTERNIMAGE_INLINE Vector<T, N> uncontracted(Vector<T, N> v) {
   if constexpr (N == 1) {
-    T number = v[0];
+    T scalar = v[0];
 #if defined(__x86_64__)
-    __asm__("" : "+x"(number));
+    __asm__("" : "+x"(scalar));
 #else
-    __asm__("" : "+m"(number));
+    __asm__("" : "+m"(scalar));
 #endif
-    v[0] = number;
+    v[0] = scalar;
   } else {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(v));
@@ -55,11 +55,11 @@ INTERNIMAGE_INLINE Vector<T, N> uncontracted(Vector<T, N> v) {
   return v;
 }
 
-// Of a row of a half type, this many elements are converted once, for all three passes.
+// Rows of a half type of at most this many elements are converted once, for all three passes.
 constexpr int kNormBuffer = 1024;
 
-// Four rows that begin at `at`, which may be the same one. Scale and residual round as separate operators do: in
-// float32 and float64 the result is bit for bit that of norm, product and sum one by one.
+// Normalizes the four rows that begin at `at`; some may be the same. Scale and residual are rounded as in separate
+// operators: in float32 and float64 the result is bit for bit that of norm, product and sum one by one.
 template <typename S, typename T, bool Residual, bool Buffered>
 INTERNIMAGE_INLINE void norm_rows(const LayerNormArguments& norm, const int64_t (&at)[4]) {
   const int64_t channels = norm.channels;
@@ -107,7 +107,7 @@ INTERNIMAGE_INLINE void norm_rows(const LayerNormArguments& norm, const int64_t 
   for (; c < channels; ++c) write(c, Constant<1>{});
 }
 
-// Rows [begin, end), four at a time; the last of them fills the last four up.
+// Normalizes rows [begin, end), four at a time; the last row is repeated to make the last four.
 template <typename S, typename T>
 void layer_norm(const LayerNormArguments& norm, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += 4) {

@@ -10,8 +10,8 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// x[...] <- exp(x[...]), in float to about one unit in the last place (Cephes' polynomial). NaN stays NaN. Requires
-// x <= 88; below -87 the result is 0. K vectors at once, as one alone is a long chain of dependent operations.
+// x[k] <- exp(x[k]), in float to about one unit in the last place (the polynomial of Cephes). NaN stays NaN. Requires
+// x <= 88; below -87 the result is 0. K vectors at once, as a single one is a long chain of dependent operations.
 template <int N, int K>
 INTERNIMAGE_INLINE void exponential(Vector<float, N> (&x)[K]) {
   using F = Vector<float, N>;

@@ -8,7 +8,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// The N lanes of a and b (0 to 2N - 1) that `lane(i)` names. Everything folds to constants.
+// Lane i of the result is lane `lane(i)` of a and b, counted from 0 to 2N - 1. All lanes fold to constants.
 template <typename V, int N, typename Lane>
 INTERNIMAGE_INLINE V shuffle(V a, V b, Lane lane) {
 #if defined(__clang__)
@@ -23,7 +23,7 @@ INTERNIMAGE_INLINE V shuffle(V a, V b, Lane lane) {
 #endif
 }
 
-// 2 values a lane in memory -> two planar vectors.
+// 2 values per lane in memory -> two planar vectors.
 template <typename T, int N>
 INTERNIMAGE_INLINE void load_pairs(const T* from, Vector<T, N>& a, Vector<T, N>& b) {
   using V = Vector<T, N>;
@@ -40,7 +40,7 @@ INTERNIMAGE_INLINE void store_pairs(T* to, Vector<T, N> a, Vector<T, N> b) {
   store(to + N, shuffle<V, N>(a, b, [](int i) { return N / 2 + i / 2 + i % 2 * N; }));
 }
 
-// 4 values a lane in memory -> four planar vectors.
+// 4 values per lane in memory -> four planar vectors.
 template <typename T, int N>
 INTERNIMAGE_INLINE void load_fours(const T* from, Vector<T, N>& a, Vector<T, N>& b, Vector<T, N>& c, Vector<T, N>& d) {
   using V = Vector<T, N>;
@@ -60,7 +60,7 @@ struct Constant {
   static constexpr int value = I;
 };
 
-// Four vectors -> to[0..3], each summed over its lanes. One order of the lanes for every caller.
+// Four vectors -> to[0..3], each summed over its lanes, in the same order for every caller.
 template <typename T, int N>
 INTERNIMAGE_INLINE void sum_lanes_4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<T, N> v2, Vector<T, N> v3) {
   using V = Vector<T, N>;

@@ -10,7 +10,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// The half types in memory: distinct types, so that uint16_t is never mistaken for them.
+// The half types in memory: distinct types, not to be confused with uint16_t.
 struct Bf16 {
   uint16_t bits;
 };
@@ -18,7 +18,7 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// Storage types with kernels specialized for the shapes of InternImage; the others use the general ones, to keep the
+// Storage types with kernels specialized for the shapes of InternImage; the others use the generic ones, to keep the
 // binary small.
 template <typename S>
 constexpr bool kIsSpecialized = false;
@@ -42,8 +42,8 @@ struct Convert<Bf16, float, N> {
     return (Vector<float, N>)bits;
   }
   static INTERNIMAGE_INLINE void store(Bf16* to, Vector<float, N> v) {
-    // To nearest even. A NaN needs no care: it comes from a Bf16 or from the processor, so that its lower half is zero,
-    // and what is added there does not reach the upper one.
+    // Rounds to nearest even. NaN needs no special case: it comes from a Bf16 or from the processor, so its lower half
+    // is zero, and the addition does not carry into the upper half.
     Vector<uint32_t, N> bits = (Vector<uint32_t, N>)v;
     bits += 0x7fff + ((bits >> 16) & 1);
     INTERNIMAGE_ISA::store(to, __builtin_convertvector(bits >> 16, Vector<uint16_t, N>));
@@ -57,26 +57,26 @@ struct Convert<Fp16, float, N> {
   static INTERNIMAGE_INLINE F load(const Fp16* from) {
     const U bits = __builtin_convertvector(INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from), U);
     const U magnitude = bits & 0x7fff;
-    // exponent and fraction in their places in a float, 112 too low in the exponent; the product also makes the
-    // subnormal numbers right
+    // exponent and fraction where a float has them; the exponent is 112 too low, which the product corrects, also for
+    // subnormal numbers
     const F finite = (F)(magnitude << 13) * 0x1p112f;
     const U special = 0x7f800000 | (magnitude << 13);
     return (F)((magnitude >= 0x7c00 ? special : (U)finite) | (bits & 0x8000) << 16);
   }
   static INTERNIMAGE_INLINE void store(Fp16* to, F v) {
     const U bits = (U)v, magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
-    // a normal half: the exponent 112 lower, the fraction rounded to nearest even
+    // a normal half: the exponent is 112 lower, the fraction rounded to nearest even
     const U normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // a subnormal half: the sum with 0.5 leaves multiples of 2^-24 in the lowest bits, rounded by the processor
+    // a subnormal half: adding 0.5 leaves the multiple of 2^-24 in the lowest bits, rounded by the processor
     const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000;
     U half = magnitude < (113u << 23) ? subnormal : normal;
-    half = magnitude >= 0x477ff000 ? (U{} + 0x7c00) : half;  // 65520 and more round to infinity
+    half = magnitude >= 0x477ff000 ? (U{} + 0x7c00) : half;  // 65520 and above round to infinity
     half = magnitude > 0x7f800000 ? (U{} + 0x7e00) : half;
     INTERNIMAGE_ISA::store(to, __builtin_convertvector(half | sign, Vector<uint16_t, N>));
   }
 };
 
-// `n` elements, one by one at the end.
+// Copies n elements, the last ones one by one.
 template <typename S, typename T>
 INTERNIMAGE_INLINE void copy_widened(T* to, const S* from, int64_t n) {
   constexpr int N = kLanes<T>;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The instruction set that is compiled for. isa/avx2.cpp and isa/avx512.cpp define these before they include any
-// kernel; the defaults are for any processor, and for a tool that parses one header by itself.
+// The instruction set to compile for. isa/avx2.cpp and isa/avx512.cpp define these before they include any kernel; the
+// defaults are for any processor, and for tools that parse a single header.
 #pragma once
 
 #if !defined(INTERNIMAGE_ISA)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// SIMD vectors: the vector extensions of GCC and Clang and no intrinsics, so that the same source serves every
+// SIMD vectors by the vector extensions of GCC and Clang instead of intrinsics, so that the same source serves every
 // processor.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include "target.h"
 
 #define INTERNIMAGE_INLINE inline __attribute__((always_inline))
-#define INTERNIMAGE_NOINLINE __attribute__((noinline))  // runs once a strip: one copy serves all callers
+#define INTERNIMAGE_NOINLINE __attribute__((noinline))  // runs once per strip: one copy serves all callers
 
 namespace internimage {
 namespace INTERNIMAGE_ISA {

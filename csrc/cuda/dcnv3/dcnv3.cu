@@ -25,7 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// Coordinates are 32-bit; the number of an image's elements need not be.
+// Coordinates are 32-bit; the number of elements of an image may be larger.
 void check_size(const Problem& p) {
   constexpr int64_t kLimit = int64_t{1} << 30;
   STD_TORCH_CHECK(p.height + 2 * p.pad_h < kLimit && p.width + 2 * p.pad_w < kLimit && p.channels < kLimit &&
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   const auto shape = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
   Tensor grad_input = want_input ? torch::stable::new_zeros(input, shape(input), sum_dtype)
                                  : torch::stable::new_empty(input, {0}, sum_dtype);
-  const bool is_empty = grad_output.numel() == 0;  // with no channels, offset and mask have elements all the same
+  const bool is_empty = grad_output.numel() == 0;  // without channels; offset and mask still have elements
   const auto new_grad = [&](const Tensor& t) {
     if (!want_points) return torch::stable::new_empty(input, {0});
     return is_empty ? torch::stable::new_zeros(input, shape(t)) : torch::stable::new_empty(input, shape(t));

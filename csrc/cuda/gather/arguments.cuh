@@ -9,7 +9,7 @@
 namespace internimage {
 namespace cuda {
 
-constexpr int kThreads = 256;  // of a CUDA block
+constexpr int kThreads = 256;  // per block
 
 // Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31.
 template <typename Index>
@@ -33,13 +33,13 @@ struct Divider {
   }
 };
 
-// T: the compute type. Index: uint32_t where threads and the elements of an image are below 2^31, else uint64_t; the
+// T: the compute type. Index: uint32_t if there are fewer than 2^31 threads and elements per image, else uint64_t; the
 // starts of images, offsets and masks in their tensors are always 64-bit.
 template <typename T, typename Index>
 struct Arguments {
   Index threads;
-  Divider<Index> slices;  // forward: threads of a unit
-  uint32_t lane_bits, lanes, chunks;  // backward: log2 of the threads of a unit, the threads, and the chunks of each
+  Divider<Index> slices;  // forward: threads per unit
+  uint32_t lane_bits, lanes, chunks;  // backward: log2 of the threads per unit, that number, and the chunks of each
   Divider<Index> groups, out_width, out_height;
   Index channels, width, row_elements;
   uint64_t image_elements;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Backward: a thread takes chunks of 4 channels, as atomic additions of floats are 4 wide; the threads of a unit (its
-// lanes) are neighbors in a warp, and sum their parts of the gradients of offset and mask by shuffles.
+// Backward: a thread processes chunks of 4 channels, as atomic additions of floats are 4 wide; the threads of a unit
+// (its lanes) are adjacent in a warp, and sum their parts of the gradients of offset and mask by shuffles.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace cuda {
 
 constexpr int kBackwardChannels = 4;
 
-// The sums of N values over the threads of a unit, in all of them. All threads of the warp must come here.
+// Sums each of N values over the threads of a unit; all of these get the sums. All threads of the warp must call it.
 template <int N, typename T, typename Index>
 __device__ __forceinline__ void sum_over_lanes(const Arguments<T, Index>& a, T (&values)[N]) {
 #pragma unroll 1
@@ -52,8 +52,8 @@ __device__ __forceinline__ T interpolate(const Cell<T, Index>& cell, const T (&d
          cell.below * ((1 - cell.right) * dots[2] + cell.right * dots[3]);
 }
 
-// With kPoints > 0 each thread has all its channels at once (one chunk).
-// grad_input holds zeros, of the compute type; it or the pair of grad_offset and grad_mask may be null: not asked for.
+// If kPoints > 0, each thread has all its channels at once (one chunk).
+// grad_input is filled with zeros and of the compute type. It may be null, or both grad_offset and grad_mask.
 template <typename S, int kChannels, int kPoints, typename Index>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     Compute<S>* __restrict__ grad_input, S* __restrict__ grad_offset, S* __restrict__ grad_mask) {
   using T = Compute<S>;
   Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
-  // An excess thread takes part in the shuffles of its warp: it repeats the work of the last one and writes nothing.
+  // An excess thread takes part in the shuffles of its warp: it repeats the work of the last thread and writes nothing.
   const bool is_active = thread < a.threads;
   thread = is_active ? thread : a.threads - 1;
   const Index index = thread >> a.lane_bits;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t first = lane * kChannels;
   const uint64_t at = unit.image * a.image_elements + (unit.group * a.group_channels + first);
   const S* image = materialize(input + at);
-  T* grad_image = materialize(grad_input + at);  // unless null
+  T* grad_image = materialize(grad_input + at);  // not used if null
   grad_output += static_cast<uint64_t>(index) * a.group_channels + first;
   T grad[kChannels];
   load<S, kChannels>(grad_output, grad);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   T mean = 0;  // sum of factor * its gradient, for the softmax
   [[maybe_unused]] T grad_factors[kPoints > 0 ? kPoints : 1];
-  if constexpr (kPoints == 0) {  // too many to keep, so once more for the mean alone
+  if constexpr (kPoints == 0) {  // too many to keep: an extra pass for the mean alone
     if (want_points && a.softmax) {
       T sums[1] = {0};
       for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {

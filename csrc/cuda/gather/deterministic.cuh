@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The gradient of the input, the same bits each time.
+// The gradient of the input, with the same bits each time.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 namespace internimage {
 namespace cuda {
 
-// grad_input alone, the same bits each time: one thread owns a channel of an image and goes through all that was
-// sampled from it in a fixed order. Slow, as it has no more threads than the batch has channels.
+// Each thread owns a channel of an image and visits all points that sampled it in a fixed order. Slow, as there are no
+// more threads than channels in the batch.
 template <typename S, typename Index>
 __global__ void __launch_bounds__(kThreads, 2)
     deterministic_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for_each_point<0>(a, [&](int k, T grid_x, T grid_y) {
       const Cell<T, Index> cell = locate<S>(a, unit, shifts, k, grid_x, grid_y);
       const T factor = cell.inside ? factors.at(k) : T(0);
-      T sums[4];  // all four are on their way before one is needed: they are never the same
+      T sums[4];  // all four are loaded before one is stored: no two corners are the same
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) sums[corner] = cell.has(corner) ? grad_image[cell.at(corner)] : T(0);
 #pragma unroll

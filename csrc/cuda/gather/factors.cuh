@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The factors of a unit's points: the mask, or the softmax of it.
+// The factors of a unit's points: its mask, or the softmax of it.
 #pragma once
 
 #include "../storage.cuh"
@@ -7,7 +7,7 @@
 namespace internimage {
 namespace cuda {
 
-// The factors of a unit's points: its mask, or the softmax of it.
+// kPoints factors, in registers.
 template <typename S, int kPoints>
 struct Factors {
   using T = Compute<S>;
@@ -34,7 +34,7 @@ struct Factors {
 };
 
 template <typename S>
-struct Factors<S, 0> {  // of any number: computed again each time
+struct Factors<S, 0> {  // any number of factors: recomputed at each use
   using T = Compute<S>;
   const S* mask;
   T largest, scale;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Forward: a thread takes a slice of a unit's channels, as many as 32 bytes hold (16 of a half type), and locates each
-// sampling point once for all of them.
+// Forward: a thread computes a slice of a unit's channels, as many as 32 bytes hold (16 of a half type), and locates
+// each sampling point once for all of them.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,11 @@
 namespace internimage {
 namespace cuda {
 
-constexpr int kForwardBytes = 32;  // of one pixel's channels, a thread
+constexpr int kForwardBytes = 32;  // that a thread loads from a pixel
 static_assert(kForwardBytes <= sizeof(Zeros), "what a thread loads at once");
 
-// Blocks a multiprocessor that the compiler must leave registers for; 0 is its own choice. With the softmax alone it
-// would take a few more than four blocks leave (64). Compute capability 7.5 would spill.
+// Blocks per multiprocessor that the compiler must leave registers for; 0 is its own choice. Only with the softmax
+// would it use a few more than four blocks leave (64). Compute capability 7.5 would spill.
 #if __CUDA_ARCH__ >= 800
 #define INTERNIMAGE_SOFTMAX_BLOCKS 4
 #else
@@ -30,7 +30,7 @@ constexpr int kForwardBlocks = kPoints == 0 ? 3
                                : kSoftmax   ? INTERNIMAGE_SOFTMAX_BLOCKS
                                             : 0;
 
-// kSoftmax counts only with kPoints > 0; the general kernel reads a.softmax.
+// kSoftmax is used only if kPoints > 0; the generic kernel reads a.softmax.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
     forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
   const Index index = a.slices.quotient(thread);
   const Unit<T, Index> unit(a, index);
   const Index slice = thread - index * a.slices.divisor;
-  // A thread that has 32 bytes of a pixel loads them in two halves. Of eight neighbors, which are served at once, four
-  // begin with their second half: all eight with the first would meet in one half of the cache's banks.
+  // A thread that needs 32 bytes of a pixel loads them in two halves. Of eight adjacent threads, which are served at
+  // once, four begin with the second half: if all began with the first, they would use half of the cache's banks.
   constexpr int kHalves = kChannels * sizeof(S) / 16 > 0 ? kChannels * sizeof(S) / 16 : 1, kHalf = kChannels / kHalves;
   const uint32_t begin = kHalves == 2 && threadIdx.x % 8 >= 4 ? kHalf : 0;
   const S* image =
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
   T sums[kHalves][kHalf] = {};
   for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {
     const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
-    const T factor = cell.inside ? factors.at(k) : T(0);  // a NaN there does not count
+    const T factor = cell.inside ? factors.at(k) : T(0);  // whatever it is, even NaN
     const T row_weights[2] = {factor * (1 - cell.below), factor * cell.below};
     const Index lower = cell.upper_left + cell.step_y;
     const Index corners[4] = {cell.upper_left, cell.upper_left + cell.step_x, lower, lower + cell.step_x};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The regular grid: where the points of a kernel are without offsets. The order of the points is x-major, as DCNv3's.
+// The regular grid: the points of a kernel without offsets. Their order is x-major, as in DCNv3.
 #pragma once
 
 #include "arguments.cuh"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The gather kernels on CUDA, and which of them serves a problem. Free of torch: the tests also compile these files for
-// a CPU (tests/cuda_host), with a stand-in for what CUDA provides.
+// The gather kernels on CUDA, and the choice among them for a problem. Independent of torch: the tests also compile
+// these files for a CPU (tests/cuda_host), with a stand-in for what CUDA provides.
 //
 // Loop nest, each kernel with one loop over threads that the GPU runs in parallel:
 //
@@ -25,17 +25,16 @@
 //
 // Glossary:
 //   unit    one output pixel of one group: it has P sampling points and group_channels channels
-//   factor  what a point is multiplied with: its mask, or the softmax of it over the unit
+//   factor  what a point is multiplied by: its mask, or the softmax of the masks of its unit
 //   cell    the four pixels (corners) around a point; share: the bilinear weight of one of them
-//   slice   the channels of a unit that one thread of the forward takes
-//   lane    a thread among those of a unit in the backward, a power of two within one warp
-//   chunk   4 channels that a lane takes at a time; a lane with more than one chunk loops
+//   slice   the channels of a unit that one thread of the forward computes
+//   lane    one of the threads of a unit in the backward, a power of two of them within one warp
+//   chunk   4 channels that a lane processes at a time; a lane with more than one chunk loops
 //   S, T    storage type, in memory; compute type, in registers: float, or double for double. Values are widened when
-//   they
-//           are loaded, and rounded once when they are stored
+//           they are loaded, and rounded once when they are stored
 //   Index   of threads and of elements within an image: 32 bits where they suffice, else 64
 //
-// DCNv3's own are the order of the points (grid.cuh), the pairs (x, y) of the offsets (points.cuh) and the softmax
+// Specific to DCNv3 are the order of the points (grid.cuh), that of the offsets, (x, y) (points.cuh), and the softmax
 // (factors.cuh).
 #pragma once
 
@@ -52,7 +51,7 @@ namespace internimage {
 namespace cuda {
 
 // `launch(kernel, threads, arguments...)` runs a kernel in blocks of kThreads. Tensors are contiguous, not empty, and
-// aligned to kForwardBytes. `wide` asks for 64-bit indices where 32 bits suffice, for tests.
+// aligned to kForwardBytes. `wide` forces 64-bit indices, for tests.
 
 inline bool needs_wide_index(const Problem& p, int64_t threads) {
   constexpr int64_t kLimit = int64_t{1} << 31;
@@ -97,7 +96,7 @@ void forward(const Problem& p, const S* input, const S* offset, const S* mask, S
 template <typename S, int kChannels, typename Launch>
 void backward_of_width(const Problem& p, const S* grad_output, const S* input, const S* offset, const S* mask,
                        Compute<S>* grad_input, S* grad_offset, S* grad_mask, bool wide, const Launch& launch) {
-  int64_t lanes = 1;  // a power of two that leaves no thread of a unit without work
+  int64_t lanes = 1;  // the largest power of two that gives each thread of a unit work
   while (lanes < 32 && p.group_channels % (2 * lanes * kChannels) == 0) lanes *= 2;
   const int64_t chunks = p.group_channels / (lanes * kChannels);
   const int64_t threads = p.batch * p.out_height * p.out_width * p.groups * lanes;
@@ -116,7 +115,7 @@ void backward_of_width(const Problem& p, const S* grad_output, const S* input, c
   launch(kernel, threads, a, grad_output, input, offset, mask, grad_input, grad_offset, grad_mask);
 }
 
-// grad_input, or both of the others, may be null: not asked for.
+// grad_input may be null, or both grad_offset and grad_mask.
 template <typename S, typename Launch>
 void backward(const Problem& p, const S* grad_output, const S* input, const S* offset, const S* mask,
               Compute<S>* grad_input, S* grad_offset, S* grad_mask, bool deterministic, bool wide,

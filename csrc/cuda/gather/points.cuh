@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Sampling points: where a thread is, and the pixels around each of its points.
+// The position of a unit, and the pixels around each of its sampling points.
 //
-// A corner outside the image is read from a row of zeros: no branch, and no infinity that a weight of zero would turn
+// Corners outside the image are read from a row of zeros: no branch, and no infinity that a weight of zero would turn
 // into NaN.
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace internimage {
 namespace cuda {
 
-// Where a unit is.
+// The position of a unit.
 template <typename T, typename Index>
 struct Unit {
   Index group, image;
@@ -29,18 +29,18 @@ struct Unit {
   }
 };
 
-constexpr int kZeroBytes = 32;  // more than any thread loads of a pixel at once
+constexpr int kZeroBytes = 32;  // at least what a thread loads from a pixel
 
 struct alignas(kZeroBytes) Zeros {
   uint4 words[kZeroBytes / 16];
 };
-__device__ Zeros zero_row;  // nothing ever writes here
+__device__ Zeros zero_row;  // never written to
 
-// The four pixels around a location. Corners are counted upper left, upper right, lower left, lower right.
+// The four pixels around a location. Corners are numbered upper left, upper right, lower left, lower right.
 template <typename T, typename Index>
 struct Cell {
   bool inside, has_column[2], has_row[2];
-  T right, below;  // bilinear shares of the right and of the lower pixels
+  T right, below;  // bilinear shares of the right and the lower pixels
   Index upper_left, step_x, step_y;  // elements, within an image
 
   __device__ __forceinline__ Cell(const Arguments<T, Index>& a, T x, T y) : step_x(a.channels), step_y(a.row_elements) {
@@ -54,7 +54,7 @@ struct Cell {
     has_column[1] = inside && x_floor < a.last_column;
     has_row[0] = y >= 0;
     has_row[1] = y_floor < a.last_row;
-    // wraps around left of and above the image, where it is not used
+    // wraps around to the left of the image and above it, where it is not used
     upper_left = (static_cast<Index>(static_cast<int32_t>(y_floor)) * a.width +
                   static_cast<Index>(static_cast<int32_t>(x_floor))) *
                  a.channels;
@@ -66,7 +66,7 @@ struct Cell {
   __device__ __forceinline__ T weight(int corner) const {
     return (corner % 2 ? right : 1 - right) * (corner / 2 ? below : 1 - below);
   }
-  // A corner's values, of channels that begin at `image`.
+  // Loads N channels of a corner; `image` is the first of them.
   template <typename S, int N>
   __device__ __forceinline__ void read(int corner, const S* image, T (&values)[N]) const {
     load<S, N>(has(corner) ? image + at(corner) : reinterpret_cast<const S*>(&zero_row), values);

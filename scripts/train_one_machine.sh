@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# SPDX-License-Identifier: MIT
-# Train on all GPUs of this machine, or in as many processes as GPUS says. SIGTERM saves; the same command goes on.
-#   scripts/train_one_machine.sh configs/imagenet_tiny.yaml data=/data/imagenet output=runs/tiny
-#   GPUS=2 scripts/train_one_machine.sh configs/own_data.yaml data=photos output=runs/photos device=cpu
-set -euo pipefail
-exec "$(dirname "$0")/torchrun.sh" --standalone --nproc-per-node "${GPUS:-gpu}" -m internimage finetune "$@"
