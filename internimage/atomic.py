@@ -312,7 +312,7 @@ def _end_exchange(folder: Path, ours: bool) -> bool:
 def _is_exchange(folder: Path, names: dict[str, Any]) -> bool:
     """Whether it moves files in the folder alone, as all that `exchange` has written does."""
     staged, away, old, new = (names.get(key) for key in ("staged", "away", "old", "new"))
-    if not (isinstance(staged, str) and isinstance(old, list) and isinstance(new, list)):
+    if not (isinstance(staged, str) and isinstance(away, str) and isinstance(old, list) and isinstance(new, list)):
         return False
     parts = staged.split("/")
     for name in (*parts, away, *old, *new):

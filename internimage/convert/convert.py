@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dtypes import FLOATING, is_weights, name_of
 from ..errors import CheckpointError, UserError, is_disk_full, one_line
 from ..files import write_text
-from ..models.families import families
+from ..models.families import FamilyModel, families
 from ..models.model_config import find_model_config
 from ..models.timm_folder import write_config
 from ..values import shown
@@ -197,7 +197,7 @@ def _write_weights(
         write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(path: Path, model: torch.nn.Module, card: str, known: bool) -> None:
+def _write_config(path: Path, model: FamilyModel, card: str, known: bool) -> None:
     """timm's config.json. `known`: the weights are released ones, whose tag belongs in it."""
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
@@ -246,6 +246,7 @@ def check_folder(folder: str | Path) -> list[str]:
         model = timm.create_model(f"local-dir:{folder}", device="meta")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"the {CONFIG} of '{folder}' builds no model: {one_line(error)}") from error
+    assert isinstance(model, FamilyModel)  # by its architecture
     weights = open_weights(folder)
     match(model, weights, backbone_only=not model.key_map.has_head(weights))
     files = [path.relative_to(folder).as_posix() for path in weights.files]
