@@ -253,7 +253,7 @@ def check_cfg(architecture: str, cfg: dict[str, Any]) -> None:
         raise ValueError(f"pretrained_cfg has {repr(unknown[0])}, which timm {timm.__version__} does not know")
     missing = [key for key, value in cfg.items() if value is None and fields[key] is not None]
     if missing:
-        raise ValueError(f"{missing[0]} must not be null; it may be left out")
+        raise ValueError(f"{missing[0]} must not be null; omit it")
     cfg = {key: value for key, value in cfg.items() if value is not None}
     classes = cfg.get("num_classes")
     if classes is not None:

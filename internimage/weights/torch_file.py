@@ -159,7 +159,7 @@ def _open_archive(path: Path) -> tuple[Any, _Archived]:
     if size > _MOST_INFLATION * stored + _ALLOWANCE:
         raise ArchiveError(f"its ZIP archive would become {size / 1e9:.1f} GB of {stored / 1e6:.1f} MB")
     if records[found[0]].size > MOST_BYTES:
-        raise PickleError(f"its pickle is larger than {MOST_BYTES >> 20} MiB, though tensors stand outside of it")
+        raise PickleError(f"its pickle is larger than {MOST_BYTES >> 20} MiB, though tensors are stored outside of it")
     byteorder = records.get(f"{prefix}byteorder")
     order = b"little" if byteorder is None or byteorder.size > 10 else archive.read(byteorder)
     data = archive.read(records[found[0]])
