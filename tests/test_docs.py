@@ -42,40 +42,6 @@ def test_the_tree_names_every_module_and_no_other():
     assert len(named) == len(set(named))
 
 
-# the packages of the picture in docs/architecture.md: each imports from lower levels alone
-LEVELS = dict(
-    ops=1, layers=2, weights=3, models=4, data=5, analysis=5, benchmark=5, convert=5, engine=6, tasks=7, cli=8
-)
-
-
-def _imports(path: Path) -> set[str]:
-    """The packages and modules of `internimage` that a module imports, by the name below `internimage`."""
-    package = path.relative_to(ROOT).parent.parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[1 : len(package) - node.level + 1]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {".".join((*base, name)).split(".")[0] for name in names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("internimage."):
-            found.add(node.module.split(".")[1])
-    return found
-
-
-def test_imports_go_one_way():
-    packages = {path.parent.name for path in (ROOT / "internimage").glob("*/__init__.py")}
-    assert packages == set(LEVELS)
-    wrong = []
-    for path in (ROOT / "internimage").rglob("*.py"):
-        name, *below = path.relative_to(ROOT / "internimage").parts
-        if not below and name in ("__init__.py", "__main__.py"):
-            continue
-        level = LEVELS[name] if below else 0  # the ground floor imports no package
-        targets = _imports(path) - {name}
-        wrong += [f"{path.relative_to(ROOT)}: {t}" for t in targets if LEVELS.get(t, -1) >= level]
-    assert not wrong, f"imports that do not go down: {', '.join(wrong)}"
-
-
 def test_the_tests_that_the_pages_name_exist():
     named = {
         match
