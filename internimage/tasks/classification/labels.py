@@ -5,7 +5,7 @@ from torch import nn
 
 from ...data.datasets import MapDataset, class_difference, class_names
 from ...data.images import DataError
-from ...errors import some
+from ...errors import list_some
 from ...models.attributes import num_classes, pretrained_cfg
 
 
@@ -64,7 +64,7 @@ def _trained_classes(model: nn.Module) -> list[str] | None:
 
 def _unknown(names: list[str], trained: list[str] | None) -> str:
     unknown = set(names) - set(trained or names)
-    return f"; the model does not know {some(unknown, 5)}" if unknown else ""
+    return f"; the model does not know {list_some(unknown, 5)}" if unknown else ""
 
 
 def _describe(trained: list[str]) -> str:
