@@ -78,7 +78,6 @@ def test_torchvision_datasets_have_their_splits_and_no_class_map(tmp_path, monke
         and len(dataset) == 4
         and len(open_dataset(tmp_path, "train", "torch/cifar10")) == 20
     )
-    dataset.input_img_mode = "L"
     result = evaluate(ByColor(names), open_dataset(tmp_path, "test", "torch/cifar10"), CONFIG, 4, 0, progress=False)
     assert result.images == 4 and not result.skipped
     with pytest.raises(DataError, match="'torch/cifar10' has no split 'nope'; it has train and validation"):

@@ -20,10 +20,9 @@ from internimage.models import families
 from internimage.models.builder import build_model
 from internimage.models.model_config import read_model_config
 from internimage.weights.key_maps import KeyMap
-from internimage.weights.load import load_pretrained
 
 
-class Throwaway(nn.Module):
+class Throwaway(families.FamilyModel):
     """A convolution, a block and a classifier, under names of their own."""
 
     key_map = KeyMap(
@@ -48,16 +47,10 @@ class Throwaway(nn.Module):
     def forward(self, x):
         return self.exit(self.body[0]["mix"](self.entry(x)).mean((2, 3)))
 
-    def load_pretrained(self, source, **options):
-        load_pretrained(self, source, **options)
-
     def materialize(self, children, device):
         for name in children:
             self.get_submodule(name).to_empty(device=device)
             self.get_submodule(name).reset_parameters()
-
-    def arguments_of(self, shapes):
-        return dict(in_chans=self.key_map.in_chans(shapes), num_classes=self.key_map.num_classes(shapes))
 
 
 @pytest.fixture(autouse=True)

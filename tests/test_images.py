@@ -13,7 +13,7 @@ from PIL import ExifTags, GifImagePlugin, Image, PngImagePlugin, features
 from torchvision.datasets import FakeData, ImageFolder
 
 from internimage.data import datasets as data_module
-from internimage.data.datasets import GuardedDataset, open_dataset
+from internimage.data.datasets import GuardedDataset, open_dataset, read_as_gray
 from internimage.data.images import DataError, ImageError, formats, image_extensions, list_images, read_image
 from internimage.tasks.classification.predict import find_images
 from internimage.tasks.classification.predict import read_image as read_for_predict
@@ -343,12 +343,15 @@ def test_of_many_frames_one_is_read(monkeypatch):
 # ---- from other libraries
 
 
-def test_images_that_torchvision_opens_take_the_mode_too():
-    for mode, shape in (("L", (4, 5)), ("RGB", (4, 5, 3))):
-        dataset = FakeData(3, (3, 4, 5), num_classes=2)
-        dataset.input_img_mode = mode
+def test_images_that_torchvision_opens_can_be_read_as_gray_too(tmp_path):
+    for dataset, size in (
+        (FakeData(3, (3, 4, 5), num_classes=2), (4, 5)),
+        (open_dataset(three(tmp_path, 1)), (9, 10)),
+    ):
         image, target, failure = GuardedDataset(dataset, np.asarray)[1]
-        assert failure is None and image.shape == shape and target in (0, 1)
+        assert failure is None and image.shape == (*size, 3) and target in (0, 1)
+        read_as_gray(dataset)
+        assert GuardedDataset(dataset, np.asarray)[1][0].shape == size
 
 
 def test_an_image_that_torchvision_cannot_read_is_reported():

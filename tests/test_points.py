@@ -143,5 +143,5 @@ def test_a_model_without_dcnv3_layers_and_a_layer_that_is_not_there(model, tmp_p
     save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), weights)
     assert main([*arguments, "--checkpoint", str(weights), "--draw-points", str(tmp_path / "x.png")]) == 2
     err = capsys.readouterr().err
-    assert "the model has no DCNv3 layers, so there are no sampled points to draw" in err and "Traceback" not in err
+    assert "'resnet10t' has no layers that sample at learned offsets, such as DCNv3" in err and "Traceback" not in err
     assert not (tmp_path / "x.png").exists()

@@ -7,13 +7,14 @@ resolution of its feature maps. Where that gives no sensible answer, the questio
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from ..errors import UserError
 from ..layers.sampling import SamplingLayer
+from .attributes import name_of
 
 _Layer = tuple[float, ...]  # its place in the order of layers, as timm's group_matcher has it
 
@@ -29,13 +30,13 @@ class NoSuchParts(UserError, ValueError):
 class HasParts(Protocol):
     """A model that knows its parts."""
 
-    def get_stem(self) -> list[nn.Module]:
+    def get_stem(self) -> Sequence[nn.Module]:
         """What precedes the first stage."""
 
-    def get_stages(self) -> list[nn.Module]:
+    def get_stages(self) -> Sequence[nn.Module]:
         """The stages, in order of execution."""
 
-    def get_blocks(self) -> list[nn.Module]:
+    def get_blocks(self) -> Sequence[nn.Module]:
         """The repeated blocks of all stages, in order of execution."""
 
 
@@ -45,12 +46,6 @@ class ChecksImageSize(Protocol):
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raises ValueError for a size that it does not take; the message names sizes that it takes."""
-
-
-def name_of(model: nn.Module) -> str:
-    """The model's name for messages: timm's, or that of its class."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture") or type(model).__name__)
 
 
 # ---- stages and blocks
@@ -63,7 +58,7 @@ def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Mod
         NoSuchParts: The model has no stages, as a plain vision transformer.
     """
     if isinstance(model, HasParts):
-        return model.get_stem(), [[stage] for stage in model.get_stages()]
+        return list(model.get_stem()), [[stage] for stage in model.get_stages()]
     stem, layers = _layers(model, coarse=True)
     ends: dict[int, _Layer] = {}  # reduction -> the last layer that has it
     for info in getattr(model, "feature_info", None) or ():
@@ -89,7 +84,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         NoSuchParts: timm does not know them, or there is one.
     """
     if isinstance(model, HasParts):
-        return model.get_blocks()
+        return list(model.get_blocks())
     _, layers = _layers(model, coarse=False)
     blocks = [module for _, keys in sorted(layers.items()) for module in _called(_covering(model, "", set(keys)))]
     if len(blocks) < 2:

@@ -179,7 +179,7 @@ def outcome(output: Path) -> dict[str, Any]:
         state = torch.load(whole, weights_only=True)
         whole.unlink()
     else:
-        state = checkpoint.load_file(newest)
+        state, _ = checkpoint.read_file(newest)
     with (output / "steps.csv").open(newline="") as file:
         losses = [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in csv.DictReader(file)]
     with (output / "log.csv").open(newline="") as file:

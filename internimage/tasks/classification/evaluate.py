@@ -42,7 +42,7 @@ class Evaluation:
     seconds: float = 0.0  #: wall time, including loading
     images_per_second: float = 0.0  #: including loading, all processes together
     model_images_per_second: float = 0.0  #: without loading, all processes together
-    #: bytes, of the process with the most: device memory, or resident memory on a CPU; 0 if unknown
+    #: bytes of device memory, or of resident memory on a CPU, in the process that used the most; 0 if unknown
     peak_memory: int = 0
     processes: int = 1  #: that shared the images
     #: file and reason of each image that could not be read

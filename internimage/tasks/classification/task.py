@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Classification as a task of the engine: class folders, cross entropy, accuracy, and a folder for timm."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ...atomic import partial_folder, sync_folder
 from ...data.datasets import (
     GuardedDataset,
     MapDataset,
@@ -31,8 +27,7 @@ from ...engine.samples import SeededDataset, sample_loader
 from ...engine.task import Task
 from ...engine.world import World
 from ...errors import some
-from ...weights.file_names import CONFIG, WEIGHTS
-from ...weights.safetensors_io import write_safetensors
+from ...models.timm_folder import save_model
 from .augment import Mixing, training_transform
 from .config import FinetuneConfig
 from .evaluate import Evaluation, evaluate
@@ -196,35 +191,3 @@ def open_data(config: FinetuneConfig) -> tuple[MapDataset, MapDataset | None, li
             difference = class_difference(names, class_names(val_set) or [])
             raise DataError(f"'{split}' (here) and '{validation}' (there) have different classes: {difference}")
     return train_set, val_set, names
-
-
-def save_model(
-    model: nn.Module,
-    folder: Path,
-    names: list[str],
-    data_config: dict,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write timm's `config.json` and then `model.safetensors` into a folder, each whole or not at all.
-
-    Args:
-        model: With the architecture and arguments to be named in the configuration.
-        folder: Is there.
-        names: The classes.
-        data_config: From `data_config`.
-        weights: Instead of the model's own state dict, where that is spread over processes.
-    """
-    weights = {k: v.detach() for k, v in (model.state_dict() if weights is None else weights).items()}
-    with partial_folder(folder) as partial:
-        config, tensors = partial / CONFIG, partial / WEIGHTS
-        save_config_for_hf(model, str(config), dict(label_names=names), data_config=data_config)
-        written = json.loads(config.read_text(encoding="utf-8"))
-        written["model_args"].pop("num_classes", None)  # stands beside them too, and transformers would pass it twice
-        config.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        specs = {key: (tuple(value.shape), value.dtype) for key, value in weights.items()}
-        write_safetensors(tensors, specs, lambda key: weights[key].cpu())
-        for file in (config, tensors):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(file, folder / file.name)
-        sync_folder(folder)
