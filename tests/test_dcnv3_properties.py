@@ -97,7 +97,7 @@ def assert_right(results, tensors, arguments) -> None:
     dtype = tensors[0].dtype
     expected = [oracle.differentiable(*inputs, **arguments), *oracle.gradients(grad_output, *inputs, **arguments)]
     sides = [expected[2]]
-    for offset in oracle.either_side_of_pixel_centres(inputs[1], dtype, **arguments):
+    for offset in oracle.either_side_of_pixel_centers(inputs[1], dtype, **arguments):
         sides.append(oracle.gradients(grad_output, inputs[0], offset, inputs[2], **arguments)[1])
     for name, result, right in zip(("output", *NAMES), results, expected):
         assert result.shape == right.shape and result.dtype == dtype, name
