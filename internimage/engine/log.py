@@ -68,7 +68,7 @@ class TrainingLog:
         tensorboard: bool = False,
         progress: bool = True,
         writes: bool = True,
-        note: Callable[[Exception], None] | None = None,
+        note: Callable[[WriteError], None] | None = None,
         last_epoch: int | None = None,
     ) -> None:
         self.output, self.epochs, self.batch_size, self.writes = output, epochs, batch_size, writes

@@ -33,7 +33,7 @@ def kill_at(place: str, visits: int) -> None:
 
 
 def _kill_in_write(place: str, is_due: Callable[[], bool]) -> None:
-    init, write = integrity.Summing.__init__, integrity.Summing.write
+    init, write = integrity.ChecksumWriter.__init__, integrity.ChecksumWriter.write
 
     def counting(self, file) -> None:
         init(self, file)
@@ -46,7 +46,7 @@ def _kill_in_write(place: str, is_due: Callable[[], bool]) -> None:
             die()
         return count
 
-    integrity.Summing.__init__, integrity.Summing.write = counting, dying
+    integrity.ChecksumWriter.__init__, integrity.ChecksumWriter.write = counting, dying
 
 
 def _kill_at_removal(place: str, is_due: Callable[[], bool]) -> None:
@@ -112,5 +112,5 @@ class Damage:
 
     def is_reported(self, log: Path) -> bool:
         said = log.read_bytes()[self.seen :].decode(errors="replace")
-        passed = f"the checkpoint '{self.path}' cannot be read and is passed over: "
-        return passed in said and f"the run goes on from '{self.before}'" in said
+        passed = f"the checkpoint '{self.path}' cannot be read and is skipped: "
+        return passed in said and f"the run resumes from '{self.before}'" in said
