@@ -113,7 +113,7 @@ def _end_with(parent: int) -> None:
 
 def _run(arguments: list[str], variables: dict[str, str], streams: list[Path], method: str) -> None:
     """Do the same as `python ARGUMENTS`, in this process."""
-    multiprocessing.set_start_method(method, force=True)
+    multiprocessing.set_start_method(method, force=True)  # of loader workers, not the method that started this process
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     os.environ.clear()
     os.environ.update(variables)

@@ -177,7 +177,7 @@ def test_offsets_that_lead_nowhere(value, channels, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_reference_close_to_pixel_centres(dtype):
+def test_reference_close_to_pixel_centers(dtype):
     """The allowance there is needed, enough and small: the derivative on the one side or the other, nothing else."""
     arguments = {"padding": (1, 1), "groups": 2, "offset_scale": 1.0}
     *inputs, grad_output = oracle.draw(5, 2, (6, 7), 4, **arguments)

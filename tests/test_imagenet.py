@@ -40,7 +40,7 @@ class ByColor(torch.nn.Module):
 
 def paint(path, index):
     path.parent.mkdir(parents=True, exist_ok=True)
-    # lossless whatever it is called, so that a colour is a class; Pillow looks at the content
+    # lossless whatever it is called, so that a color is a class; Pillow looks at the content
     Image.new("RGB", (10, 9), (index // 4, index % 4 * 64, 0)).save(path, "PNG")
 
 

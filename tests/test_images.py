@@ -98,7 +98,7 @@ def test_a_plugin_for_heif_is_used_where_a_program_has_registered_it(monkeypatch
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm"])
-def test_16_bit_grey_keeps_its_range(name):
+def test_16_bit_gray_keeps_its_range(name):
     """Pillow cuts at 255: everything from 0.4 % of the range on would be white."""
     values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
     for mode in ("RGB", "L"):
