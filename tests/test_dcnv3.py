@@ -268,7 +268,7 @@ def test_between_pixels(device):
 
 
 @on_devices
-def test_derivative_at_a_pixel_centre_is_the_right_hand_one(device):
+def test_derivative_at_a_pixel_center_is_the_right_hand_one(device):
     output, grad_input, grad_offset, _ = one_sample(1.0, 1.0, device)
     assert output == 2.0
     assert grad_offset == [2 * (4 - 1), 2 * (17 - 1)]
@@ -914,7 +914,7 @@ def test_kernel_grid():
         [0, -1], [0, 0], [0, 1],
         [1, -1], [1, 0], [1, 1],
     ]  # fmt: skip
-    # the even side's centre is its first middle point
+    # the even side's center is its first middle point
     assert grid((1, 2), (1, 1)) == [[0, 0], [1, 0]]
     assert grid((2, 1), (3, 1)) == [[0, -1], [0, 2]]
     assert grid((1, 4), (1, 3)) == [[-4, 0], [-1, 0], [2, 0], [5, 0]]
@@ -933,7 +933,7 @@ def test_sampling_locations():
     offset[0, 1, 2] = torch.tensor([0.5, 0.25, 0, 0, 0, 0, -1, 3])
     location = sampling_locations(offset, Geometry((2, 1), (2, 3), (1, 0), (1, 1), 2, 2.0, False, False))
     assert location.shape == (1, 2, 3, 2, 2, 2)
-    # rows begin at -1 + 0 (the upper point is the centre) and step by 2, columns at 0 and step by 3
+    # rows begin at -1 + 0 (the upper point is the center) and step by 2, columns at 0 and step by 3
     assert location[0, 0, 0].tolist() == [[[0, -1], [0, 1]]] * 2
     assert location[0, 0, 2].tolist() == [[[6, -1], [6, 1]]] * 2
     assert location[0, 1, 0].tolist() == [[[0, 1], [0, 3]]] * 2

@@ -40,7 +40,7 @@ def model_card(
         name: Architecture, with the tag of released weights.
         source: Where the weights came from.
         published: What upstream published about them; None for weights of one's own, of which the card states neither
-            licence nor data nor accuracy.
+            license nor data nor accuracy.
         parameters: Their number.
         dtypes: Of the tensors.
         head_from_22k: The classifier has ImageNet-1k's rows of an ImageNet-22k one.
@@ -89,9 +89,9 @@ def model_card(
     if head_from_22k:
         facts.append("- The classifier has the rows of an ImageNet-22k one that are ImageNet-1k's classes")
     about = (
-        f"Weights of InternImage by OpenGVLab ({_UPSTREAM}, MIT licence), in timm's format."
+        f"Weights of InternImage by OpenGVLab ({_UPSTREAM}, MIT license), in timm's format."
         if published is not None
-        else "InternImage weights in timm's format. Their licence, data and accuracy were not known when they were "
+        else "InternImage weights in timm's format. Their license, data and accuracy were not known when they were "
         "converted: state them here."
     )
     use = (

@@ -268,7 +268,7 @@ def _check_takes(model: nn.Module, input_size: tuple[int, int, int]) -> None:
 def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict:
     """timm's preprocessing for a model, with overrides; checks that the model takes the size.
 
-    A model of one channel reads grey images, normalised by the mean of the three channels' means.
+    A model of one channel reads gray images, normalized by the mean of the three channels' means.
 
     Raises:
         ModelError: It does not, or takes neither one channel nor three, or an override is out of range.

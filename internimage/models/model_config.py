@@ -310,7 +310,7 @@ def _check_input_size(key: str, size: Any) -> None:
 def _check_per_channel(key: str, values: Any, channels: int) -> None:
     if not isinstance(values, (list, tuple)) or not all(map(is_number, values)):
         raise ValueError(f"{key} must be a list of numbers, got {repr(values)}")
-    if len(values) not in (1, 3, channels):  # 3 also for grey images: the mean of them is taken
+    if len(values) not in (1, 3, channels):  # 3 also for gray images: the mean of them is taken
         raise ValueError(f"{key} must have a number for each of {channels} channels, got {repr(values)}")
     if key == "std" and min(values) <= 0:
         raise ValueError(f"std must be above 0, got {repr(values)}")
