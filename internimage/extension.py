@@ -25,9 +25,9 @@ _failures: dict[str, str] = {}  # device type -> why its module, although instal
 class Backend:
     """What implements an operator on a device type."""
 
-    device: str
-    name: str
-    reason: str  # why it is not a compiled kernel; empty if it is one
+    device: str  #: device type, such as cpu
+    name: str  #: for people, such as 'compiled kernel, avx2 instructions'
+    reason: str  #: why it is not a compiled kernel; empty if it is one
 
 
 def load() -> None:

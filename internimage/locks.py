@@ -19,7 +19,7 @@ from .errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # asked for before each use
     import msvcrt
 
 _logger = logging.getLogger(__name__)

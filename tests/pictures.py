@@ -10,8 +10,8 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from internimage.cli import main
+from internimage.models.timm_folder import save_model
 from internimage.tasks.classification.evaluate import evaluate
-from internimage.tasks.classification.task import save_model
 
 COLORS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 CONFIG = dict(input_size=(3, 8, 8), interpolation="bicubic", crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -290,7 +290,7 @@ def test_evaluate_refusals(run, data, tmp_path, capsys):
     assert "found 1 files (photo.png" in message("--model", run, "--data", empty)
     write_colors(tmp_path / "gap", 2)
     (tmp_path / "gap" / "yellow").mkdir()
-    assert "holds no image (it is empty)" in message("--model", run, "--data", tmp_path / "gap")
+    assert "contains no image (it is empty)" in message("--model", run, "--data", tmp_path / "gap")
     (tmp_path / "gap" / "yellow" / "notes.txt").write_text("")
     assert "only notes.txt" in message("--model", run, "--data", tmp_path / "gap")
     (tmp_path / "gap" / "yellow" / "0.png").write_bytes((tmp_path / "gap" / "red" / "000.png").read_bytes())
@@ -418,7 +418,7 @@ def test_predict_draws_points(run, data, tmp_path, capsys):
 
 def test_predict_refusals(run, data, tmp_path, capsys):
     assert "no image at" in fails(capsys, "predict", tmp_path / "none.png", "--model", run)
-    assert "holds no image" in fails(capsys, "predict", tmp_path, "--model", run)
+    assert "contains no image" in fails(capsys, "predict", tmp_path, "--model", run)
     text = tmp_path / "a.png"
     text.write_text("hello")
     good = data / "val" / "red" / "000.png"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints that are damaged or hostile: none runs code, none is taken up in silence, and the one before serves."""
+"""Damaged and hostile checkpoints: none runs code, none is restored, and the one before is restored instead."""
 
 import io
 import os
@@ -30,12 +30,17 @@ DATA = {"samples": 9, "classes": ["0", "1"], "images": ["a", "b"]}
 
 
 def make_state(kind, world=None):
-    """A run of a model of two layers, at step 0."""
+    """The state of a run with a model of two layers, at step 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.AdamW(model.parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return RunState(world or World(), model, None, optimizer, None, scaler, kind == "shards", DATA)
+    return RunState(world or World(), model, None, optimizer, None, scaler, kind == "shards", DATA, difference)
+
+
+def difference(before, now):
+    """As of a task: describes the data of a checkpoint if they differ from those of the run."""
+    return None if before == now else f"{before['samples']} images"
 
 
 def train(state, steps=1):
@@ -80,7 +85,7 @@ def flip(content, draw):
 
 
 def zero(content, draw):
-    """A page of zeros, of what a page would be of a large file."""
+    """Replace an eighth of the content by zeros, as a lost page would be in a large file."""
     start = draw.integers(len(content) * 7 // 8)
     return content[:start] + bytes(len(content) // 8) + content[start + len(content) // 8 :]
 
@@ -101,19 +106,19 @@ def warnings_in(caplog):
 
 
 def falls_back(kind, folder, seen, caplog):
-    """Take up a folder, which names what is passed over and what serves instead."""
+    """Resume from a folder, which warns of what is skipped and names what is restored instead."""
     caplog.clear()
     newest, before = checkpoint.checkpoints(folder)
     state = make_state(kind)
     assert state.load(folder) == before
     assert state.progress.step == 1 and same(weights(state), seen[0])
-    passed, going = warnings_in(caplog)
-    assert f"'{newest}' cannot be read and is passed over: " in passed and "\n" not in passed
-    assert f"goes on from '{before}'" in going
-    return passed
+    skipped, resumed = warnings_in(caplog)
+    assert f"'{newest}' cannot be read and is skipped: " in skipped and "\n" not in skipped
+    assert f"the run resumes from '{before}'" in resumed
+    return skipped
 
 
-def test_the_newest_is_taken_up_without_a_word(saved, caplog):
+def test_the_newest_is_restored_without_a_warning(saved, caplog):
     kind, folder, seen = saved
     state = make_state(kind)
     assert state.load(folder) == checkpoint.checkpoints(folder)[0]
@@ -121,7 +126,7 @@ def test_the_newest_is_taken_up_without_a_word(saved, caplog):
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, "delete"])
-def test_whatever_happened_to_the_newest_the_one_before_serves(spoiled, caplog, damage):
+def test_if_the_newest_is_damaged_the_one_before_is_restored(spoiled, caplog, damage):
     kind, folder, seen = spoiled
     newest = checkpoint.checkpoints(folder)[0]
     for number, file in enumerate(files(newest)):
@@ -131,7 +136,7 @@ def test_whatever_happened_to_the_newest_the_one_before_serves(spoiled, caplog, 
             for _ in range(6):
                 file.write_bytes(DAMAGE[damage](content, draw))
                 falls_back(kind, folder, seen, caplog)
-        elif newest.is_dir():  # of a file that is gone nothing is left to tell
+        elif newest.is_dir():  # a single file that is deleted leaves no trace
             file.unlink()
             falls_back(kind, folder, seen, caplog)
         file.write_bytes(content)
@@ -139,7 +144,7 @@ def test_whatever_happened_to_the_newest_the_one_before_serves(spoiled, caplog, 
 
 
 def test_every_bit_counts(tmp_path):
-    """Of a file with a checksum, the line of the checksum included."""
+    """In a file with a checksum, including the line of the checksum."""
     path = tmp_path / "file"
     integrity.save(path, {"a": torch.ones(3)})
     content = path.read_bytes()
@@ -147,7 +152,7 @@ def test_every_bit_counts(tmp_path):
     file.close()
     end = content.rindex(b"\ncrc32")
     assert checksum == zlib.crc32(content[:end])
-    assert torch.load(path, weights_only=True)["a"].equal(torch.ones(3))  # others read it as ever
+    assert torch.load(path, weights_only=True)["a"].equal(torch.ones(3))  # torch reads it as well
     assert zipfile.ZipFile(path).testzip() is None
     with path.open("r+b") as file:
         for place in range(len(content)):
@@ -161,7 +166,7 @@ def test_every_bit_counts(tmp_path):
             file.write(content[place : place + 1])
     for size in range(len(content)):
         path.write_bytes(content[:size])
-        if size != end:  # where the archive ends: all of it is there, and is checked as an older version's
+        if size != end:  # there the archive is complete, and is checked as an older version's
             with pytest.raises(integrity.DamagedError):
                 integrity.open_checked(path)
     for more in (b"\0", content[end:], bytes(5000)):
@@ -170,8 +175,8 @@ def test_every_bit_counts(tmp_path):
             integrity.open_checked(path)
 
 
-def test_damage_anywhere_in_a_checkpoint_is_seen(spoiled):
-    """Single flips all over its files, of which nothing is read before they were checked."""
+def test_damage_anywhere_in_a_checkpoint_is_detected(spoiled):
+    """Single bit flips all over its files, which are checked before anything is read."""
     kind, folder, _ = spoiled
     newest = checkpoint.checkpoints(folder)[0]
     state = make_state(kind)
@@ -185,8 +190,8 @@ def test_damage_anywhere_in_a_checkpoint_is_seen(spoiled):
     state._read(newest)
 
 
-def test_a_pipe_is_no_checkpoint(spoiled, caplog):
-    """It would wait for its writer."""
+def test_a_pipe_is_not_a_checkpoint(spoiled, caplog):
+    """Opening it would wait for its writer."""
     kind, folder, seen = spoiled
     for file in files(checkpoint.checkpoints(folder)[0]):
         content = file.read_bytes()
@@ -207,18 +212,18 @@ def test_an_archive_of_another_kind_is_not_unpacked(tmp_path, monkeypatch):
     (tmp_path / "x.pt").write_bytes(data + b"\ncrc32 %08x of %016d bytes\n" % (zlib.crc32(data), len(data)))
     made = []
     monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **__: made.append(1) or str(tmp_path))
-    with pytest.raises(integrity.DamagedError, match="^it is no checkpoint$"):
+    with pytest.raises(integrity.DamagedError, match="^it is not a checkpoint$"):
         checkpoint.read_file(tmp_path / "x.pt")
     assert not made
 
 
-# ---- saving again what was passed over
+# ---- saving a skipped step again
 
 
 @pytest.mark.parametrize("before", [*KINDS, "both", "a folder with a stranger in it"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_that_was_passed_over_is_saved_again(tmp_path, kind, before):
-    """Also where a file and a folder have the same step: one checkpoint of it is left, and what is not ours."""
+def test_a_skipped_step_is_saved_again(tmp_path, kind, before):
+    """Also if both a file and a folder have this step: one checkpoint remains, and files that are not ours."""
     folder = tmp_path / "checkpoints"
     state = make_state(kind)
     train(state)
@@ -243,8 +248,8 @@ def test_a_step_that_was_passed_over_is_saved_again(tmp_path, kind, before):
     assert notes == (["mine", "mine"] if "stranger" in before else [])
 
 
-def test_newer_ones_that_were_passed_over_do_not_displace_good_ones(tmp_path, monkeypatch):
-    """Two damaged ones, where a kill in the removal had left three: they are not the last two that are kept."""
+def test_skipped_newer_checkpoints_do_not_displace_good_ones(tmp_path, monkeypatch):
+    """Two damaged ones do not count as the two that are kept; a kill during removal may leave more than two."""
     state = make_state("file")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "KEEP", 9)
@@ -264,7 +269,7 @@ def test_newer_ones_that_were_passed_over_do_not_displace_good_ones(tmp_path, mo
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000000004.pt", "step-000000003.pt"]
 
 
-def test_what_stands_in_the_way_is_not_called_a_full_disk(tmp_path, monkeypatch):
+def test_a_permission_error_is_not_called_a_full_disk(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
@@ -279,7 +284,7 @@ def test_what_stands_in_the_way_is_not_called_a_full_disk(tmp_path, monkeypatch)
 
 
 class Code:
-    """What makes a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -289,10 +294,10 @@ class Code:
 
 
 def old_shards(folder, state, metadata=None):
-    """As versions without checksums wrote them."""
+    """Write shards as versions without checksums did."""
     partial = folder / f"step-{state.progress.step:09d}"
     dcp.save({"model": state.model.state_dict(), "optimizer": optimizer_state(state)}, checkpoint_id=partial)
-    torch.save(state._small(), partial / "state.pt")
+    torch.save(state._metadata(), partial / "state.pt")
     return partial
 
 
@@ -303,7 +308,7 @@ def optimizer_state(state):
 @pytest.mark.parametrize("written", ["with checksums", "without"])
 @pytest.mark.parametrize("where", ["metadata", "entry", "state", "file"])
 def test_no_code_runs(tmp_path, caplog, where, written):
-    """In the index of shards, in one of their entries that is no tensor, in the state beside them, in a single file."""
+    """In the index of shards, in an entry that is not a tensor, in the state beside them, in a single file."""
     kind = "file" if where == "file" else "shards"
     folder, mark = tmp_path / "checkpoints", tmp_path / "mark"
     state = make_state(kind)
@@ -312,9 +317,9 @@ def test_no_code_runs(tmp_path, caplog, where, written):
     state.save(folder)
     first = weights(state)
     train(state)
-    small = state._small
+    metadata = state._metadata
     if where in ("state", "file"):
-        state._small = lambda: small() | {"random": Code(mark)}
+        state._metadata = lambda: metadata() | {"random": Code(mark)}
     if where == "entry":
         state.optimizer.param_groups[0]["note"] = Code(mark)
     if where == "metadata":
@@ -329,7 +334,7 @@ def test_no_code_runs(tmp_path, caplog, where, written):
     again.load(folder)
     assert not mark.exists()
     assert again.progress.step == 1 and same(weights(again), first)
-    assert "passed over" in caplog.text
+    assert "is skipped" in caplog.text
 
 
 def save(state, folder, written):
@@ -339,7 +344,7 @@ def save(state, folder, written):
         old_shards(folder, state)
     else:
         whole = {"model": state.model.state_dict(), "average": None, "optimizer": state.optimizer.state_dict()}
-        torch.save(state._small() | whole, folder / f"step-{state.progress.step:09d}.pt")
+        torch.save(state._metadata() | whole, folder / f"step-{state.progress.step:09d}.pt")
 
 
 # ---- checkpoints of older versions
@@ -358,14 +363,14 @@ def old(request, tmp_path):
     return kind, folder, seen
 
 
-def test_a_checkpoint_of_an_older_version_is_taken_up(old, caplog):
+def test_a_checkpoint_of_an_older_version_is_restored(old, caplog):
     kind, folder, seen = old
     state = make_state(kind)
     assert state.load(folder) == checkpoint.checkpoints(folder)[0]
     assert state.progress.step == 2 and same(weights(state), seen[1]) and not warnings_in(caplog)
 
 
-def test_damaged_tensors_of_an_older_version_are_passed_over(old, caplog):
+def test_damaged_tensors_of_an_older_version_are_skipped(old, caplog):
     """Its archives have checksums of the tensors."""
     kind, folder, seen = old
     newest = checkpoint.checkpoints(folder)[0]
@@ -391,7 +396,7 @@ def index(tmp_path_factory):
 
 
 def plain(found):
-    """What of an index torch makes use of."""
+    """The parts of an index that torch uses."""
     return found.state_dict_metadata, found.storage_data
 
 
@@ -400,22 +405,22 @@ def test_an_index_is_read_as_pickle_reads_it(index):
 
 
 def by_getattr(member, protocol):
-    """How Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
+    """Pickle a member of an enumeration as Python 3.11.0 to 3.11.3 do."""
     return getattr, (type(member), member.name)
 
 
 def test_an_index_of_another_python_is_read(index, monkeypatch):
     found = pickle.loads(index)
-    monkeypatch.setattr(shards.index._MEM_FORMAT_ENCODING, "__reduce_ex__", by_getattr)
+    monkeypatch.setattr(shards.dcp_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", by_getattr)
     content = pickle.dumps(found)
     assert b"getattr" in content
     assert plain(shards._read_index(content)) == plain(found)
 
 
 @pytest.mark.parametrize(
-    "owner, name", [(shards.index.Metadata, "__init__"), (shards.index._MEM_FORMAT_ENCODING, "mro")]
+    "owner, name", [(shards.dcp_metadata.Metadata, "__init__"), (shards.dcp_metadata._MEM_FORMAT_ENCODING, "mro")]
 )
-def test_an_index_gets_no_attributes(index, owner, name):
+def test_an_index_cannot_get_attributes(index, owner, name):
     class Getter:
         def __reduce__(self):
             return getattr, (owner, name)
@@ -427,8 +432,8 @@ def test_an_index_gets_no_attributes(index, owner, name):
 
 
 def test_a_damaged_index_has_one_kind_of_error(index):
-    """Not the forty of pickle; what is let through can be followed, and makes the tensors whole."""
-    let_through = 0
+    """Of all that pickle may raise, one kind of error remains; an accepted index is valid and covers its tensors."""
+    accepted = 0
     for place in range(0, len(index), 41):
         for damaged in (
             index[:place] + bytes([index[place] ^ 1 << place % 8]) + index[place + 1 :],
@@ -440,13 +445,13 @@ def test_a_damaged_index_has_one_kind_of_error(index):
             except integrity.DamagedError as error:
                 assert "\n" not in str(error)
             else:
-                let_through += 1
+                accepted += 1
                 assert shards._is_valid(found)
-    assert let_through < len(index) // 41  # a letter of a name, a number that nobody reads
+    assert accepted < len(index) // 41  # a letter of a name, an unused number
 
 
 def corrupt(change):
-    """An index with something else in it."""
+    """Returns a function that changes an index."""
 
     def changed(index):
         found = pickle.loads(index)
@@ -464,7 +469,7 @@ def entry(found):
     return next(iter(found.storage_data.values()))
 
 
-ODD = {
+INVALID = {
     "a path out of the folder": corrupt(lambda found: setattr(entry(found), "relative_path", "../../x.distcp")),
     "a transform": corrupt(lambda found: setattr(entry(found), "transform_descriptors", ["stream.zstd"])),
     "a negative offset": corrupt(lambda found: setattr(entry(found), "offset", -1)),
@@ -487,17 +492,17 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_an_odd_index_is_refused(index, name):
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_index_is_rejected(index, name):
     with pytest.raises(
-        integrity.DamagedError, match=r"its '\.metadata' (is damaged|names '.*', which is no part of one)"
+        integrity.DamagedError, match=r"its '\.metadata' (is damaged|names '.*', which does not belong there)"
     ):
-        shards._read_index(ODD[name](index))
+        shards._read_index(INVALID[name](index))
 
 
 @pytest.mark.parametrize("one", [b"})\x85K\x01s.", b"}()\x85K\x01u."], ids=["a key", "keys"])
 def test_an_index_hashes_no_tuples(one):
-    """Of which there could be a million in each other, and the process would end by that."""
+    """A million nested tuples would crash the process."""
     with pytest.raises(integrity.DamagedError) as error:
         shards._read_index(b"\x80\x04" + one)
     assert "tuple for a key" in str(error.value.__cause__)
@@ -523,7 +528,7 @@ class ROOM:
 
 
 def both(first, second):
-    """What two processes make of their checkpoints: their results, or their errors."""
+    """The results, or the errors, of two processes."""
     results = [None, None]
 
     def work(rank, run):
@@ -537,13 +542,13 @@ def both(first, second):
         thread.start()
     for thread in threads:
         thread.join(60)
-        assert not thread.is_alive(), "one waits for the other"
+        assert not thread.is_alive(), "one process waits for the other"
     return results
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Two folders with the same checkpoints of steps 1 to 3, as two machines may see one folder."""
+    """Two folders with the same checkpoints of steps 1 to 3, as if two machines saw the same folder."""
     found = tmp_path / "first", tmp_path / "second"
     state = make_state("file")
     monkeypatch.setattr(checkpoint, "KEEP", 3)
@@ -570,7 +575,7 @@ def resume(folders):
 
 @pytest.mark.parametrize("damage", ["flip", "delete", "not in the list"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_one_process_cannot_read_no_process_takes_up(folders, caplog, rank, damage):
+def test_what_one_process_cannot_read_no_process_restores(folders, caplog, rank, damage):
     file = folders[rank] / "step-000000003.pt"
     content = file.read_bytes()
     if damage == "flip":
@@ -581,12 +586,12 @@ def test_what_one_process_cannot_read_no_process_takes_up(folders, caplog, rank,
             file.symlink_to("gone")
     names, states = resume(folders)
     assert names == ["step-000000002.pt"] * 2 and [state.progress.step for state in states] == [2, 2]
-    passed, going = warnings_in(caplog)  # of the first process alone
-    assert "step-000000003.pt' cannot be read and is passed over: " in passed
-    assert "goes on from '" in going and "step-000000002.pt'" in going
+    skipped, resumed = warnings_in(caplog)  # of the first process alone
+    assert "step-000000003.pt' cannot be read and is skipped: " in skipped
+    assert "the run resumes from '" in resumed and "step-000000002.pt'" in resumed
 
 
-def test_each_process_has_another_one_damaged(folders, caplog):
+def test_each_process_has_a_different_one_damaged(folders, caplog):
     for folder, step in zip(folders, (3, 2)):
         (folder / f"step-00000000{step}.pt").write_bytes(b"nothing")
     names, _ = resume(folders)
@@ -594,11 +599,11 @@ def test_each_process_has_another_one_damaged(folders, caplog):
     (folders[1] / "step-000000001.pt").write_bytes(b"nothing")
     errors, _ = resume(folders)
     assert [type(error) for error in errors] == [CheckpointError] * 2
-    assert "resume=false begins the run anew" in str(errors[0])
+    assert "resume=false starts over" in str(errors[0])
 
 
-def test_two_runs_of_the_same_names_are_two_runs(folders):
-    """Whole checkpoints of the same steps, and each process has its own folder."""
+def test_checkpoints_of_two_runs_with_the_same_names_are_told_apart(folders):
+    """Intact checkpoints of the same steps, but each process sees another folder."""
     shutil.rmtree(folders[1])
     state = make_state("file")
     state.model[0].weight.data.zero_()
@@ -613,7 +618,7 @@ def test_two_runs_of_the_same_names_are_two_runs(folders):
     assert "the processes find different checkpoints" in str(errors[0]) and type(errors[1]) is ConfigError
 
 
-def test_settings_that_one_process_finds_wrong_stop_both(folders):
+def test_other_data_in_one_process_stop_both(folders):
     def load(world):
         state = make_state("file", world)
         if world.rank == 1:

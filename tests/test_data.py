@@ -17,8 +17,9 @@ from torchvision.datasets import CIFAR10
 from internimage.cli import main
 from internimage.data import datasets as data_module
 from internimage.data import image_sets
-from internimage.data.datasets import DataError, class_names, open_dataset
+from internimage.data.datasets import class_names, open_dataset
 from internimage.data.imagenet import open_labelled_folder, protocol
+from internimage.data.images import DataError
 from internimage.tasks.classification.config import FinetuneConfig
 from internimage.tasks.classification.evaluate import evaluate
 from internimage.tasks.classification.finetune import finetune
@@ -35,15 +36,15 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("imagenet", "there is no dataset 'imagenet': leave --dataset out for class folders"),
+        ("imagenet", "there is no dataset 'imagenet': omit --dataset for class folders"),
         ("folder", "there is no dataset 'folder'"),
         ("hfds", "there is no dataset 'hfds'"),
         ("torch/", "there is no dataset 'torch/'"),
         ("torch/image_folder", "there is no dataset 'torch/image_folder'"),
         ("torch/cifar11", r"give torch/NAME of cifar10, cifar100, mnist"),
-        ("wds/mine", "'wds/mine' is a stream, without a length"),
-        ("tfds/mnist", "'tfds/mnist' is a stream"),
-        ("HFIDS/mnist", "'HFIDS/mnist' is a stream"),
+        ("wds/mine", "'wds/mine' is streamed and has no length or order"),
+        ("tfds/mnist", "'tfds/mnist' is streamed"),
+        ("HFIDS/mnist", "'HFIDS/mnist' is streamed"),
         ("torch/cifar10", "cannot open 'torch/cifar10' in .*not found"),
     ],
 )
@@ -77,7 +78,6 @@ def test_torchvision_datasets_have_their_splits_and_no_class_map(tmp_path, monke
         and len(dataset) == 4
         and len(open_dataset(tmp_path, "train", "torch/cifar10")) == 20
     )
-    dataset.input_img_mode = "L"
     result = evaluate(ByColor(names), open_dataset(tmp_path, "test", "torch/cifar10"), CONFIG, 4, 0, progress=False)
     assert result.images == 4 and not result.skipped
     with pytest.raises(DataError, match="'torch/cifar10' has no split 'nope'; it has train and validation"):
@@ -158,7 +158,7 @@ def test_files_that_are_left_out_are_told_once(tmp_path, capsys):
     dataset = open_dataset(tmp_path)
     assert len(dataset) == 7, "the WebP image counts"
     assert capsys.readouterr().err == (
-        f"'{tmp_path}': 3 files are left out, not taken for images: blue/b.heic, green/pipe.jpg (not a regular file), "
+        f"'{tmp_path}': ignoring 3 files that are not images: blue/b.heic, green/pipe.jpg (not a regular file), "
         f"red/notes.txt\n"
     )
     assert count(dataset).top1 == 100.0
@@ -175,8 +175,8 @@ def test_finetune_tells_what_is_left_out_of_both_splits(tmp_path, capsys):
     )  # fmt: skip
     finetune(config, progress=False)
     captured = capsys.readouterr()
-    assert "left out, not taken for images: red/a.heic" in captured.err
-    assert "left out, not taken for images: blue/b.heic" in captured.err
+    assert "ignoring 1 file that is not an image: red/a.heic" in captured.err
+    assert "ignoring 1 file that is not an image: blue/b.heic" in captured.err
     assert captured.err.count("bad.png' cannot be read (not an image); it does not count") == 1, "of three validations"
 
 
@@ -198,10 +198,10 @@ def test_folders_are_read_in_timms_order(tmp_path):
     "names, message",
     [
         (["a.png", "red/0.png"], "has images beside its class folders, which have no class: a.png"),
-        (["x.tar"], r"has no class folders: .*found 1 files \(x.tar, ...\). A tar is given by its own name"),
-        (["red/0.png", "blue/x.tar"], r"class folder '.*/blue' holds no image \(only x.tar\)"),
+        (["x.tar"], r"has no class folders: .*found 1 files \(x.tar, ...\). Name a tar file itself"),
+        (["red/0.png", "blue/x.tar"], r"class folder '.*/blue' contains no image \(only x.tar\)"),
         (["red/0.png", "blue/deep/x.png"], r"classes of their own \(deep, beside blue, red\)"),
-        (["red/0.png", "blue/notes.txt"], r"class folder '.*/blue' holds no image \(only notes.txt\)"),
+        (["red/0.png", "blue/notes.txt"], r"class folder '.*/blue' contains no image \(only notes.txt\)"),
     ],
 )
 def test_folders_that_would_shift_the_classes(tmp_path, names, message):
@@ -220,7 +220,9 @@ def test_no_image_can_be_read(tmp_path):
     for color in COLORS:
         (tmp_path / color).mkdir()
         (tmp_path / color / "0.png").write_bytes(b"words")
-    with pytest.raises(DataError, match=r"no image of 3 could be read; the first is '.*blue/0.png' \(not an image\)"):
+    with pytest.raises(
+        DataError, match=r"none of 3 images could be read; the first is '.*blue/0.png' \(not an image\)"
+    ):
         count(open_dataset(tmp_path))
 
 
@@ -239,7 +241,7 @@ def test_a_class_map_that_lacks_a_class_counts_nothing(tmp_path):
     [
         ("red\ngreen\nblue\n", "not in the model's order: 'red' is class 0 of the map and class 2 of the model; "
          "the model's classes are, in order, blue, green, red"),
-        ("blue\ngreen\nred\npink\n", "has 4 classes and the model 3; it does not know pink"),
+        ("blue\ngreen\nred\npink\n", "has 4 classes and the model 3; the model does not know pink"),
         ("blue\nGreen\nred\n", None),
         ("green\nred\n", "not in the model's order: 'green' is class 0 of the map and class 1"),
     ],
@@ -247,7 +249,7 @@ def test_a_class_map_that_lacks_a_class_counts_nothing(tmp_path):
 def test_class_maps_are_held_against_the_models_labels(tmp_path, lines, message):
     write(tmp_path / "data", "red/0.png")
     (tmp_path / "map.txt").write_text(lines)
-    message = message or "does not fit the model; it does not know Green"
+    message = message or "does not fit the model; the model does not know Green"
     with pytest.raises(DataError, match=message):
         count(open_dataset(tmp_path / "data", class_map=tmp_path / "map.txt"), classes_from_map=True)
 
@@ -268,20 +270,20 @@ def test_class_maps_that_fit(tmp_path):
     [
         ("map.txt", b"blue\n\nred\n", "line 2 of the class map .* is empty"),
         ("map.txt", b"blue\nred\nblue\n", "names a class twice: blue"),
-        ("map.txt", b"bl\xfce\n", r"is not UTF-8 text \(byte 2\), so it is no class map"),
-        ("map.txt", b"", "is empty; it needs a class a line"),
+        ("map.txt", b"bl\xfce\n", r"is not UTF-8 text \(byte 2\), so it is not a class map"),
+        ("map.txt", b"", "is empty; it needs one class per line"),
         ("map.pkl", b"words", "is not a pickled class map"),
         ("map.pkl", pickle.dumps({"red": "first"}), "has no index from 0 to 3999999 for red"),
         ("map.pkl", pickle.dumps(["red"]), "is not a pickled class map"),
         ("map.pkl", b"", "is not a pickled class map"),
         ("map.pkl", pickle.dumps({"red": 1 << 40}), "has no index from 0 to 3999999 for red"),
-        ("map.pkl", pickle.dumps({"red": True}), "it has the instruction NEWTRUE"),
+        ("map.pkl", pickle.dumps({"red": True}), "it has the opcode NEWTRUE"),
         ("map.pkl", pickle.dumps({"red": -1}), "has no index from 0 to 3999999 for red"),
-        ("map.pkl", b"cos\nmkdir\n(S'NAME'\ntR.", "not a pickled class map: it has the instruction GLOBAL"),
-        ("map.pkl", b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93.", "it has the instruction STACK_GLOBAL"),
+        ("map.pkl", b"cos\nmkdir\n(S'NAME'\ntR.", "not a pickled class map: it has the opcode GLOBAL"),
+        ("map.pkl", b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93.", "it has the opcode STACK_GLOBAL"),
         ("map.pkl", b"\x80\x05\x96" + struct.pack("<Q", 8 << 30) + b".", "is not a pickled class map"),  # 8 GB of bytes
-        ("map.pkl", b"\x80\x02}r\xff\xff\xff\x7f.", "it has the instruction LONG_BINPUT"),  # a memo of 16 GB
-        ("map.pkl", b"\x80\x02" + b"]" * 100_000 + b".", "it has the instruction EMPTY_LIST"),
+        ("map.pkl", b"\x80\x02}r\xff\xff\xff\x7f.", "it has the opcode LONG_BINPUT"),  # a memo of 16 GB
+        ("map.pkl", b"\x80\x02" + b"]" * 100_000 + b".", "it has the opcode EMPTY_LIST"),
         (
             "map.pkl",
             b"\x80\x02" + b"}X\x01\0\0\0a" * 90_000 + b"K\x01" + b"s" * 90_000 + b".",
@@ -325,25 +327,25 @@ def test_lists_that_are_too_large_are_not_read(option, tmp_path, capsys, model, 
     with path.open("wb") as file:
         file.truncate(1 << 40)
     if more:
-        with pytest.raises(DataError, match=f"list.txt' has more than 128 MiB, so it is no {what}"):
+        with pytest.raises(DataError, match=f"list.txt' has more than 128 MiB, so it is not a {what}"):
             protocol("real", ByColor([str(i) for i in range(1000)]), torch.utils.data.TensorDataset(), path)
         path.write_text("[" * 100_000)
         with pytest.raises(DataError, match="list.txt' is not ReaL's list of 50000 labels: "):
             protocol("real", ByColor([str(i) for i in range(1000)]), torch.utils.data.TensorDataset(), path)
         return
     arguments = ["--model", model, "--data", tmp_path / "data", option, path]
-    assert f"list.txt' has more than 128 MiB, so it is no {what}" in command(capsys, "evaluate", *arguments)
+    assert f"list.txt' has more than 128 MiB, so it is not a {what}" in command(capsys, "evaluate", *arguments)
     monkeypatch.setattr(image_sets, "_MOST_LINES", 10)
     path.write_text("\n" * 11)
-    assert f"list.txt' has more than 10 lines, so it is no {what}" in command(capsys, "evaluate", *arguments)
+    assert f"list.txt' has more than 10 lines, so it is not a {what}" in command(capsys, "evaluate", *arguments)
 
 
 def test_class_maps_that_are_no_files(tmp_path, capsys, model):
     write(tmp_path / "data", "red/0.png")
     os.mkfifo(tmp_path / "pipe.txt")
     for path, message in (
-        (tmp_path / "pipe.txt", "pipe.txt' is not a regular file, so it is no class map"),
-        (tmp_path / "data", "data' is not a regular file, so it is no class map"),
+        (tmp_path / "pipe.txt", "pipe.txt' is not a regular file, so it is not a class map"),
+        (tmp_path / "data", "data' is not a regular file, so it is not a class map"),
         ("", "--class-map: must be text that is not empty"),
     ):
         line = command(capsys, "evaluate", "--model", model, "--data", tmp_path / "data", "--class-map", path)
@@ -367,7 +369,7 @@ def test_labels_that_are_no_text_or_ambiguous(tmp_path, capsys):
     write(tmp_path / "val", "a.png", "b.png")
     labels = tmp_path / "labels.txt"
     for text, message in (
-        (b"\xff\xfe1\n", "is not UTF-8 text .*, so it is no file of labels"),
+        (b"\xff\xfe1\n", "is not UTF-8 text .*, so it is not a file of labels"),
         (b"a.png 1\nb.png 2\na.png 3\n", "two labels for 'a.png': '1' and '3'"),
         ("a.png 1\nb.png ²\n".encode(), "neither an index nor a synset"),
         (b"a.png 1\nb.png " + b"9" * 5000, "neither an index nor a synset"),
@@ -379,9 +381,9 @@ def test_labels_that_are_no_text_or_ambiguous(tmp_path, capsys):
     write(tmp_path / "val", "list.txt")
     dataset = open_labelled_folder(tmp_path / "val", labels)
     assert len(dataset) == 2 and not dataset.upright
-    assert "1 file is left out, not taken for images: list.txt" in capsys.readouterr().err
+    assert "ignoring 1 file that is not an image: list.txt" in capsys.readouterr().err
     write(tmp_path / "val", "deeper/a.jpg")
-    with pytest.raises(DataError, match="several images of one name.*: a"):
+    with pytest.raises(DataError, match="several images of the same name.*: a"):
         open_labelled_folder(tmp_path / "val", labels)
     with pytest.raises(DataError, match="labels is empty"):
         open_labelled_folder(tmp_path / "val", "")

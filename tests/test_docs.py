@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the sources, no
 
 def modules_in_the_tree() -> list[str]:
     """The modules that the tree in docs/architecture.md names, as paths below the repository."""
-    (tree,) = re.findall(r"```text\n(internimage/\n.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
+    (tree,) = re.findall(r"```text\n(internimage/ .*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
     folders, found = [], []
     for line in tree.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]

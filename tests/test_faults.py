@@ -31,7 +31,7 @@ from runs import (
 
 from internimage.cli import main
 from internimage.config import ConfigError
-from internimage.data.datasets import DataError
+from internimage.data.images import DataError
 from internimage.engine import checkpoint, trainer
 from internimage.engine.log import TrainingLog
 from internimage.errors import CheckpointError
@@ -109,13 +109,15 @@ def test_a_damaged_sharded_checkpoint_is_passed_over_and_its_step_saved_again(fa
     first, second = faults[1]["damaged shards"]
     assert first["code"] == second["code"] == [0, "step-000000004", [4]]
     passed, going = [line for line in first["err"].splitlines() if "step-00000000" in line and "resuming" not in line]
-    assert "step-000000004' cannot be read and is passed over: its '__1_0.distcp' has 1000 bytes" in passed
-    assert "goes on from '" in going and "step-000000003'" in going and "passed over" not in second["err"]
+    assert "step-000000004' cannot be read and is skipped: its '__1_0.distcp' has 1000 bytes" in passed
+    assert "the run resumes from '" in going and "step-000000003'" in going and "is skipped" not in second["err"]
     assert same_weights(faults[0] / "damaged shards", faults[0] / "sharded")
 
 
 def test_a_label_outside_the_classes_ends_evaluation_in_all(faults):
-    assert "the class map has 6 classes and the model 3; it does not know 7, 8, 9" in told(faults, "label outside")
+    assert "the class map has 6 classes and the model 3; the model does not know 7, 8, 9" in told(
+        faults, "label outside"
+    )
 
 
 def test_an_output_folder_that_one_machine_does_not_see_is_refused(faults):

@@ -25,7 +25,7 @@ from internimage.engine import integrity
 from internimage.engine.create import data_config
 from internimage.errors import UserError
 from internimage.files import WriteError, appending, check_writable, is_stdout, write_text, writing
-from internimage.tasks.classification.task import save_model
+from internimage.models.timm_folder import save_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes and devices with names")
 pytestmark = posix

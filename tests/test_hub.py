@@ -405,7 +405,7 @@ def test_weights_of_another_model(local_hub, cache, weights):
 
 PRELUDE = """
 import sys, os, time, timm, torch, internimage
-from internimage import hub
+from internimage.weights import hub
 SMALL = dict(channels=8, depths=(1, 1, 2, 1), groups=(1, 1, 2, 4))
 def create(**kwargs):
     return timm.create_model("internimage_tiny.ogvl_in1k", pretrained=True, **SMALL, **kwargs)

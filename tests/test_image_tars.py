@@ -11,7 +11,8 @@ import pytest
 from pictures import COLORS, CONFIG, ByColor, command, count, three, write_model
 from PIL import Image
 
-from internimage.data.datasets import DataError, class_names, open_dataset
+from internimage.data.datasets import class_names, open_dataset
+from internimage.data.images import DataError
 from internimage.tasks.classification.evaluate import evaluate
 
 
@@ -51,7 +52,7 @@ def test_tars_of_class_folders(tmp_path, prefix, capsys):
     assert class_names(dataset) == list(COLORS)
     result = count(dataset)
     assert (result.images, result.top1) == (6, 100.0)
-    assert capsys.readouterr().err == f"'{tmp_path}/a.tar': 1 file is left out, not taken for images: red/notes.txt\n"
+    assert capsys.readouterr().err == f"'{tmp_path}/a.tar': ignoring 1 file that is not an image: red/notes.txt\n"
     assert dataset.filename(5).endswith("red/1.png")
 
 
@@ -112,13 +113,13 @@ def cut(path, at):
     [
         (lambda path: path.write_bytes(b""), "cannot be read as an uncompressed tar: empty file"),
         (lambda path: path.write_bytes(b"garbage" * 1000), "cannot be read as an uncompressed tar: "),
-        (lambda path: pack(path), "holds no image"),
-        (lambda path: pack(path, ("a/notes.txt", b"words")), "holds no image"),
+        (lambda path: pack(path), "contains no image"),
+        (lambda path: pack(path, ("a/notes.txt", b"words")), "contains no image"),
         (lambda path: pack(path, ("a.png", picture("red"))), r"has no class folders: .*found 1 files \(a.png"),
         (lambda path: cut(path, "data"), "cannot be read as an uncompressed tar: unexpected end of data"),
         (lambda path: cut(path, "header"), "cannot be read as an uncompressed tar: it ends too early"),
         (damaged_header, "cannot be read as an uncompressed tar: a header is damaged"),
-        (lambda path: pack(path, *pictures(""), ("pink/", None)), r"pink' holds no image \(it is empty\)"),
+        (lambda path: pack(path, *pictures(""), ("pink/", None)), r"pink' contains no image \(it is empty\)"),
         (lambda path: pack(path, *pictures(""), ("a.png", b"")), "has images beside its class folders"),
         (lambda path: pack(path, *pictures("", "red/")), "classes of their own"),
         (lambda path: pack(path, *pictures(""), ("pink.tar", b"garbage" * 100)), "cannot be read as an uncompressed"),
@@ -136,7 +137,7 @@ def test_tars_that_cannot_be_used(tmp_path, make, message, capsys, model):
 def test_other_archives_are_said_to_be(tmp_path):
     for name in ("a.tar.gz", "a.tgz", "a.zip"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(DataError, match="unpack it, or pack it as a .tar that is not compressed"):
+        with pytest.raises(DataError, match="unpack it, or convert it to an uncompressed .tar"):
             open_dataset(tmp_path / name)
     (tmp_path / "a.csv").write_bytes(b"")
     with pytest.raises(DataError, match="neither a folder of class folders nor a .tar file$"):
@@ -198,7 +199,7 @@ def test_no_member_is_lost_in_silence(tmp_path, form, capsys):
         if names == whole:
             intact += 1
         elif last + 1024 <= len(data) - 10240:  # else it looks like a shorter tar, whose last record is filled up
-            assert "left out" in capsys.readouterr().err, f"{what}: {len(names)} members"
+            assert "ignoring" in capsys.readouterr().err, f"{what}: {len(names)} members"
     assert refused > 150 and intact > 30
 
 
@@ -316,8 +317,8 @@ def test_members_that_are_no_images_are_told_and_not_followed(tmp_path, capsys):
     dataset = open_dataset(tmp_path / "a.tar")
     assert [dataset.filename(i) for i in range(len(dataset))] == ["red/0.png", "red/1.png"]
     told = capsys.readouterr().err
-    assert told.startswith(f"'{tmp_path}/a.tar': 9 files are left out, not taken for images: ")
-    assert "red/../../red/2.png (outside of the tar)" in told and "red/0.png (replaced by a later one)" in told
+    assert told.startswith(f"'{tmp_path}/a.tar': ignoring 9 files that are not images: ")
+    assert "red/../../red/2.png (outside the tar)" in told and "red/0.png (replaced by a later one)" in told
     assert "red/disk.png (not a regular file)" in told and "red/hard.png (not a regular file)" in told
     assert count(dataset, ByColor(("red",))).top1 == 100.0
 
@@ -334,9 +335,9 @@ def test_tars_of_other_programs(tmp_path):
     for rest, message in (
         (b"", "it ends too early"),
         (bytes(512), "it ends too early"),
-        (bytes(1024) + b"x" + bytes(511), "more follows behind its end"),
-        (bytes(512) + header() + bytes(1024), "more follows behind its end"),
-        (bytes(1024) + members + bytes(1024), "more follows behind its end: .* or tars were joined"),
+        (bytes(1024) + b"x" + bytes(511), "there is more data after its end"),
+        (bytes(512) + header() + bytes(1024), "there is more data after its end"),
+        (bytes(1024) + members + bytes(1024), "there is more data after its end: .* or tars were concatenated"),
         (bytes(20480), "it ends in 20480 bytes of zeros, more than tar writes: its last part is lost"),
     ):
         (tmp_path / "a.tar").write_bytes(members + rest)
@@ -355,12 +356,12 @@ def test_a_tar_that_changes_while_it_is_read(tmp_path, capsys):
         file.truncate(2048)
     result = count(dataset)
     assert (result.images, len(result.skipped)) == (2, 4)
-    assert {reason for _, reason in result.skipped} == {"the tar has become shorter"}
+    assert {reason for _, reason in result.skipped} == {"the tar has been truncated"}
     path.unlink()
-    with pytest.raises(DataError, match="no image of 6 could be read.*No such file"):
+    with pytest.raises(DataError, match="none of 6 images could be read.*No such file"):
         count(dataset)
     os.mkfifo(path)
-    with pytest.raises(DataError, match="no image of 6 could be read.*not a regular file"):
+    with pytest.raises(DataError, match="none of 6 images could be read.*not a regular file"):
         count(dataset)
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from internimage.cli import main
-from internimage.data.datasets import DataError, open_dataset
-from internimage.data.imagenet import Protocol, open_labelled_folder, protocol
+from internimage.data.datasets import open_dataset
+from internimage.data.imagenet import EvaluationProtocol, open_labelled_folder, protocol
+from internimage.data.images import DataError
 from internimage.tasks.classification.evaluate import evaluate
 
 SYNSETS = ImageNetInfo().label_names()
@@ -88,7 +89,7 @@ def test_flat_folder_with_labels(flat, tmp_path, kind):
 def test_labels_that_cannot_be_used(flat, tmp_path):
     file = tmp_path / "labels.txt"
     for text, message in (
-        ("1\n2\n3\n4\n5\n1000\n", "development kit's numbering"),
+        ("1\n2\n3\n4\n5\n1000\n", "numbering of the development kit"),
         ("1\n2\n", "2 labels.*6 images"),
         (f"{name(1)} 3\n", r"no label for ILSVRC2012_val_00000002.png \(and 4 more"),
         ("\n".join(f"{name(i)} cat" for i in range(1, 7)), "'cat' for .*neither an index nor a synset"),
@@ -98,7 +99,7 @@ def test_labels_that_cannot_be_used(flat, tmp_path):
             open_labelled_folder(flat, file)
     with pytest.raises(DataError, match="no file of labels"):
         open_labelled_folder(flat, tmp_path / "none.txt")
-    with pytest.raises(DataError, match="no folder of images"):
+    with pytest.raises(DataError, match="no image folder"):
         open_labelled_folder(tmp_path / "none", file)
 
 
@@ -128,7 +129,7 @@ def test_variants_of_200_classes(tmp_path, variant):
     probe = timm.create_model("internimage_atto", device="meta")
     for synset in SYNSETS[::5]:
         paint(tmp_path / "wrong" / synset / "0.png", 0)
-    with pytest.raises(DataError, match="has 200 class folders from"):
+    with pytest.raises(DataError, match="needs 200 class folders from"):
         protocol(variant, probe, open_dataset(tmp_path / "wrong"))
     import pkgutil
 
@@ -238,7 +239,7 @@ def test_variants_are_read_as_published_and_other_images_upright(tmp_path):
         image.paste(0, (0, 0, 4, 8))
         image.save(tmp_path / label / "0.png", exif=exif)
     dataset = open_dataset(tmp_path)
-    for counting, wins in ((None, 1), (Protocol([0, 1], ["a", "b"]), 0)):
+    for counting, wins in ((None, 1), (EvaluationProtocol([0, 1], ["a", "b"]), 0)):
         result = evaluate(DarkSide(), dataset, CONFIG, 4, 0, progress=False, protocol=counting, keep_predictions=True)
         assert [answer[2] for answer in result.predictions] == [wins, wins]
 

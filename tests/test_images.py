@@ -13,8 +13,8 @@ from PIL import ExifTags, GifImagePlugin, Image, PngImagePlugin, features
 from torchvision.datasets import FakeData, ImageFolder
 
 from internimage.data import datasets as data_module
-from internimage.data.datasets import GuardedDataset, open_dataset
-from internimage.data.images import DataError, ImageError, endings, formats, list_images, read_image
+from internimage.data.datasets import GuardedDataset, open_dataset, read_as_gray
+from internimage.data.images import DataError, ImageError, formats, image_extensions, list_images, read_image
 from internimage.tasks.classification.predict import find_images
 from internimage.tasks.classification.predict import read_image as read_for_predict
 
@@ -35,7 +35,7 @@ def test_formats_are_images_and_read(tmp_path, ending):
         assert kind != "webp", "wheels of every Pillow have WebP"
         return
     Image.new("RGB", (8, 6), (250, 120, 10)).save(file)
-    assert f".{ending}" in endings()
+    assert f".{ending}" in image_extensions()
     assert list_images(tmp_path).images == [file.name]
     for mode, pixel in (("RGB", (250, 120, 10)), ("L", (146,))):
         image = read_image(file, mode)
@@ -45,7 +45,7 @@ def test_formats_are_images_and_read(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ["pdf", "eps", "ps", "mpg", "wmf", "h5", "pcd", "txt", "json"])
 def test_what_other_programs_would_have_to_decode_is_no_image(ending):
-    assert f".{ending}" not in endings()
+    assert f".{ending}" not in image_extensions()
 
 
 OTHERS = {
@@ -123,7 +123,7 @@ def test_float_pixels(name):
 
 
 def test_32_bit_integers_are_refused():
-    with pytest.raises(ImageError, match="32-bit integer pixels, whose range is not known"):
+    with pytest.raises(ImageError, match="32-bit integer pixels, whose range is unknown"):
         read_image(saved(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "a.tiff"))
 
 
@@ -343,12 +343,15 @@ def test_of_many_frames_one_is_read(monkeypatch):
 # ---- from other libraries
 
 
-def test_images_that_torchvision_opens_take_the_mode_too():
-    for mode, shape in (("L", (4, 5)), ("RGB", (4, 5, 3))):
-        dataset = FakeData(3, (3, 4, 5), num_classes=2)
-        dataset.input_img_mode = mode
+def test_images_that_torchvision_opens_can_be_read_as_gray_too(tmp_path):
+    for dataset, size in (
+        (FakeData(3, (3, 4, 5), num_classes=2), (4, 5)),
+        (open_dataset(three(tmp_path, 1)), (9, 10)),
+    ):
         image, target, failure = GuardedDataset(dataset, np.asarray)[1]
-        assert failure is None and image.shape == shape and target in (0, 1)
+        assert failure is None and image.shape == (*size, 3) and target in (0, 1)
+        read_as_gray(dataset)
+        assert GuardedDataset(dataset, np.asarray)[1][0].shape == size
 
 
 def test_an_image_that_torchvision_cannot_read_is_reported():
@@ -407,7 +410,7 @@ def test_listing(tmp_path):
     listing = list_images(tmp_path)
     assert listing.images == ["a.jpg", "b/c.PNG", "b/linked.jpg"]
     assert listing.ignored == [
-        "b/.old/", "b/above/ (a link to a folder above it)", "b/gone.jpg (not a regular file)", "b/notes.txt",
+        "b/.old/", "b/above/ (a link to a parent folder)", "b/gone.jpg (not a regular file)", "b/notes.txt",
         "b/pipe.jpg (not a regular file)", "b/self.jpg (not a regular file)",
         "b/zero.jpg (not a regular file)",
     ]  # fmt: skip
@@ -428,7 +431,7 @@ def test_find_images(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"")
     found = find_images([str(tmp_path / "b"), str(tmp_path / "a.png")])
     assert [file.name for file in found] == ["10.jpg", "2.webp", "a.png"]
-    assert capsys.readouterr().err == f"'{tmp_path / 'b'}': 1 file is left out, not taken for images: notes.txt\n"
+    assert capsys.readouterr().err == f"'{tmp_path / 'b'}': ignoring 1 file that is not an image: notes.txt\n"
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(DataError, match="pipe.jpg' is not a regular file"):
         find_images([str(tmp_path / "pipe.jpg")])

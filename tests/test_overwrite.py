@@ -96,7 +96,7 @@ def test_a_folder_of_an_older_version_says_nothing_of_whose_it_is(source, out, c
 
 def test_a_run_is_not_a_conversion(source, tmp_path):
     from internimage.engine.create import data_config
-    from internimage.tasks.classification.task import save_model
+    from internimage.models.timm_folder import save_model
 
     model = timm.create_model("internimage_atto", num_classes=3)
     save_model(model, tmp_path, ["a", "b", "c"], data_config(model))

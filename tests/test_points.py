@@ -135,7 +135,7 @@ def test_a_picture_that_cannot_be_written(model, tmp_path, monkeypatch):
 
 
 def test_a_model_without_dcnv3_layers_and_a_layer_that_is_not_there(model, tmp_path, capsys):
-    with pytest.raises(UserError, match="has no DCNv3 layer 'levels.9'; it has levels.0.blocks.0.dcn, "):
+    with pytest.raises(UserError, match="has no sampling layer 'levels.9'; it has levels.0.blocks.0.dcn, "):
         draw_points(model, grey(1), CONFIG, tmp_path / "x.png", "levels.9")
     grey(1)[0][1].save(tmp_path / "in.png")
     arguments = ["predict", str(tmp_path / "in.png"), "--model", "resnet10t", "--num-classes", "3"]
@@ -143,5 +143,5 @@ def test_a_model_without_dcnv3_layers_and_a_layer_that_is_not_there(model, tmp_p
     save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), weights)
     assert main([*arguments, "--checkpoint", str(weights), "--draw-points", str(tmp_path / "x.png")]) == 2
     err = capsys.readouterr().err
-    assert "the model has no DCNv3 layers, so there are no sampled points to draw" in err and "Traceback" not in err
+    assert "'resnet10t' has no layers that sample at learned offsets, such as DCNv3" in err and "Traceback" not in err
     assert not (tmp_path / "x.png").exists()

@@ -37,7 +37,7 @@ def test_recipe_loads_and_names_a_model_that_is_there(recipe):
         assert not config.head_from_22k or model.num_classes == 21841
     for processes in (1, 2, 4, 8):
         if config.batch_size >= 64:
-            config.check_parts(processes)
+            config.check_batch(processes)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -66,7 +66,7 @@ def test_a_half_written_last_line_is_nothing_to_warn_of(tmp_path, caplog, half):
 def test_lines_that_are_not_ours_are_left_out_with_one_warning(tmp_path, caplog, odd):
     assert read(tmp_path, HEADER, ROWS[0], odd, ROWS[1], odd, ROWS[2]) == [1, 2, 3]
     assert [record.message for record in caplog.records] == [
-        f"'{tmp_path / 'steps.csv'}': left out 2 lines that no run has written"
+        f"'{tmp_path / 'steps.csv'}': ignoring 2 lines that are not rows of the table"
     ]
 
 
@@ -84,7 +84,7 @@ def test_lines_that_are_not_ours_are_left_out_with_one_warning(tmp_path, caplog,
 )
 def test_a_file_without_our_columns_has_no_rows(tmp_path, caplog, text, odd):
     assert read(tmp_path, text) == []
-    assert [f"left out {odd} line" in record.message for record in caplog.records] == [True] * bool(odd)
+    assert [f"ignoring {odd} line" in record.message for record in caplog.records] == [True] * bool(odd)
 
 
 def test_a_table_that_a_spreadsheet_has_saved(tmp_path, caplog):
@@ -103,7 +103,7 @@ def test_a_log_line_of_each_epoch(tmp_path, capsys):
     for more in (dict(), dict(progress=False), dict(writes=False)):
         running = log(**more)
         running.epoch(dict(row), 4)
-        running.epoch(row | dict(val_loss=0.39014, val_top1=91.254), 4)
+        running.epoch(row | dict(val_loss=0.39014, val_top1=91.254), 4, "val loss 0.3901, val top-1 91.25 %")
         running.close()
     assert capsys.readouterr() == (
         "",
@@ -154,7 +154,7 @@ def test_a_run_with_damaged_tables_goes_on_and_writes_them_anew(data, tmp_path, 
     (tmp_path / "run" / "log.csv").write_bytes(b"\x80garbage")
     arguments = [f"{k}={v}" for k, v in vars(config).items() if v is not None]
     assert main(["finetune", *arguments]) == 0
-    assert "left out 1 line that no run" in caplog.text and caplog.text.count("no run has written") == 1
+    assert caplog.text.count("ignoring 1 line that is not a row of the table") == 1 == caplog.text.count("ignoring")
     assert "Traceback" not in capsys.readouterr().err
     assert [row["step"] for row in steps(tmp_path / "run")] == [str(i) for i in range(1, 10)]
     assert epochs(tmp_path / "run") == epochs(tmp_path / "whole") and len(epochs(tmp_path / "run")) == 3

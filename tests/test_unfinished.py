@@ -17,8 +17,8 @@ from runs import ROOT, environment, listing, same_weights, settings, wait_for_ch
 
 from internimage import locks
 from internimage.cli import main
-from internimage.data.datasets import DataError
-from internimage.data.workers import worker_signals
+from internimage.data.images import DataError
+from internimage.data.workers import init_worker_signals
 from internimage.engine import checkpoint, trainer
 from internimage.engine import run as engine_run
 from internimage.engine.finite import NotFiniteError
@@ -203,7 +203,7 @@ def test_ctrl_c_with_loader_workers_is_one_line(data, tmp_path):
 
 
 def _share_a_descriptor(pipe):
-    worker_signals(0)
+    init_worker_signals(0)
     with open(os.devnull) as file:
         pipe.send(resource_sharer.DupFd(file.fileno()))
         pipe.recv()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import writing
-from ..models.parts import NoSuchParts, name_of, sampling_layers, sampling_layers_of_stage
+from ..models.attributes import name_of
+from ..models.parts import NoSuchParts, sampling_layers, sampling_layers_of_stage
 from ..terminal import printable
 
 _TILE = 224  # longest side of one drawn image in pixels
@@ -48,7 +49,7 @@ def sampled_points(model: nn.Module, images: Tensor, layer: str | None = None) -
             f"'{name_of(model)}' has no sampling layer '{layer}'; it has {', '.join(list(layers)[:3])}, ..."
         )
     seen = []
-    handle = layers[layer].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         model(images)
     finally:
@@ -99,7 +100,7 @@ def _tile(image: Tensor, locations: Tensor, weights: Tensor, at: tuple[float, fl
     height, width = image.shape[1:]
     scale = _TILE / max(height, width)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    fine = tuple(_FINE * side for side in size)
+    fine = _FINE * size[0], _FINE * size[1]
     tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(fine, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(tile)
     for group, (places, shares) in enumerate(zip(locations.tolist(), weights.tolist())):
@@ -189,7 +190,7 @@ def _sheet(names: list[str], tiles: list[Image.Image], layer: str) -> Image.Imag
     return sheet
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: int, keep_end: bool = False) -> str:
+def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, keep_end: bool = False) -> str:
     """The text, shortened where it is wider; of a path the end tells more. What is no text is written out."""
     text = printable(text)
     if font.getlength(text) <= width:

@@ -6,7 +6,7 @@ import sys
 
 from torch import nn
 
-from ..data.datasets import open_dataset
+from ..data.datasets import MapDataset, open_dataset, read_as_gray
 from ..data.imagenet import open_labelled_folder, protocol
 from ..engine.create import pick_device
 from ..engine.world import World, join, leave
@@ -32,13 +32,14 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     # data and arguments are checked before the model is loaded, which may mean a download
     expected = None if arguments.expect == "published" else arguments.expect
     with world.raise_on_all_ranks():  # what is wrong is wrong in all processes, and one of them says it
+        dataset: MapDataset
         if arguments.labels is not None:
             dataset = open_labelled_folder(arguments.data, arguments.labels)
         else:
             dataset = open_dataset(arguments.data, arguments.split, arguments.dataset, arguments.class_map)
         model, config, _, dtype = load_model(arguments)
         if config["input_size"][0] == 1:
-            dataset.input_img_mode = "L"
+            read_as_gray(dataset)
         published = _published_top1(model, arguments)
         if arguments.expect == "published":
             if published is None:

@@ -16,14 +16,14 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..dtypes import FLOATING, is_weights, name_of
 from ..errors import CheckpointError, UserError, is_disk_full, one_line
 from ..files import write_text
-from ..models.families import families
+from ..models.families import FamilyModel, families
 from ..models.model_config import find_model_config
+from ..models.timm_folder import write_config
 from ..values import shown
 from ..weights.file_names import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from ..weights.load import match
@@ -43,13 +43,13 @@ HEAD_22K_TO_1K = "22k-to-1k"
 class Conversion:
     """What was written."""
 
-    folder: Path
-    model: str  # architecture, with the tag of released weights
-    files: dict[str, int] = field(default_factory=dict)  # name -> bytes
-    tensors: int = 0
-    parameters: int = 0
-    dtypes: list[str] = field(default_factory=list)
-    verified: bool = False
+    folder: Path  #: where it is
+    model: str  #: architecture, with the tag of released weights
+    files: dict[str, int] = field(default_factory=dict)  #: name -> bytes
+    tensors: int = 0  #: how many
+    parameters: int = 0  #: how many numbers they have
+    dtypes: list[str] = field(default_factory=list)  #: of the tensors, as names
+    verified: bool = False  #: whether the result was read back and compared
 
 
 def convert(
@@ -197,20 +197,19 @@ def _write_weights(
         write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(path: Path, model: torch.nn.Module, card: str, known: bool) -> None:
-    """timm's config.json. `known`: the weights are released ones, so that their tag may stand in it."""
+def _write_config(path: Path, model: FamilyModel, card: str, known: bool) -> None:
+    """timm's config.json. `known`: the weights are released ones, whose tag belongs in it."""
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     if labels and len(labels.get("label_names", ())) != model.num_classes:
         labels = {}
-    save_config_for_hf(model, str(path), model_config=labels)
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # stands at the top already; transformers passes it and these arguments, and Python refuses the same one twice
-    config.get("model_args", {}).pop("num_classes", None)
-    if not known:
-        config["pretrained_cfg"].pop("tag", None)
-    mark(config, card)
-    write_text(path, json.dumps(config, indent=2) + "\n")
+
+    def change(config: dict[str, Any]) -> None:
+        if not known:
+            config["pretrained_cfg"].pop("tag", None)
+        mark(config, card)
+
+    write_config(path, model, labels, change=change)
 
 
 def _verify(folder: Path, entries: dict[str, Entry]) -> None:
@@ -247,6 +246,7 @@ def check_folder(folder: str | Path) -> list[str]:
         model = timm.create_model(f"local-dir:{folder}", device="meta")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"the {CONFIG} of '{folder}' builds no model: {one_line(error)}") from error
+    assert isinstance(model, FamilyModel)  # by its architecture
     weights = open_weights(folder)
     match(model, weights, backbone_only=not model.key_map.has_head(weights))
     files = [path.relative_to(folder).as_posix() for path in weights.files]

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
 
 from ..errors import CheckpointError, UserError, one_line
-from ..models.families import Family, families, family_of
+from ..models.families import Family, FamilyModel, families, family_of
 from ..models.model_config import NOT_OF_A_MODEL, ModelConfig, ModelConfigError, find_model_config
 from ..weights.imagenet22k import imagenet_1k
 from ..weights.key_maps import Shape
@@ -28,7 +27,7 @@ class ConvertError(UserError, RuntimeError):
 
 def model_of(
     source: Source, weights: Weights, name: str | None, model_kwargs: dict[str, Any], reduce_head: bool
-) -> tuple[nn.Module, bool]:
+) -> tuple[FamilyModel, bool]:
     """The model that weights belong to, on the meta device, and whether they lack a head.
 
     Args:
@@ -58,10 +57,10 @@ def model_of(
         raise ConvertError(f"'{name}' is of the architecture '{architecture}'; only {ours} can be converted")
     try:
         if described is None:
-            kwargs = {**_arguments(name, family, shapes), **kwargs}
+            kwargs = {**_build(name, family, device="meta").arguments_of(shapes), **kwargs}
         if reduce_head:
             kwargs["num_classes"] = len(imagenet_1k())
-        model = timm.create_model(name, **kwargs)
+        model = _build(name, family, **kwargs)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
@@ -82,13 +81,11 @@ def _family_of(weights: Weights) -> tuple[Family, dict[str, Shape]]:
     raise CheckpointError(f"{weights.origin} holds no {names}; its first tensors: {', '.join(list(weights)[:5])}")
 
 
-def _arguments(name: str, family: Family, shapes: dict[str, Shape]) -> dict[str, Any]:
-    """The arguments that the shapes of weights tell of the model `name`."""
-    model = timm.create_model(name, device="meta")
+def _build(name: str, family: Family, **kwargs: Any) -> FamilyModel:
+    model = timm.create_model(name, **kwargs)
     if not isinstance(model, family.model):
         raise ConvertError(f"'{name}' is a {type(model).__name__}; the weights are of an {family.name}")
-    arguments: dict[str, Any] = model.arguments_of(shapes)
-    return arguments
+    return model
 
 
 def _described(source: Path) -> tuple[Path, ModelConfig] | None:
@@ -110,13 +107,13 @@ def _described(source: Path) -> tuple[Path, ModelConfig] | None:
 
 def _guess(family: Family, shapes: dict[str, Shape], path: Path) -> str:
     """The released model with these channels, depths and classes; without its tag if the classes are others."""
-    size = family.key_map.size(shapes)
+    size, classes = family.key_map.size(shapes), family.key_map.num_classes(shapes)
     tagged = [name for name in PUBLISHED if family_of(name) is family]
     names = list(dict.fromkeys(name.partition(".")[0] for name in tagged))
-    fitting = [name for name in names if size is not None and _size_by_name(name) == size]
+    fitting = [name for name in names if size is not None and _size_by_name(name, family) == size]
     for name in tagged:
         cfg = timm.get_pretrained_cfg(name)
-        if name.partition(".")[0] in fitting and cfg.num_classes == family.key_map.num_classes(shapes):
+        if name.partition(".")[0] in fitting and cfg is not None and cfg.num_classes == classes:
             return name
     if not fitting:
         raise ConvertError(
@@ -127,8 +124,6 @@ def _guess(family: Family, shapes: dict[str, Shape], path: Path) -> str:
 
 
 @cache
-def _size_by_name(name: str) -> str | None:
-    model = timm.create_model(name, device="meta")
-    key_map = model.key_map
-    size: str | None = key_map.size({key: tuple(value.shape) for key, value in model.state_dict().items()})
-    return size
+def _size_by_name(name: str, family: Family) -> str | None:
+    state_dict = _build(name, family, device="meta").state_dict()
+    return family.key_map.size({key: tuple(value.shape) for key, value in state_dict.items()})

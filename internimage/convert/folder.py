@@ -137,16 +137,21 @@ def _entries(folder: Path) -> list[str]:
 
 def _cards(folder: Path) -> list[str] | None:
     """Digests of the cards that `convert` has written to a folder; None where nothing proves that it is ours."""
-    for read in (lambda: noted(folder)["cards"], lambda: [_config(folder)[MARK]["card"]]):
+    for read in (_cards_in_journal, _cards_in_config):
         try:
-            return [str(card) for card in read()]
+            return [str(card) for card in read(folder)]
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             continue
     return None
 
 
-def _config(folder: Path) -> Any:
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+def _cards_in_journal(folder: Path) -> list[Any]:
+    cards: list[Any] = (noted(folder) or {})["cards"]
+    return cards
+
+
+def _cards_in_config(folder: Path) -> list[Any]:
+    return [json.loads((folder / CONFIG).read_text(encoding="utf-8"))[MARK]["card"]]
 
 
 def _digest(data: bytes) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The model card of a converted folder: README.md with the Hub's metadata, by huggingface_hub's own classes."""
 
-import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..models.families import FamilyModel
 from ..weights.released import HUB_PTH_REPO, Published
 
 _UPSTREAM = "https://github.com/OpenGVLab/InternImage"
@@ -24,7 +24,7 @@ def _cost(published: Published | None) -> str:
 
 
 def model_card(
-    model: torch.nn.Module,
+    model: FamilyModel,
     name: str,
     source: str,
     published: Published | None = None,

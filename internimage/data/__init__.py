@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Images: where they are, how they are read, and what a set of them is."""
+"""Images and datasets: which files are images, how they are decoded, and checks of a whole dataset."""

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Data for evaluation: timm's datasets, opened with checks and read so that a corrupt image is named, not replaced."""
+"""Datasets of timm and torchvision, opened with checks, and read so that corrupt images are reported, not replaced."""
 
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -16,19 +18,42 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import one_line, some
 from ..progress import message
-from .image_sets import choose_folder, find_split, open_folder, read_class_map, split_names
-from .image_tars import open_tar
-from .images import DataError, ImageError, convert_image, ignored_message, most_pixels, read_image, why
+from .image_sets import FileReader, choose_folder, open_folder, read_class_map, split_names
+from .image_tars import TarReader, open_tar
+from .images import DataError, ImageError, convert_image, ignored_message, pixel_limit, read_image, reason_of
 
-__all__ = [
-    "Batch", "DataError", "EvaluationTransform", "GuardedDataset", "class_difference", "class_names", "find_split",
-    "open_dataset",
-]  # fmt: skip
+T = TypeVar("T")
 
-# timm's names; the first have two splits, and any word but train means the other one
-_TORCH_PAIRS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+# timm's names; the first have two splits, and timm takes any name but `train` for the other one
+_TORCH_TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_OTHERS = ("imagenet", "inat", "inaturalist", "places365")
 _STREAMED = ("hfids", "tfds", "wds")
+
+
+class MapDataset(Protocol):
+    """A map-style dataset: `dataset[i]` is (image, class index).
+
+    `class_names`, `GuardedDataset` and others also look for the attributes of timm's and torchvision's datasets:
+    `reader`, `class_to_idx`, `filename`, `input_img_mode`.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class FolderDataset(ImageDataset):
+    """timm's dataset of a folder or tar.
+
+    Args:
+        root: The folder or tar.
+        reader: Of its images.
+        upright: Whether the Exif orientation is applied.
+    """
+
+    def __init__(self, root: Path, reader: FileReader | TarReader, upright: bool) -> None:
+        super().__init__(str(root), reader=reader)
+        self.upright = upright
 
 
 def open_dataset(
@@ -36,81 +61,95 @@ def open_dataset(
     split: str = "validation",
     name: str = "",
     class_map: str | Path | None = None,
-) -> Dataset:
-    """A map-style dataset of timm or torchvision, checked before anything is computed.
+) -> MapDataset:
+    """Open a map-style dataset of timm or torchvision and check it.
 
-    It reads images as RGB; set its `input_img_mode` to "L" for grey ones. Its `upright` says whether images are turned
-    as their Exif data say: they are not where the classes are ImageNet's synsets, because published accuracies were
-    measured without. Files that are left out are told on stderr.
+    Images are read as RGB; `read_as_gray` changes that. Their Exif orientation is applied, unless all classes are
+    synsets of ImageNet, whose published accuracies were measured without. Files that are ignored are reported on
+    stderr.
 
     Args:
-        root: Folder of class folders, with or without a folder for each split; a tar of such; or the root that the
-            dataset called `name` wants.
-        split: For a folder or tar, `train`, `validation` (`val`), `test` or any folder name; else the dataset's own
-            word.
+        root: Folder of class folders, with or without a folder for each split; a tar of these; or the root folder of
+            the dataset called `name`.
+        split: For a folder or tar, `train`, `validation` (`val`), `test` or any folder name; otherwise a split of the
+            named dataset.
         name: timm's name of a dataset, `hfds/OWNER/NAME` or `torch/NAME`; empty for folders and tars.
-        class_map: File with a class name a line, in the model's order, for folders that lack some of its classes.
+        class_map: File with one class name per line, in the model's order, for folders that lack some of its classes.
 
     Raises:
         DataError: It cannot be opened; the message says what is missing.
     """
     if str(root) == "":
-        raise DataError("the name of the data's folder is empty")
+        raise DataError("the name of the data folder is empty")
     mapping = None if class_map is None else read_class_map(class_map)
     if name:
         return _open_named(name, str(root), split or "validation", mapping)
     root = Path(root)
+    reader: FileReader | TarReader
     if root.is_dir():
-        place = choose_folder(root, split)
-        reader, ignored = open_folder(place, mapping)
+        where = choose_folder(root, split)
+        reader, ignored = open_folder(where, mapping)
     elif not root.exists():
         raise DataError(f"there is no dataset at '{root}'")
     elif root.is_file() and root.suffix.lower() == ".tar":
-        place = root
+        where = root
         reader, ignored = open_tar(root, split, mapping)
     else:
-        packed = re.search(r"\.(tgz|tbz2?|txz|zip|rar|7z|(tar)?\.(gz|bz2|xz|zst))$", root.name, re.IGNORECASE)
-        hint = ": unpack it, or pack it as a .tar that is not compressed" if packed else ""
+        archive = re.search(r"\.(tgz|tbz2?|txz|zip|rar|7z|(tar)?\.(gz|bz2|xz|zst))$", root.name, re.IGNORECASE)
+        hint = ": unpack it, or convert it to an uncompressed .tar" if archive else ""
         raise DataError(f"'{root}' is neither a folder of class folders nor a .tar file{hint}")
-    if ignored and os.environ.get("RANK", "0") == "0":  # of a torchrun launch, one process speaks
-        message(ignored_message(place, ignored))
-    dataset = ImageDataset(str(place), reader=reader)
-    dataset.upright = not all(re.fullmatch(r"n\d{8}", label) for label in reader.class_to_idx)
-    return dataset
+    report_ignored(where, ignored)
+    return FolderDataset(
+        where, reader, upright=not all(re.fullmatch(r"n\d{8}", label) for label in reader.class_to_idx or ())
+    )
 
 
-def _open_named(name: str, root: str, split: str, class_map: dict[str, int] | None) -> Dataset:
-    """A dataset that timm knows by name; timm itself takes an unknown name for that of a folder."""
+def report_ignored(where: Path, ignored: list[str]) -> None:
+    """Print a line on stderr about ignored files, in the first process of a torchrun launch."""
+    if ignored and os.environ.get("RANK", "0") == "0":
+        message(ignored_message(where, ignored))
+
+
+def read_as_gray(dataset: MapDataset) -> None:
+    """Make a dataset read its images with one channel instead of RGB."""
+    # timm's attribute; `GuardedDataset` reads it from every dataset
+    dataset.input_img_mode = "L"  # type: ignore[attr-defined]  # torchvision's datasets do not declare it
+
+
+def _open_named(name: str, root: str, split: str, class_map: dict[str, int] | None) -> MapDataset:
+    """A dataset that timm knows by name; timm itself would take an unknown name for a folder."""
     kind, _, rest = name.partition("/")
     kind = kind.lower()
-    torch_names = f"torch/NAME of {', '.join((*_TORCH_PAIRS, *_TORCH_OTHERS))}"
+    torch_names = f"torch/NAME of {', '.join((*_TORCH_TWO_SPLITS, *_TORCH_OTHERS))}"
     if kind in _STREAMED and rest:
-        raise DataError(f"'{name}' is a stream, without a length or an order: take hfds/OWNER/NAME or {torch_names}")
+        raise DataError(
+            f"'{name}' is streamed and has no length or order: use hfds/OWNER/NAME or {torch_names} instead"
+        )
     if not rest or kind not in ("hfds", "torch") or (kind == "torch" and rest in ("folder", "image_folder")):
         raise DataError(
-            f"there is no dataset '{name}': leave --dataset out for class folders and tars (with --variant for those "
-            f"of ImageNet), or give hfds/OWNER/NAME or {torch_names}"
+            f"there is no dataset '{name}': omit --dataset for class folders and tars (with --variant for those of "
+            f"ImageNet), or give hfds/OWNER/NAME or {torch_names}"
         )
     if kind == "torch":
         rest = rest.lower()
-        if rest not in (*_TORCH_PAIRS, *_TORCH_OTHERS):
+        if rest not in (*_TORCH_TWO_SPLITS, *_TORCH_OTHERS):
             raise DataError(f"there is no dataset '{name}': give {torch_names}")
         if class_map is not None:
             raise DataError(f"a class map is for folders, tars and hfds/ datasets, which '{name}' is not")
         known = (*split_names("train"), *split_names("validation"), *split_names("test"))
-        if rest in _TORCH_PAIRS and split not in known:
+        if rest in _TORCH_TWO_SPLITS and split not in known:
             raise DataError(f"'{name}' has no split '{split}'; it has train and validation")
     elif importlib.util.find_spec("datasets") is None:
         raise DataError(f"'{name}' needs the package datasets, which is not installed: pip install datasets")
     try:
-        dataset = create_dataset(name, root=root, split=split, search_split=False, class_map=class_map or "")
-    except Exception as error:  # of torchvision, of datasets, of their readers: whatever they meet
+        dataset = create_dataset(name, root=root, split=split, search_split=False, class_map=class_map or {})
+    except Exception as error:  # any that torchvision, datasets or their readers raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot open '{name}' in '{root}': {reason}") from error
     lacking = set(getattr(getattr(dataset, "reader", None), "_source_names", {}).values()) - set(class_map or ())
     if class_map is not None and lacking:
         raise DataError(f"the class map lacks {len(lacking)} of the classes of '{name}': {some(lacking, 5)}")
-    if hasattr(dataset, "loader"):  # of torchvision's datasets of files: its own reads every format of Pillow
+    if hasattr(dataset, "loader"):  # of torchvision's datasets of files, whose own opens every format of Pillow
         dataset.loader = _load
     return dataset
 
@@ -119,8 +158,8 @@ def _load(path: str) -> Image.Image:
     return read_image(path, upright=False)
 
 
-def class_names(dataset: Dataset) -> list[str] | None:
-    """Class names by index, where the dataset knows them."""
+def class_names(dataset: MapDataset) -> list[str] | None:
+    """Class names by index; None if the dataset has none."""
     mapping = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if not mapping:
         return None
@@ -129,76 +168,84 @@ def class_names(dataset: Dataset) -> list[str] | None:
 
 
 def class_difference(here: list[str], there: list[str]) -> str:
-    """In a few words how two lists of classes differ, for messages."""
+    """In a few words, how two lists of classes differ, for messages."""
     only_here, only_there = set(here) - set(there), set(there) - set(here)
     if not only_here and not only_there:
         first = next((i for i, (a, b) in enumerate(zip(here, there)) if a != b), 0)
-        return f"the same in another order: class {first} is here '{here[first]}', there '{there[first]}'"
+        return f"the same in another order: class {first} is '{here[first]}' here, '{there[first]}' there"
     return f"only here: {some(only_here, 3)}; only there: {some(only_there, 3)}"
 
 
 @dataclass
 class Batch:
-    """What `GuardedDataset` yields, collated."""
+    """Samples of a `GuardedDataset`, collated."""
 
-    images: Tensor | None  # (n, C, H, W), None if none could be read
+    images: Tensor | None  # (n, C, H, W); None if no image could be read
     targets: Tensor  # (n,)
     failures: list[tuple[str, str]]  # file name, reason
-    places: list[int]  # which of the samples the images are
+    positions: list[int]  # of the n images among all samples of the batch
+
+    @property
+    def size(self) -> int:
+        """The number of samples, unreadable ones included."""
+        return len(self.positions) + len(self.failures)
 
     def pin_memory(self) -> "Batch":
+        """For `DataLoader(pin_memory=True)`."""
         images = None if self.images is None else self.images.pin_memory()
-        return Batch(images, self.targets.pin_memory(), self.failures, self.places)
+        return Batch(images, self.targets.pin_memory(), self.failures, self.positions)
 
 
 class EvaluationTransform:
     """timm's preprocessing: Pillow image -> normalized tensor.
 
-    An image is resized by its shorter side before its middle is cut out, so one of 1 x 65535 pixels would become one of
-    256 x 16776960.
+    timm resizes an image by its shorter side before it crops the center, so that an image of 1 x 65535 pixels would
+    become one of 256 x 16776960. Such images are rejected.
 
     Args:
         config: From `internimage.engine.create.data_config`.
     """
 
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self.transform = create_transform(**config, is_training=False)
         crops = config.get("crop_mode") in (None, "center")
         self.shorter_side = max(config["input_size"][1:]) / (config.get("crop_pct") or 0.875) if crops else 0.0
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Raises ImageError for an image that is too long and narrow to be resized."""
-        limit, size = most_pixels(), f"{image.width} x {image.height} pixels"
+        limit, size = pixel_limit(), f"{image.width} x {image.height} pixels"
         resized = self.shorter_side**2 * max(image.size) / min(image.size)
         if limit is not None and resized > max(limit, image.width * image.height):
             raise ImageError(f"{size} are too long and narrow: resized, they would become {resized:.0f}")
         try:
             return self.transform(image)
-        except ValueError as error:  # as where its shorter side is to be reduced to none
+        except ValueError as error:  # for example if the shorter side would be resized to 0
             raise ImageError(f"{size} cannot be resized: {one_line(error)}") from error
 
 
-class GuardedDataset(Dataset):
-    """A map-style dataset whose unreadable images are reported; timm's own would put the next image in their place.
+class GuardedDataset(Dataset[tuple[T | None, int, tuple[str, str] | None]], Generic[T]):
+    """A map-style dataset that reports unreadable images; timm's own would use the next image instead.
+
+    `dataset[i]` is (transformed image, class index, None), or (None, -1, (file name, reason)).
 
     Args:
         dataset: From `open_dataset`.
-        transform: Pillow image -> tensor; may raise `ImageError`.
-        upright: Turn images as their Exif data say; None does as `dataset.upright` says, and does so if it does not.
+        transform: Function of a Pillow image; may raise `ImageError`.
+        upright: Apply the Exif orientation; None takes `dataset.upright`, or True if there is no such attribute.
     """
 
-    def __init__(self, dataset: Dataset, transform, upright: bool | None = None) -> None:
+    def __init__(self, dataset: MapDataset, transform: Callable[[Image.Image], T], upright: bool | None = None) -> None:
         if isinstance(dataset, IterableDataset):
-            raise DataError("a streamed dataset has no length and no order; take one that can be indexed")
-        most_pixels()  # a value of its variable that is wrong is no matter of any image
+            raise DataError("a streamed dataset has no length and no order; use one that can be indexed")
+        pixel_limit()  # an invalid value of its environment variable must not count as an unreadable image
         self.dataset = dataset
         self.transform = transform
-        self.upright = getattr(dataset, "upright", True) if upright is None else upright
+        self.upright: bool = getattr(dataset, "upright", True) if upright is None else upright
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int, tuple[str, str] | None]:
+    def __getitem__(self, index: int) -> tuple[T | None, int, tuple[str, str] | None]:
         try:
             image, target = self._read(index)
             return self.transform(image), target, None
@@ -212,8 +259,8 @@ class GuardedDataset(Dataset):
             sample = (self.dataset if reader is None else reader)[index]
         except ImageError:
             raise
-        except Exception as error:  # of torchvision's datasets, which decode in here, and of the package datasets
-            raise ImageError(why(error)) from error
+        except Exception as error:  # any of torchvision's datasets, which decode here, or of the package datasets
+            raise ImageError(reason_of(error)) from error
         source, target = sample[:2]
         if reader is None:
             return convert_image(source, mode), int(target)
@@ -225,17 +272,17 @@ class GuardedDataset(Dataset):
         filename = getattr(self.dataset, "filename", None)
         try:
             name = filename(index, absolute=True) if filename else None
-        except Exception:  # a reader that has to read the sample for it
+        except Exception:  # of a reader that has to read the sample to find its name
             name = None
         return f"sample {index}" if name is None else str(name)
 
-    @staticmethod
-    def collate(samples: list) -> Batch:
-        """For `DataLoader(collate_fn=...)`."""
-        good = [(image, target) for image, target, failure in samples if failure is None]
-        return Batch(
-            torch.stack([image for image, _ in good]) if good else None,
-            torch.tensor([target for _, target in good], dtype=torch.long),
-            [failure for _, _, failure in samples if failure is not None],
-            [i for i, (_, _, failure) in enumerate(samples) if failure is None],
-        )
+
+def collate(samples: list[tuple[Tensor | None, int, tuple[str, str] | None]]) -> Batch:
+    """Collate samples of a `GuardedDataset`, for `DataLoader(collate_fn=...)`."""
+    images = [image for image, _, _ in samples if image is not None]
+    return Batch(
+        torch.stack(images) if images else None,
+        torch.tensor([target for image, target, _ in samples if image is not None], dtype=torch.long),
+        [failure for _, _, failure in samples if failure is not None],
+        [i for i, (image, _, _) in enumerate(samples) if image is not None],
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether images are still the same ones: a digest of each class's file names and sizes, without reading the files."""
+"""Fingerprint of a dataset: digests of the file names and sizes of each class, without reading the files."""
 
 import hashlib
 import os
@@ -10,29 +10,28 @@ from concurrent.futures import ThreadPoolExecutor
 from tarfile import TarInfo
 from typing import Any
 
-from torch.utils.data import Dataset
-
+from .datasets import MapDataset
 from .image_tars import Member
 
-_CHUNK = 1000
+_CHUNK = 1000  # files
 
 
-def fingerprint(dataset: Dataset) -> list[str] | None:
-    """A digest for each class, by its index; "" for one without images.
+def fingerprint(dataset: MapDataset) -> list[str] | None:
+    """A digest for each class, by index; "" for a class without images.
 
-    Names count relative to the dataset's root, so it may be moved, and without times, so it may be copied. A file
-    of a local disk takes 2 us, those of ImageNet-1k 3 s; where the first ones show a slow file system, 16 threads ask
-    it at once.
+    Names are relative to the dataset's root, so that it may be moved, and times are not included, so that it may be
+    copied. A file on a local disk takes 2 us, ImageNet-1k 3 s. If the first files show that the file system is slow,
+    16 threads query it at once.
 
     Args:
         dataset: From `open_dataset`.
 
     Returns:
-        None where the dataset has no list of files.
+        None if the dataset has no list of files.
     """
     reader = getattr(dataset, "reader", None)
     samples, targets = getattr(reader, "samples", None), getattr(reader, "targets", None)
-    digests = defaultdict(lambda: hashlib.blake2b(digest_size=8))
+    digests: defaultdict[int, hashlib.blake2b] = defaultdict(lambda: hashlib.blake2b(digest_size=8))
     try:
         if samples is None or not len(samples):
             return None
@@ -40,25 +39,19 @@ def fingerprint(dataset: Dataset) -> list[str] | None:
         targets = targets if targets is not None else [sample[1] for sample in samples]
         for target, line in zip(targets, _lines(entries, str(getattr(reader, "root", "")))):
             digests[int(target)].update(line.encode(errors="surrogateescape"))
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-    ):  # samples of a kind that is not known here
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):  # samples of an unknown kind
         return None
     return [digests[i].hexdigest() if i in digests else "" for i in range(max(digests) + 1)]
 
 
 def _lines(entries: list[Any], root: str) -> Iterator[str]:
-    """Name and size of each entry of a reader's list."""
+    """A line with name and size for each entry of a reader's list of samples."""
     if all(isinstance(entry, str) for entry in entries):
         for path, size in zip(entries, _sizes(entries)):
             name = path[len(root) :] if path.startswith(root) else path
             yield f"{name.replace(os.sep, '/').lstrip('/')}\0{size}\n"
         return
-    for entry in entries:  # in tar files, read by us or by timm
+    for entry in entries:  # in tar files, listed by `image_tars` or by timm
         if isinstance(entry, Member):
             yield f"{entry.name}\0{entry.size}\n"
             continue
@@ -69,12 +62,12 @@ def _lines(entries: list[Any], root: str) -> Iterator[str]:
 
 
 def _sizes(paths: list[str]) -> Iterable[int]:
-    """Sizes of files in their order; -1 for one that cannot be asked."""
+    """Sizes of files, in order; -1 if a file's size cannot be determined."""
     start = time.perf_counter()
     first = _some_sizes(paths[:_CHUNK])
-    if time.perf_counter() - start < 0.05:  # 50 us a file, ten times what a cache takes
+    if time.perf_counter() - start < 0.05:  # 50 us per file, ten times what a cached entry takes
         return first + _some_sizes(paths[_CHUNK:])
-    with ThreadPoolExecutor(16) as pool:  # a file server answers late, but many at a time
+    with ThreadPoolExecutor(16) as pool:  # a file server has high latency, but answers many requests at once
         rest = pool.map(_some_sizes, [paths[i : i + _CHUNK] for i in range(_CHUNK, len(paths), _CHUNK)])
         return first + [size for sizes in rest for size in sizes]
 

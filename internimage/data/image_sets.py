@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Folders of images in class folders, read as timm reads them and with nothing left out in silence."""
+"""Folders of class folders, read in timm's order; problems are errors, and ignored files are reported."""
 
 import io
 import os
@@ -7,17 +7,16 @@ import pickle
 import pickletools
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from timm.data.readers.reader import Reader
 
 from ..errors import one_line, some
-from .images import USUAL_ENDINGS, DataError, ImageError, list_images, open_regular, why
+from .images import COMMON_EXTENSIONS, DataError, ImageError, list_images, open_regular, reason_of
 
-_MOST_BYTES, _MOST_LINES = 1 << 27, 4_000_000  # of class maps and labels; ImageNet-1k's training images have 42 MB
-_INSTRUCTIONS = frozenset(  # of pickles of a dict of text and whole numbers
+_MOST_BYTES, _MOST_LINES = 1 << 27, 4_000_000  # of class maps and labels; ImageNet-1k's training list has 42 MB
+_OPCODES = frozenset(  # of pickles of a dict of strings and integers
     "PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 STRING "
     "SHORT_BINSTRING BINSTRING INT BININT BININT1 BININT2 LONG LONG1 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET "
     "LONG_BINGET".split()
@@ -32,7 +31,7 @@ ALL_SPLIT_NAMES = frozenset(name for names in _SPLIT_NAMES.values() for name in 
 
 
 def split_names(split: str) -> list[str]:
-    """The words for a split, the given one first."""
+    """The synonyms of a split's name, the given one first."""
     names = next((names for names in _SPLIT_NAMES.values() if split in names), ())
     return [split, *(name for name in names if name != split)] if split else []
 
@@ -49,16 +48,16 @@ def _folders(root: Path) -> list[str]:
 
 
 def find_split(root: str | Path, split: str) -> Path:
-    """The folder of a split below `root` (`val` also finds `validation` and the like), or `root` if it has none.
+    """The folder of a split below `root` (`val` also finds `validation` and the like), or `root` if it has no splits.
 
-    Among classes a folder may be called `train` and show trains: it is no split if it stands beside folders of other
-    names and none that is called like a split has folders in it.
+    A class may be called `train` and show trains: such a folder is not a split if there are folders of other names
+    beside it and no folder with the name of a split contains folders.
 
     Raises:
         DataError: `root` is empty, or is a folder that cannot be listed.
     """
     if str(root) == "":
-        raise DataError("the name of the data's folder is empty")
+        raise DataError("the name of the data folder is empty")
     root = Path(root)
     if not root.is_dir():
         return root
@@ -75,10 +74,10 @@ def _splits(root: Path, inside: list[str]) -> list[str]:
 
 
 def choose_folder(root: str | Path, split: str) -> Path:
-    """The folder of class folders for a split: `root` itself where it has no splits.
+    """The folder of class folders of a split: `root` itself if it has no splits.
 
     Raises:
-        DataError: It has splits and not this one. Taken for class folders they would be merged.
+        DataError: It has splits, but not this one. Taken for class folders, they would be merged.
     """
     folder = find_split(root, split)
     if folder != Path(root):
@@ -89,7 +88,7 @@ def choose_folder(root: str | Path, split: str) -> Path:
     if splits:
         raise DataError(f"'{root}' has no split '{split}'; it has {some(splits)}")
     if split and split not in ALL_SPLIT_NAMES:
-        raise DataError(f"'{root}' has no split '{split}': there is no folder of that name in it, nor other splits")
+        raise DataError(f"'{root}' has no split '{split}': it has no folder of that name, and no other splits")
     return folder
 
 
@@ -97,14 +96,14 @@ def choose_folder(root: str | Path, split: str) -> Path:
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
-    """The lines of a text file that a user gave, without white space around them.
+    """The lines of a text file given by the user, stripped of surrounding white space.
 
     Args:
         path: The file.
-        what: What it is, for messages: "class map".
+        what: What it is, for messages, such as "class map".
 
     Raises:
-        DataError: It is not there, not a regular file, not UTF-8 text, or has more than 128 MiB or 4 million lines.
+        DataError: It does not exist, is not a regular file or UTF-8 text, or exceeds 128 MiB or 4 million lines.
     """
     lines = []
     try:
@@ -112,94 +111,102 @@ def read_lines(path: str | Path, what: str) -> list[str]:
             for line in file:
                 lines.append(line.strip())
                 if len(lines) > _MOST_LINES:
-                    raise DataError(f"'{path}' has more than {_MOST_LINES} lines, so it is no {what}")
+                    raise DataError(f"'{path}' has more than {_MOST_LINES} lines, so it is not a {what}")
     except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}), so it is no {what}") from error
+        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}), so it is not a {what}") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
     return lines
 
 
 def open_list(path: str | Path, what: str) -> BinaryIO:
-    """Open a file that is to be read into memory.
+    """Open a file that will be read into memory as a whole.
 
     Args:
         path, what: As in `read_lines`.
 
     Raises:
-        DataError: It is not there, not a regular file, or has more than 128 MiB.
+        DataError: It does not exist, is not a regular file, or exceeds 128 MiB.
     """
     if not Path(path).exists():
         raise DataError(f"there is no {what} at '{path}'")
     try:
         file = open_regular(path)
     except ImageError as error:
-        raise DataError(f"'{path}' is {error}, so it is no {what}") from error
+        raise DataError(f"'{path}' is {error}, so it is not a {what}") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
     if os.fstat(file.fileno()).st_size > _MOST_BYTES:
         file.close()
-        raise DataError(f"'{path}' has more than {_MOST_BYTES >> 20} MiB, so it is no {what}")
+        raise DataError(f"'{path}' has more than {_MOST_BYTES >> 20} MiB, so it is not a {what}")
     return file
 
 
-def _unpickle(path: str | Path) -> dict[str, int]:
-    """A pickled dict of class names. Only instructions are followed that make one: none of these calls anything."""
+def _unpickle(path: str | Path) -> dict[Any, Any]:
+    """A pickled dict of class names. Only the opcodes that build one are allowed, and none of these calls anything."""
     with open_list(path, "class map") as file:
         data = file.read()
     try:
-        odd = next(
+        unexpected = next(
             (
                 code.name
                 for code, argument, _ in pickletools.genops(data)
-                if code.name not in _INSTRUCTIONS
-                or (code.name.endswith("PUT") and argument > len(data))  # room would be made up to there
+                if code.name not in _OPCODES
+                # the memo is allocated up to the index
+                or (code.name.endswith("PUT") and isinstance(argument, int) and argument > len(data))
             ),
             None,
         )
-        mapping = None if odd else pickle.loads(data)
+        mapping = None if unexpected else pickle.loads(data)
     except (ValueError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"'{path}' is not a pickled class map: {one_line(error)}") from error
-    if odd:
-        raise DataError(f"'{path}' is not a pickled class map: it has the instruction {odd}")
+    if unexpected:
+        raise DataError(f"'{path}' is not a pickled class map: it has the opcode {unexpected}")
     if not isinstance(mapping, dict) or not all(isinstance(name, str | int) for name in mapping):
         raise DataError(f"'{path}' is not a pickled class map, which is a dict of class names and their indices")
     return mapping
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
-    """Class name -> index from a file with a name a line, or from a pickled dict (`.pkl`) as timm takes them.
+    """Class name -> index, from a file with one name per line, or from a pickled dict (`.pkl`) such as timm reads.
 
     Raises:
-        DataError: It cannot be read, is empty, or has empty lines or a name twice.
+        DataError: It cannot be read, is empty, or has empty lines or a duplicate name.
     """
     if Path(path).suffix.lower() == ".pkl" and Path(path).is_file():
         mapping = _unpickle(path)
-        odd = [name for name, index in mapping.items() if type(index) is not int or not 0 <= index < _MOST_LINES]
-        if odd or not mapping:
+        invalid = [name for name, index in mapping.items() if type(index) is not int or not 0 <= index < _MOST_LINES]
+        if invalid or not mapping:
             raise DataError(
                 f"the class map '{path}' has no index from 0 to {_MOST_LINES - 1} for "
-                f"{some(odd) if mapping else 'any class'}"
+                f"{some(invalid) if mapping else 'any class'}"
             )
         return mapping
     names = read_lines(path, "class map")
     while names and not names[-1]:
         names.pop()
     if not names:
-        raise DataError(f"the class map '{path}' is empty; it needs a class a line, in the model's order")
+        raise DataError(f"the class map '{path}' is empty; it needs one class per line, in the model's order")
     if "" in names:
-        raise DataError(f"line {names.index('') + 1} of the class map '{path}' is empty, which shifts all that follow")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"the class map '{path}' names a class twice: {some(twice, 5)}")
+        line = names.index("") + 1
+        raise DataError(f"line {line} of the class map '{path}' is empty, which would shift the classes after it")
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise DataError(f"the class map '{path}' names a class twice: {some(duplicates, 5)}")
     return {name: index for index, name in enumerate(names)}
 
 
 # ---- readers
 
 
-class ListedImages(Reader):
-    """timm's reader interface over (file, index) pairs below a root."""
+class FileReader(Reader):
+    """timm's reader interface over a list of files.
+
+    Args:
+        root: The folder of the images.
+        samples: (path, class index) pairs.
+        class_to_idx: Class name -> index; None if the classes have no names.
+    """
 
     def __init__(self, root: Path, samples: list[tuple[str, int]], class_to_idx: dict[str, int] | None) -> None:
         super().__init__()
@@ -212,8 +219,8 @@ class ListedImages(Reader):
         path, target = self.samples[index]
         try:
             return open_regular(path), target
-        except OSError as error:  # it is gone, or not to be read by us
-            raise ImageError(why(error)) from error
+        except OSError as error:  # it was deleted, or may not be read
+            raise ImageError(reason_of(error)) from error
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = str(self.samples[index][0])
@@ -223,79 +230,105 @@ class ListedImages(Reader):
 # ---- classes
 
 
-def natural(name: str) -> list[int | str]:
-    """timm's order, 2 before 10. To be given sorted names: it has 1 and 01 for equal and leaves them as they are."""
+def natural_key(name: str) -> list[int | str]:
+    """Sort key of timm's natural order, 2 before 10. Sort by name first: 1 and 01 have the same key."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def index_classes(
-    where: Path, classes: Iterable[str], labels: list[str], class_map: dict[str, int] | None
+def index_images(
+    where: Path, images: list[str], ignored: list[str], classes: list[str], class_map: dict[str, int] | None
+) -> tuple[list[int], dict[str, int]]:
+    """Check a listing of class folders and number its classes.
+
+    Args:
+        where: The folder or tar, for messages.
+        images, ignored: Names of the image files and of others, relative to `where`.
+        classes: Names of the class folders.
+        class_map: Class name -> index; None numbers the classes in natural order.
+
+    Returns:
+        The class index of each image, and class name -> index.
+
+    Raises:
+        DataError: A class has no image, images are beside or below the class folders, or the class map lacks a class.
+    """
+    _check_empty(where, images, ignored, classes)
+    _check_depth(where, images, classes)
+    labels = [name.split("/", 1)[0] for name in images]
+    class_to_idx = _index_classes(where, classes, labels, class_map)
+    return [class_to_idx[label] for label in labels], class_to_idx
+
+
+def _index_classes(
+    where: Path, classes: list[str], labels: list[str], class_map: dict[str, int] | None
 ) -> dict[str, int]:
-    """Class name -> index, checked against what is there."""
     if class_map is None:
-        return {name: index for index, name in enumerate(sorted(sorted(classes), key=natural))}
+        return {name: index for index, name in enumerate(sorted(sorted(classes), key=natural_key))}
     lacking = {name for name in classes if name not in class_map}
     if lacking:
         images = sum(label in lacking for label in labels)
         raise DataError(
-            f"the class map lacks {len(lacking)} of the {len(set(classes))} classes of '{where}', with {images} images "
-            f"({some(lacking, 5)}): add them, or take their folders out"
+            f"the class map lacks {len(lacking)} of the {len(classes)} classes of '{where}', with {images} images "
+            f"({some(lacking, 5)}): add them to the map, or remove their folders"
         )
     return class_map
 
 
 def no_class_folders(where: Path, files: list[str]) -> DataError:
+    """The error for a folder or tar without class folders.
+
+    Args:
+        where: The folder or tar.
+        files: Names of the files that it contains instead.
+    """
     there = f"{len(files)} files ({', '.join(sorted(files)[:3])}, ...)" if files else "nothing"
     tars = sum(name.lower().endswith(".tar") for name in files)
-    hint = ". A tar is given by its own name" if tars else ""
+    hint = ". Name a tar file itself, not its folder" if tars else ""
     return DataError(f"'{where}' has no class folders: expected {where}/CLASS/IMAGE, found {there}{hint}")
 
 
-def check_depth(where: Path, images: list[str], classes: list[str]) -> None:
-    """Every image stands in a class folder, and in no folder below it."""
+def _check_depth(where: Path, images: list[str], classes: list[str]) -> None:
+    """Check that every image is directly in a class folder."""
     deep = {PurePosixPath(name).parent.name for name in images if name.count("/") > 1}
     if deep:
         raise DataError(
             f"'{where}' has images in folders below its class folders, and these would become classes of their own "
-            f"({some(deep, 3)}, beside {some(classes, 3)}): give the folder that holds the class folders, and keep the "
-            f"images of a class in one folder"
+            f"({some(deep, 3)}, beside {some(classes, 3)}): give the folder that contains the class folders, and keep "
+            f"the images of a class in one folder"
         )
     beside = [name for name in images if "/" not in name]
     if beside:
         raise DataError(f"'{where}' has images beside its class folders, which have no class: {some(beside, 3)}")
 
 
-def check_empty(where: Path, images: list[str], ignored: list[str], classes: list[str]) -> None:
-    """An empty class would be left out in silence and shift the indices of all that follow."""
+def _check_empty(where: Path, images: list[str], ignored: list[str], classes: list[str]) -> None:
+    """Check that every class has images: dropping an empty class would shift the indices of the classes after it."""
     full = {name.split("/", 1)[0] for name in images}
     for name in classes:
         if name not in full:
             others = [file.split("/", 1)[1] for file in ignored if file.startswith(f"{name}/")]
             found = f"only {some(others, 3)}" if others else "it is empty"
             raise DataError(
-                f"class folder '{where}/{name}' holds no image ({found}); images end in {USUAL_ENDINGS}. Add some or "
-                f"remove the folder"
+                f"the class folder '{where}/{name}' contains no image ({found}); image files end in "
+                f"{COMMON_EXTENSIONS}. Add some or remove the folder"
             )
 
 
-def open_folder(folder: Path, class_map: dict[str, int] | None = None) -> tuple[ListedImages, list[str]]:
-    """A folder of class folders, looked over before anything is computed.
+def open_folder(folder: Path, class_map: dict[str, int] | None = None) -> tuple[FileReader, list[str]]:
+    """Open a folder of class folders, with all checks.
 
     Returns:
-        The reader, in timm's order; and the files in class folders that are no images, to be told.
+        The reader, in timm's order; and the files in class folders that are not images, to be reported.
 
     Raises:
-        DataError: There are no class folders; one holds no image; images stand beside or below them; the class map
+        DataError: There are no class folders; one contains no image; images are beside or below them; the class map
             lacks a class; a folder cannot be listed.
     """
     listing = list_images(folder)
     classes = [name for name in listing.folders if "/" not in name]
     if not classes:
         raise no_class_folders(folder, listing.images + listing.ignored)
-    check_empty(folder, listing.images, listing.ignored, classes)
-    check_depth(folder, listing.images, classes)
-    labels = [name.split("/", 1)[0] for name in listing.images]
-    class_to_idx = index_classes(folder, classes, labels, class_map)
-    samples = [(os.path.join(folder, name), class_to_idx[label]) for name, label in zip(listing.images, labels)]
-    samples.sort(key=lambda sample: natural(sample[0]))
-    return ListedImages(folder, samples, class_to_idx), [name for name in listing.ignored if "/" in name.rstrip("/")]
+    targets, class_to_idx = index_images(folder, listing.images, listing.ignored, classes, class_map)
+    samples = [(os.path.join(folder, name), target) for name, target in zip(listing.images, targets)]
+    samples.sort(key=lambda sample: natural_key(sample[0]))
+    return FileReader(folder, samples, class_to_idx), [name for name in listing.ignored if "/" in name.rstrip("/")]

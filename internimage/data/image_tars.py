@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Tars of images in class folders, under the rules of folders.
+"""Tar files of class folders, with the same rules as folders.
 
-A tar has no table of contents: a header that is lost takes all that follow it along. So a tar is read whole or refused.
+A tar has no index: if a header is lost, so are all members after it. So a damaged tar is rejected as a whole.
 """
 
 import io
@@ -9,36 +9,45 @@ import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 from timm.data.readers.reader import Reader
 
 from ..errors import some
-from .image_sets import ALL_SPLIT_NAMES, check_depth, check_empty, index_classes, natural, no_class_folders, split_names
-from .images import USUAL_ENDINGS, DataError, ImageError, endings, is_clutter, is_image_name, open_regular, why
+from .image_sets import ALL_SPLIT_NAMES, index_images, natural_key, no_class_folders, split_names
+from .images import (
+    COMMON_EXTENSIONS,
+    DataError,
+    ImageError,
+    image_extensions,
+    is_image_name,
+    is_system_file,
+    open_regular,
+    reason_of,
+)
 
 _BLOCK = tarfile.BLOCKSIZE
-_END = 2 * _BLOCK  # zeros, which stand behind the last member
-# tar fills its last record with zeros. GNU tar and Python write records of 10 KiB, and tar -b makes larger ones.
+_END = 2 * _BLOCK  # of zeros, which follow the last member
+# sizes of a record, the last of which is padded with zeros: GNU tar and Python write 10 KiB, tar -b larger ones
 _RECORDS = (tarfile.RECORDSIZE, *(_BLOCK << power for power in range(5, 12)))
-_LONGEST_HEADER = 1 << 20  # bytes, of a member, with its long name and its extended headers
-_DEEPEST = 8  # tars in tars
+_LARGEST_HEADER = 1 << 20  # bytes, of a member, with its long name and its extended headers
+_MOST_NESTED = 8  # tars in tars
 
 
 @dataclass(frozen=True)
 class Member:
     """An image in a tar."""
 
-    name: str  # with / between its parts; a tar in the tar is a folder
+    name: str  # with / as the separator; a nested tar counts as a folder
     offset: int  # in the outermost file, bytes
-    size: int
+    size: int  # bytes
 
 
-class TarImages(Reader):
-    """timm's reader interface over places in a tar.
+class TarReader(Reader):
+    """timm's reader interface over the members of a tar.
 
-    timm's own keeps the file open, and loader workers that were forked from a process that has read from it share one
-    position in it.
+    timm's own reader keeps the file open, so loader workers forked from a process that has read from it would share one
+    file position.
     """
 
     def __init__(self, path: Path, samples: list[tuple[Member, int]], class_to_idx: dict[str, int]) -> None:
@@ -55,9 +64,9 @@ class TarImages(Reader):
                 file.seek(member.offset)
                 data = file.read(member.size)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
         if len(data) < member.size:
-            raise ImageError("the tar has become shorter")
+            raise ImageError("the tar has been truncated")
         return io.BytesIO(data), target
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -65,31 +74,32 @@ class TarImages(Reader):
         return name.rsplit("/", 1)[-1] if basename else name
 
 
-class _Part:
-    """A part of an open file as tarfile reads it, which believes the sizes that stand in headers.
+class _TarSlice:
+    """A read-only view of a byte range of a file, for tarfile, which trusts the sizes in headers.
 
-    It would go back and forth without end between members of negative size, read on behind the end of the file in
-    search of a line's end, and read a name of any length into memory.
+    Without the limits here, it would loop between members of negative size, search for the end of a line beyond the end
+    of the file, and read a name of any length into memory.
     """
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self.file, self.start, self.size = file, start, size
-        self._position, self._left = 0, _LONGEST_HEADER
+        self._position, self._left = 0, _LARGEST_HEADER  # _left: bytes that may be read before the next seek
 
     def tell(self) -> int:
         return self._position
 
     def seek(self, position: int) -> int:
-        """tarfile does this once for each member."""
+        """Go to a position; tarfile does so once per member."""
         if not 0 <= position <= self.size:
             raise tarfile.ReadError("unexpected end of data")
-        self._position, self._left = position, _LONGEST_HEADER
+        self._position, self._left = position, _LARGEST_HEADER
         return position
 
     def read(self, size: int) -> bytes:
+        """Read up to `size` bytes; tarfile.ReadError if a header is too large."""
         self._left -= size
         if size < 0 or self._left < 0:
-            raise tarfile.ReadError(f"a header has more than {_LONGEST_HEADER} bytes")
+            raise tarfile.ReadError(f"a header has more than {_LARGEST_HEADER} bytes")
         self.file.seek(self.start + self._position)
         data = self.file.read(min(size, self.size - self._position))
         self._position += len(data)
@@ -103,72 +113,82 @@ class _Contents:
     folders: set[str] = field(default_factory=set)
 
 
-def _scan_tar(part: _Part, inside: tuple[str, ...], known: frozenset[str], contents: _Contents, depth: int = 1) -> None:
-    """The members of a tar in `contents`, by its headers alone.
+def _scan_tar(
+    part: _TarSlice, inside: tuple[str, ...], extensions: frozenset[str], contents: _Contents, depth: int = 1
+) -> None:
+    """Add the members of a tar to `contents`; reads only its headers.
+
+    Args:
+        part: The tar.
+        inside: Folders that the tar itself is in, if it is nested.
+        extensions: From `image_extensions`.
+        contents: To add to.
+        depth: Nesting level, from 1.
 
     Raises:
         tarfile.TarError: It is damaged.
     """
-    if depth > _DEEPEST:
-        raise tarfile.ReadError(f"more than {_DEEPEST} tars in each other")
-    with tarfile.open(fileobj=part, mode="r:") as archive:
+    if depth > _MOST_NESTED:
+        raise tarfile.ReadError(f"more than {_MOST_NESTED} nested tars")
+    # in this mode tarfile calls read, seek and tell alone
+    with tarfile.open(fileobj=cast(IO[bytes], part), mode="r:") as archive:
         end = 0
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile keeps them all
+            archive.members.clear()  # type: ignore[attr-defined]  # typeshed has no such list; it would keep them all
             if member.size < 0 or archive.offset <= end:
                 raise tarfile.ReadError("a header has a negative size")
             if _is_plain(member) and member.offset_data + member.size > archive.offset:
                 raise tarfile.ReadError("the sizes in a header and its extended header differ")
             end = archive.offset
-            _take(part, member, inside, known, contents, depth)
+            _add_member(part, member, inside, extensions, contents, depth)
         end = archive.offset
     _check_end(part, end)
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
-    """Whether a member is a file whose bytes stand in the tar as they are."""
+    """Whether a member is a file that is stored contiguously."""
     return member.isfile() and not member.issparse()
 
 
-def _take(
-    part: _Part,
+def _add_member(
+    part: _TarSlice,
     member: tarfile.TarInfo,
     inside: tuple[str, ...],
-    known: frozenset[str],
+    extensions: frozenset[str],
     contents: _Contents,
     depth: int,
 ) -> None:
-    """A member in `contents`; a tar's own members are."""
+    """Add a member to `contents`; of a nested tar, its members."""
     parts = [name for name in member.name.split("/") if name not in ("", ".")]
     if inside and len(parts) > 1 and parts[0] == inside[-1]:
         parts = parts[1:]  # cat.tar with cat/1.jpg in it
     name, path = "/".join((*inside, *parts)), (*inside, *parts)
     if ".." in parts:
-        contents.ignored.append(f"{name} (outside of the tar)")
+        contents.ignored.append(f"{name} (outside the tar)")
         return
     if not parts or any(above.startswith(".") for above in path[:-1]):
         return
     start, plain = part.start + member.offset_data, _is_plain(member)
     if member.isdir():
         contents.folders.add(name)
-    elif plain and is_image_name(parts[-1], known):
-        if name in contents.images:  # as when a tar that was appended to is unpacked, the later one counts
+    elif plain and is_image_name(parts[-1], extensions):
+        if name in contents.images:  # the later one counts, as when a tar that was appended to is unpacked
             contents.ignored.append(f"{name} (replaced by a later one)")
         contents.images[name] = Member(name, start, member.size)
     elif plain and parts[-1].lower().endswith(".tar"):
         stem = (*path[:-1], parts[-1][:-4])
         contents.folders.add("/".join(stem))
-        _scan_tar(_Part(part.file, start, member.size), stem, known, contents, depth + 1)
-    elif not is_clutter(parts[-1]):
+        _scan_tar(_TarSlice(part.file, start, member.size), stem, extensions, contents, depth + 1)
+    elif not is_system_file(parts[-1]):
         kind = "" if plain else " (sparse)" if member.isfile() else " (not a regular file)"
         contents.ignored.append(f"{name}{kind}")
 
 
-def _check_end(part: _Part, end: int) -> None:
-    """tarfile takes a damaged header behind the first one for the end, and a block of zeros, too.
+def _check_end(part: _TarSlice, end: int) -> None:
+    """Check that the tar ends at `end`: tarfile also takes a damaged header, or one block of zeros, for the end.
 
     Raises:
-        tarfile.ReadError: At `end` there is not what tar writes behind the last member, up to the end of the file.
+        tarfile.ReadError: What is there is not what tar writes after the last member.
     """
     rest = part.size - end
     part.seek(end)
@@ -180,37 +200,37 @@ def _check_end(part: _Part, end: int) -> None:
     part.file.seek(part.start + end)
     if any(part.file.read(min(rest, _END + max(_RECORDS)))):
         raise tarfile.ReadError(
-            "more follows behind its end: a header is lost, or tars were joined, which can be unpacked"
+            "there is more data after its end: a header is lost, or tars were concatenated, which can be unpacked"
         )
     full = (part.size % record == 0 and rest - _END < record for record in _RECORDS)
     if rest != _END and not any(full):
         raise tarfile.ReadError(f"it ends in {rest} bytes of zeros, more than tar writes: its last part is lost")
 
 
-def open_tar(path: Path, split: str = "", class_map: dict[str, int] | None = None) -> tuple[TarImages, list[str]]:
-    """A tar of class folders, with or without a folder above them, or of a tar for each class.
+def open_tar(path: Path, split: str = "", class_map: dict[str, int] | None = None) -> tuple[TarReader, list[str]]:
+    """Open a tar of class folders, with or without a folder above them, or a tar of one tar per class.
 
     Args:
-        path: The file; is not compressed.
-        split: Of a tar with splits, this one's class folders.
+        path: The file, uncompressed.
+        split: Which split to open, of a tar with splits.
         class_map: Class name -> index.
 
     Returns:
         As `open_folder`.
 
     Raises:
-        DataError: It is damaged, has no images in class folders or not this split, or as `open_folder`.
+        DataError: It is damaged, has no images in class folders or not this split; and as `open_folder`.
     """
     contents = _Contents()
     try:
         with open_regular(path) as file:
-            _scan_tar(_Part(file, 0, os.fstat(file.fileno()).st_size), (), endings(), contents)
+            _scan_tar(_TarSlice(file, 0, os.fstat(file.fileno()).st_size), (), image_extensions(), contents)
     except (tarfile.TarError, ValueError, IndexError, RecursionError) as error:
-        # beside its own errors, tarfile lets those of numbers, of lists that are cut off and of chains of headers pass
+        # besides its own errors, tarfile raises those of malformed numbers, truncated lists and chains of headers
         raise DataError(f"'{path}' cannot be read as an uncompressed tar: {error}") from error
     if not contents.images:
-        raise DataError(f"'{path}' holds no image; images end in {USUAL_ENDINGS}")
-    above = _choose_above(path, list(contents.images), split)
+        raise DataError(f"'{path}' contains no image; image files end in {COMMON_EXTENSIONS}")
+    above = _prefix_of_classes(path, list(contents.images), split)
     start = len(above)
     images = {name[start:]: member for name, member in contents.images.items() if name.startswith(above)}
     ignored = [name[start:] for name in contents.ignored if name.startswith(above)]
@@ -219,17 +239,14 @@ def open_tar(path: Path, split: str = "", class_map: dict[str, int] | None = Non
     where = path / above.rstrip("/")
     if not classes:
         raise no_class_folders(where, list(images))
-    check_empty(where, list(images), ignored, classes)
-    check_depth(where, list(images), classes)
-    labels = [name.split("/", 1)[0] for name in images]
-    class_to_idx = index_classes(where, classes, labels, class_map)
-    samples = [(member, class_to_idx[label]) for member, label in zip(images.values(), labels)]
-    samples.sort(key=lambda sample: natural(sample[0].name))
-    return TarImages(path, samples, class_to_idx), [name for name in ignored if "/" in name]
+    targets, class_to_idx = index_images(where, list(images), ignored, classes, class_map)
+    samples = list(zip(images.values(), targets))
+    samples.sort(key=lambda sample: natural_key(sample[0].name))
+    return TarReader(path, samples, class_to_idx), [name for name in ignored if "/" in name]
 
 
-def _choose_above(path: Path, images: list[str], split: str) -> str:
-    """What stands before the class folders in the names of a tar, up to a /."""
+def _prefix_of_classes(path: Path, images: list[str], split: str) -> str:
+    """What precedes the class folders in the names of a tar's members: empty, or ends in /."""
     above = {name.rsplit("/", 2)[0] if name.count("/") > 1 else "" for name in images}
     splits = {place for place in above if place.rsplit("/", 1)[-1] in (*ALL_SPLIT_NAMES, *split_names(split))}
     for name in split_names(split):
@@ -240,7 +257,7 @@ def _choose_above(path: Path, images: list[str], split: str) -> str:
         there = {place.rsplit("/", 1)[-1] for place in splits}
         raise DataError(f"'{path}' has no split '{split}'; it has {some(there)}")
     if split and split not in ALL_SPLIT_NAMES:
-        raise DataError(f"'{path}' has no split '{split}', nor others")
+        raise DataError(f"'{path}' has no split '{split}', and no other splits")
     if len(above) == 1:
         (place,) = above
         return place + "/" if place else ""

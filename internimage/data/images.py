@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Images as files: which files are images, and how one is read. Training, evaluation and prediction all come here."""
+"""Image files: which files count as images, and how one is decoded, in training, evaluation and prediction alike."""
 
 import os
 import stat
@@ -14,21 +14,21 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from ..errors import UserError, one_line, some
 from ..values import BadValue, Whole, shown
 
-# Pillow recognizes a file by its content, whatever its name. Of its formats those are read that hold pixels and that it
-# decodes itself: EPS under any name would start Ghostscript, WMF calls Windows, PDF and films need other programs, FPX
+# Pillow recognizes a file by its content, whatever its name. Allowed are only formats that hold pixels and that Pillow
+# decodes itself: EPS under any name would start Ghostscript, WMF calls Windows, PDF and video need other programs, FPX
 # and MIC are containers of other files, and BUFR, GRIB and HDF5 are stubs for whatever a program has registered.
 _FORMATS = (
     "AVIF", "BLP", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD",
     "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM",
-    "HEIF", "JXL",  # of the plugins pillow_heif and pillow-jxl-plugin, where a program has registered them
+    "HEIF", "JXL",  # if a program has registered the plugins pillow_heif and pillow-jxl-plugin
 )  # fmt: skip
-USUAL_ENDINGS = ".jpg, .jpeg, .png, .webp, .avif, .gif, .bmp, .tiff and others that Pillow reads"
+COMMON_EXTENSIONS = ".jpg, .jpeg, .png, .webp, .avif, .gif, .bmp, .tiff and others that Pillow reads"
 
-MAX_PIXELS = "INTERNIMAGE_MAX_PIXELS"  # environment variable, which loader workers inherit
+MAX_PIXELS = "INTERNIMAGE_MAX_PIXELS"  # an environment variable, so that loader workers inherit it
 
-_LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
-_TURNS = {  # Exif orientation -> what sets the image upright
+_TRANSPOSES = {  # Exif orientation -> the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,84 +40,85 @@ _TURNS = {  # Exif orientation -> what sets the image upright
 
 
 class DataError(UserError, ValueError):
-    """A dataset that cannot be used as it is; the message says what is there and what should be."""
+    """A dataset that cannot be used; the message says what was found and what was expected."""
 
 
 class ImageError(DataError):
-    """An image that cannot be read; the message is the reason alone, without the name of the file."""
+    """An image that cannot be read; the message is the reason, without the file's name."""
 
 
 def formats() -> list[str]:
-    """Pillow's names of the formats that are read, as far as this Pillow has them."""
+    """Pillow's names of the formats that can be read, as far as this Pillow supports them."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def endings() -> frozenset[str]:
-    """Endings of file names, in lower case and with their dot, that make a file in a folder an image."""
-    taken = set(formats())
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in taken)
+def image_extensions() -> frozenset[str]:
+    """The file extensions, lower case and with the dot, by which a file in a folder counts as an image."""
+    supported = set(formats())
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in supported)
 
 
-def is_clutter(name: str) -> bool:
-    """Whether a file is one that systems leave behind and that nobody misses: hidden, Thumbs.db and the like."""
-    return name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS
+def is_system_file(name: str) -> bool:
+    """Whether a file is hidden or left by an operating system (Thumbs.db and the like), and ignored silently."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
 
 
-def is_image_name(name: str, known: frozenset[str]) -> bool:
+def is_image_name(name: str, extensions: frozenset[str]) -> bool:
     """Whether a file's name, without its folder, is that of an image. macOS writes `._NAME` beside `NAME`."""
-    return os.path.splitext(name)[1].lower() in known and not name.startswith("._")
+    return os.path.splitext(name)[1].lower() in extensions and not name.startswith("._")
 
 
 @dataclass
 class Listing:
-    """What stands below a folder, in order; names are relative to it, with / between their parts."""
+    """What is below a folder, sorted; names are relative to the folder and use / as the separator."""
 
     images: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)  # other files, and what only has the name of an image
-    folders: list[str] = field(default_factory=list)  # visible ones
+    ignored: list[str] = field(default_factory=list)  # other files, and non-files with the name of an image
+    folders: list[str] = field(default_factory=list)  # without hidden ones
 
 
 def list_images(folder: str | Path) -> Listing:
-    """The images below a folder. Links are followed, hidden folders are left alone.
+    """List the images below a folder. Links are followed, hidden folders are skipped.
 
-    An image is a regular file: to open a named pipe would wait forever for someone to write to it.
+    Only regular files are images: opening a named pipe would block until someone writes to it.
 
     Raises:
-        DataError: A folder cannot be listed. To go on without it would leave its images out in silence.
+        DataError: A folder cannot be listed. Skipping it would silently drop its images.
     """
-    known, listing = endings(), Listing()
-    stack = [(os.fspath(folder), "", ())]
+    extensions, listing = image_extensions(), Listing()
+    # path, name relative to `folder` with a trailing /, (device, inode) of the folders above
+    stack: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(os.fspath(folder), "", ())]
     while stack:
-        path, inside, above = stack.pop()
+        path, prefix, above = stack.pop()
         try:
             status = os.stat(path)
             here = (status.st_dev, status.st_ino)
             if here in above:
-                listing.ignored.append(f"{inside} (a link to a folder above it)")
+                listing.ignored.append(f"{prefix} (a link to a parent folder)")
                 continue
             with os.scandir(path) as found:
                 entries = sorted(found, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise DataError(f"the folder '{path}' cannot be listed: {error.strerror or error}") from error
-        if inside:
-            listing.folders.append(inside[:-1])
+        if prefix:
+            listing.folders.append(prefix[:-1])
         for entry in entries:
-            name = inside + entry.name
+            name = prefix + entry.name
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError:  # a link to itself
                 is_folder = is_file = False
             if is_folder and entry.name.startswith("."):
-                listing.ignored += [f"{name}/"] if inside else []
+                listing.ignored += [f"{name}/"] if prefix else []
             elif is_folder:
                 stack.append((entry.path, name + "/", (*above, here)))
-            elif is_image_name(entry.name, known):
+            elif is_image_name(entry.name, extensions):
                 if is_file:
                     listing.images.append(name)
                 else:
                     listing.ignored.append(f"{name} (not a regular file)")
-            elif not is_clutter(entry.name):
+            elif not is_system_file(entry.name):
                 listing.ignored.append(name)
     for names in (listing.images, listing.ignored, listing.folders):
         names.sort()
@@ -125,16 +126,16 @@ def list_images(folder: str | Path) -> Listing:
 
 
 def ignored_message(where: str | Path, ignored: list[str]) -> str:
-    """One line about files that are left out."""
-    files = f"{len(ignored)} files are" if len(ignored) > 1 else "1 file is"
-    return f"'{where}': {files} left out, not taken for images: {some(ignored, 5)}"
+    """One line about the files in a folder or tar that are ignored."""
+    files = f"{len(ignored)} files that are not images" if len(ignored) > 1 else "1 file that is not an image"
+    return f"'{where}': ignoring {files}: {some(ignored, 5)}"
 
 
-def most_pixels() -> int | None:
-    """How many pixels an image may have: INTERNIMAGE_MAX_PIXELS, or what Pillow itself refuses; None is no limit.
+def pixel_limit() -> int | None:
+    """The largest number of pixels of an image: INTERNIMAGE_MAX_PIXELS, or Pillow's limit; None for no limit.
 
     Raises:
-        UserError: The variable's value is no number of pixels.
+        UserError: The variable's value is not a number of pixels.
     """
     text = os.environ.get(MAX_PIXELS)
     if not text:
@@ -144,78 +145,78 @@ def most_pixels() -> int | None:
     except BadValue as error:
         raise UserError(f"the environment variable {MAX_PIXELS} must be {error}, got {shown(text)}") from error
     if Image.MAX_IMAGE_PIXELS is not None and limit > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = -(-limit // 2)  # else Pillow refuses what was asked for
+        Image.MAX_IMAGE_PIXELS = -(-limit // 2)  # otherwise Pillow would reject larger images
     return limit
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read it. A named pipe would wait forever for a writer, and a device may never end.
+    """Open a file for reading. Opening a named pipe would wait for a writer, and a device may never end.
 
     Raises:
         ImageError: It is not a regular file.
-        OSError: It is not there, or the like.
+        OSError: It does not exist, may not be read, and so on.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened, which is an event to some devices
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before opening, which has side effects on some devices
         raise ImageError("not a regular file")
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(path, "rb", opener=opener)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # another one took its place
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced in the meantime
         file.close()
         raise ImageError("not a regular file")
     return file
 
 
-def read_image(source: str | Path | BinaryIO, mode: str | None = "RGB", upright: bool = True) -> Image.Image:
+def read_image(source: str | Path | BinaryIO, mode: str = "RGB", upright: bool = True) -> Image.Image:
     """Decode the first frame of an image.
 
     Args:
-        source: Path or open file.
-        mode: Pillow's, "RGB" or "L"; None leaves the image's own.
-        upright: Turn the image as its Exif orientation says. Cameras store the sensor's view and this tag.
+        source: Path or open binary file.
+        mode: Pillow's mode to convert to, such as "RGB" or "L".
+        upright: Apply the Exif orientation. Cameras store the sensor's view and this tag.
 
     Raises:
-        ImageError: It is not an image, is damaged, has more than `most_pixels`, or pixels whose range is not known.
+        ImageError: It is not an image, is damaged, exceeds `pixel_limit`, or has pixels of an unknown range.
     """
     if isinstance(source, str | Path):
         try:
             with open_regular(source) as file:
                 return read_image(file, mode, upright)
         except OSError as error:
-            raise ImageError(why(error)) from error
-    image, orientation = _decode(source)
-    image = image.copy() if mode is None else _convert(image, mode)
-    turn = _TURNS.get(orientation) if upright else None
-    return image if turn is None else image.transpose(turn)
+            raise ImageError(reason_of(error)) from error
+    decoded, orientation = _decode(source)
+    image = convert_image(decoded, mode)
+    transpose = _TRANSPOSES.get(orientation) if upright else None
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _decode(source: BinaryIO) -> tuple[Image.Image, int]:
-    """The first frame and its Exif orientation. All files that this package takes for images are decoded here.
+    """The first frame and its Exif orientation. Every image file that this package reads is decoded here.
 
-    Pillow promises no kind of error: its decoders are some forty modules, a third of them bindings to other libraries,
-    and what they let pass on damaged bytes is whatever their parsing meets, such as RuntimeError (AVIF), struct.error,
-    IndexError, KeyError, SyntaxError or MemoryError, and other ones in other versions. So any exception from in there
-    says that this image cannot be read. Beside Pillow's code nothing is called in there but a comparison of sizes.
+    Pillow documents no set of exceptions: its decoders are some forty modules, a third of them bindings to other
+    libraries, and on damaged bytes they raise whatever their parsing runs into: RuntimeError (AVIF), struct.error,
+    IndexError, KeyError, SyntaxError, MemoryError, and others in other versions. So any exception in this block means
+    that the image cannot be read. Apart from Pillow, the block only compares sizes.
     """
-    limit = most_pixels()
+    limit = pixel_limit()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, in the words of the file
+            warnings.simplefilter("ignore")  # about damaged metadata, quoting the file
             with Image.open(source, formats=formats()) as image:
                 _check_size(image, limit)
-                image.load()  # first: a PNG may have its Exif data at the end, and a TIFF is turned in this
-                _check_size(image, limit)  # an icon's is that of the picture in it
+                image.load()  # first: a PNG may have its Exif data at the end, and loading rotates a TIFF
+                _check_size(image, limit)  # again: an icon gets the size of the picture inside it
                 return image, _orientation(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(_too_large(limit)) from error
+        raise ImageError(f"its pixels are {_too_large(limit)}") from error
     except UnidentifiedImageError as error:
         raise ImageError("an empty file" if source.seek(0, os.SEEK_END) == 0 else "not an image") from error
     except Exception as error:
-        raise ImageError(why(error)) from error
+        raise ImageError(reason_of(error)) from error
 
 
 def _check_size(image: Image.Image, limit: int | None) -> None:
@@ -226,40 +227,35 @@ def _check_size(image: Image.Image, limit: int | None) -> None:
 
 
 def _too_large(limit: int | None) -> str:
-    return f"more than the {limit} that are read; {MAX_PIXELS} sets another limit"
+    return f"more than the limit of {limit}; the environment variable {MAX_PIXELS} sets another limit"
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # as in `_decode`; but damaged Exif data are no damaged picture
+    except Exception:  # any, as in `_decode`; but the pixels are intact, so the image is used as stored
         return 1
 
 
-def why(error: Exception) -> str:
-    """The reason in few words: of an OSError without the file's name, which stands beside it."""
+def reason_of(error: Exception) -> str:
+    """An exception's message on one line; of an OSError, without the file name, which callers add themselves."""
     return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
-def convert_image(image: Image.Image, mode: str | None) -> Image.Image:
-    """An image that is open already, in a mode; as `read_image` does it.
+def convert_image(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to a mode as Pillow does, but scale pixels of more than 8 bits, which Pillow clips at 255 (white).
 
     Raises:
-        ImageError: It has pixels whose range is not known.
+        ImageError: The range of its pixels is unknown.
     """
-    return image if mode is None else _convert(image, mode)
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Pillow's conversion; but Pillow cuts pixels of more than 8 bits off at 255, which makes them white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # 0 to 65535; Pillow has 16-bit PNG and PGM files in mode I up to some version
+        # 0 to 65535; older versions of Pillow open 16-bit PNG and PGM files in mode I
         image = image.convert("I").point([(value + 128) // 257 for value in range(65536)], "L")
     elif image.mode == "I":
-        raise ImageError("32-bit integer pixels, whose range is not known: convert it to 8 or 16 bits")
+        raise ImageError("32-bit integer pixels, whose range is unknown: convert it to 8 or 16 bits")
     elif image.mode == "F":
         pixels = np.asarray(image)
-        if not (pixels.min() >= 0 and pixels.max() <= 1):  # not <, which NaN would pass
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # not `min < 0 or max > 1`, which is false for NaN
             raise ImageError("32-bit float pixels outside 0 to 1: scale them, or convert it to 8 or 16 bits")
         image = Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:

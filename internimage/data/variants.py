@@ -3,7 +3,7 @@
 
 VARIANTS = {
     "imagenet": "ImageNet-1k's validation images",
-    "real": "those, with ImageNet-ReaL's labels beside the usual ones",
+    "real": "the same images, with ImageNet-ReaL's labels in addition to the usual ones",
     "a": "ImageNet-A, 200 classes",
     "r": "ImageNet-R, 200 classes",
     "v2": "ImageNet-V2, folders 0 to 999 or of synsets",

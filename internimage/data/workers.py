@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Signals in a loader's workers: the process that loads decides when they end, and nothing else does."""
+"""Signals in loader workers: only the process that started them ends them."""
 
 import multiprocessing
 import os
@@ -8,21 +8,22 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
-_SIGNALS = hasattr(signal, "sigwaitinfo")  # not on Windows and macOS, where workers end at any SIGTERM
+_HAS_SIGWAITINFO = hasattr(signal, "sigwaitinfo")  # not on Windows and macOS, where any SIGTERM ends a worker
 
 
 @contextmanager
-def signals_for_us() -> Iterator[None]:
-    """Context in which a loader's workers are started that no signal ends, unless this process sends it.
+def block_worker_signals() -> Iterator[None]:
+    """Context in which to start loader workers that only a signal of this process can end.
 
-    torchrun, systemd and `timeout` send SIGTERM to a whole group of processes, and a terminal SIGINT: without its
-    workers a run could not end the step that it is in and save. To be used together with `worker_signals`.
+    torchrun, systemd and `timeout` send SIGTERM to a whole process group, and a terminal SIGINT: without its workers, a
+    run could not finish the current step and save. To be used together with `init_worker_signals`.
     """
-    if not _SIGNALS:
+    if not _HAS_SIGWAITINFO:
         yield
         return
-    # blocked from before the fork: what a worker does about it would come too late for a quick signal
+    # blocked before the fork: handling them in the worker would be too late for a signal that arrives at once
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
@@ -30,29 +31,33 @@ def signals_for_us() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def worker_signals(worker: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: ignore Ctrl-C; end at SIGTERM of the process that loads alone.
+def init_worker_signals(worker: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: ignore SIGINT, and exit on SIGTERM only if the loading process sent it.
 
-    That process ends its workers with it where an exception has left them; it would wait for deaf ones forever.
+    The loading process terminates its workers that way after an exception; if they ignored it, it would wait for them
+    forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _report_exception
-    if not _SIGNALS:
+    parent = multiprocessing.parent_process()
+    if not _HAS_SIGWAITINFO or parent is None:
         return
-    # SIGTERM also where workers are not forked; SIGINT is ignored and stays blocked, as it came
+    # SIGTERM is blocked here too for workers that are not forked; SIGINT is ignored and stays blocked if it was
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process().pid
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
             pass
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _report_exception(kind, error, traceback) -> None:
-    """A worker's own errors travel to the process that loads. What comes here is of the thread that hands over tensors'
-    descriptors: it prints a traceback wherever the other side leaves in the middle of that, as it does on Ctrl-C."""
+def _report_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print an exception, unless it means that the loading process is gone.
+
+    A worker's own errors are sent to the loading process. What arrives here comes from the thread that hands over file
+    descriptors of tensors, which would print a traceback whenever the other side exits meanwhile, as on Ctrl-C.
+    """
     if not issubclass(kind, (EOFError, ConnectionError)):
         sys.__excepthook__(kind, error, traceback)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints of a run: written whole or not at all, the last two kept.
+"""Checkpoints of a run: complete or absent, the last two are kept.
 
-A checkpoint is a file, or with sharded weights a folder with a part from every process. It appears under its name by a
-rename, after everything in it has reached the disk: whatever instant a run is killed at, the newest name is whole. When
-a run goes on, every byte is checked, and all processes take up the same one.
+A checkpoint is a file, or with sharded weights a folder with shards of every process. It gets its name by a rename,
+after all of it has reached the disk, so that whenever a run is killed, the newest checkpoint is complete. When a run
+resumes, every byte is checked, and all processes restore the same checkpoint.
 """
 
-import errno
 import logging
 import os
 import re
@@ -14,56 +13,61 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..atomic import PARTIAL, sync_folder
 from ..config import ConfigError
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, is_disk_full
 from ..files import WriteError
 from . import integrity
 from .integrity import DamagedError
 from .world import World
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 _logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{9})(?:\.pt)?")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PART = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|state\.pt")  # of a checkpoint that is a folder
-_ZIP = b"PK\3\4"  # a checkpoint begins so
+_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|state\.pt")  # in a checkpoint that is a folder
+_ZIP = b"PK\3\4"  # the first bytes of a checkpoint
 KEEP = 2
 
 
 class CheckpointWriteError(WriteError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, the newest first."""
+    """The complete checkpoints of a run, the newest first."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name has."""
-    return int(_NAME.fullmatch(path.name)[1])
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"'{path}' is not the name of a checkpoint")
+    return int(match[1])
 
 
 def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write a checkpoint as one file.
 
     Args:
-        folder: Of the run's checkpoints; is made.
+        folder: Of the run's checkpoints; is created.
         step: Steps done; part of the name.
         state: Tensors, numbers, strings and containers of them.
 
     Raises:
-        CheckpointWriteError: The disk is full, or the like.
+        CheckpointWriteError: The disk is full, or another error of the file system.
     """
     try:
-        _make(folder)
+        _prepare(folder)
         partial, final = folder / f"{PARTIAL}{step:09d}", folder / f"step-{step:09d}.pt"
         integrity.save(partial, state)
         _publish(partial, final)
@@ -77,22 +81,22 @@ def save_file(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: World) -> Path:
-    """Write a checkpoint as a folder that all processes fill; what goes wrong in one is raised in all.
+    """Write a checkpoint as a folder that all processes write to; an error in one process is raised in all.
 
     Args:
         folder, step: As in `save_file`.
-        write: Fills the folder that it is given; is called in every process, which may talk to each other in it, as
-            long as all of them come back from it or raise.
+        write: Writes to the folder that it is given. Is called in every process and may use collectives, as long as it
+            returns or raises in all processes.
         world: The processes.
 
     Raises:
-        CheckpointWriteError: The disk is full, or the like.
+        CheckpointWriteError: The disk is full, or another error of the file system.
     """
     partial, final = folder / f"{PARTIAL}{step:09d}", folder / f"step-{step:09d}"
 
     def prepare() -> None:
         if world.first:
-            _make(folder)
+            _prepare(folder)
             partial.mkdir()
 
     def finish() -> None:
@@ -104,12 +108,12 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
             _publish(partial, final)
 
     for work in (prepare, lambda: write(partial), finish):
-        failure = None
+        failure: OSError | RuntimeError | None = None
         try:
             work()
         except (OSError, RuntimeError) as error:
             failure = error
-        if any(world.gather(failure is not None)):  # each has its own, or none: nobody cleans up before all are here
+        if any(world.gather(failure is not None)):  # no process cleans up before all have stopped writing
             problem = None if failure is None else _failed(folder, step, failure, clean=world.first)
             if world.first and failure is None:
                 _clean(folder)
@@ -119,98 +123,104 @@ def save_folder(folder: Path, step: int, write: Callable[[Path], None], world: W
     return final
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """As `read_file`, without the checksum."""
-    return read_file(path)[0]
-
-
 def read_file(path: Path) -> tuple[dict[str, Any], int]:
-    """What `save_file` was given, on the CPU, and its checksum. Runs no code from the file.
+    """Read a checkpoint of `save_file` without running code from it.
+
+    Returns:
+        The state, on the CPU, and the file's checksum.
 
     Raises:
-        DamagedError: It is no such file, or not all of it. torch's own reasons are for those who make such files, and
-            one of them advises to run the code in it.
+        DamagedError: It is not such a file, or is damaged. torch's own message is not passed on: it is for authors of
+            such files, and may advise to run the code in it.
         OSError: It cannot be read.
     """
     file, checksum = integrity.open_checked(path)
     with file:
         if file.read(len(_ZIP)) != _ZIP:  # torch would take it for one of its older formats, and unpack a tar
-            raise DamagedError("it is no checkpoint")
+            raise DamagedError("it is not a checkpoint")
         file.seek(0)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd bytes, which are an error here
+                warnings.simplefilter("ignore")  # about unexpected bytes, which are an error here
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # there is no end to how reading damaged bytes can fail
+        except Exception as error:  # any: reading damaged bytes can fail in many ways
             _logger.debug("reading '%s'", path, exc_info=error)
-            raise DamagedError("it is no checkpoint, or one that was written with code in it") from error
+            raise DamagedError("it is not a checkpoint, or contains code") from error
     if not isinstance(state, dict):
-        raise DamagedError(f"it holds {type(state).__name__} instead of a run's state")
+        raise DamagedError(f"it contains {type(state).__name__} instead of a run's state")
     return state, checksum
 
 
 def newest(
-    folder: Path, world: World, read: Callable[[Path], tuple[Any, int]], take_up: Callable[[Any], None]
+    folder: Path, world: World, read: Callable[[Path], tuple[T, int]], restore: Callable[[T], None]
 ) -> Path | None:
-    """Take up the newest checkpoint that all processes can read; to be called in all at once.
+    """Restore the newest checkpoint that all processes can read; to be called in all processes at once.
 
-    Only a disk that lost what it had confirmed makes the newest unreadable; the one before it then serves, in all
-    processes, and is named.
+    The newest checkpoint is unreadable only if the disk lost data after a sync; then it is skipped with a warning, and
+    all processes restore the one before it.
 
     Args:
         folder: Of the run's checkpoints.
         world: The processes.
-        read: Reads a checkpoint, changes nothing, and talks to no other process. Returns what is in it and a checksum
-            of it, by which the processes know that they have read the same.
-        take_up: Is given what was read, in all processes at once, which may talk to each other in it.
+        read: Reads a checkpoint. Changes nothing and uses no collectives. Returns the content and its checksum, by
+            which the processes know that they have read the same.
+        restore: Restores the content. Is called in all processes at once and may use collectives.
 
     Returns:
-        The checkpoint; None where there is none.
+        The checkpoint; None if there is none.
 
     Raises:
-        UserError: `read` says that the checkpoint does not go with the settings, none of them can be read, or the
-            processes do not find the same ones; in all processes. `take_up` may have stopped half way then, and what it
-            left is no start for a run.
+        UserError: `read` finds that the checkpoint does not fit the settings, no checkpoint can be read, or the
+            processes find different ones; in all processes. `restore` may have been interrupted then, so that training
+            must not continue from the state that it left.
     """
     with world.raise_on_all_ranks():
         names = [path.name for path in checkpoints(folder)]
     lists = world.gather(names)
-    everywhere = [name for name in names if all(name in others for others in lists)]
-    if not everywhere and any(lists):
+    common = [name for name in names if all(name in others for others in lists)]
+    if not common and any(lists):
         world.raise_any(_different(folder))
-    passed = sorted({name for others in lists for name in others} - set(everywhere))
-    for name in passed:
-        _pass_over(folder / name, "not all processes find it", world)
-    for name in everywhere:
+    skipped = sorted({name for others in lists for name in others} - set(common))
+    for name in skipped:
+        _warn_skipped(folder / name, "not all processes find it", world)
+    for name in common:
         path = folder / name
-        found, reason = _attempt(lambda path=path: read(path), world)
+        reason = _restore(path, world, read, restore)
         if reason is None:
-            content, checksum = found
-            if len(set(world.gather(checksum))) > 1:
-                world.raise_any(_different(folder))
-            _, reason = _attempt(lambda content=content: take_up(content), world)
-        if reason is None:
-            if passed and world.first:
-                _logger.warning("the run goes on from '%s'", path)
+            if skipped and world.first:
+                _logger.warning("the run resumes from '%s'", path)
             return path
-        _pass_over(path, reason, world)
-        passed.append(name)
-        found = content = None  # before the next is read, which may be as large
-    if passed:
-        world.raise_any(
-            CheckpointError(f"none of the checkpoints in '{folder}' can be read; resume=false begins the run anew")
-        )
+        _warn_skipped(path, reason, world)
+        skipped.append(name)
+    if skipped:
+        world.raise_any(CheckpointError(f"none of the checkpoints in '{folder}' can be read; resume=false starts over"))
     return None
 
 
-def _attempt(work: Callable[[], Any], world: World) -> tuple[Any, str | None]:
-    """What some work returned in this process, and why it failed in one of all, or None."""
-    result = problem = reason = None
+def _restore(
+    path: Path, world: World, read: Callable[[Path], tuple[T, int]], restore: Callable[[T], None]
+) -> str | None:
+    """Restore one checkpoint; returns why it cannot be read, or None. Its content is freed before the next is read."""
+    found, reason = _attempt(read, path, world)
+    if found is None or reason is not None:
+        return reason
+    content, checksum = found
+    if len(set(world.gather(checksum))) > 1:
+        world.raise_any(_different(path.parent))
+    _, reason = _attempt(restore, content, world)
+    return reason
+
+
+def _attempt(work: Callable[[T], R], argument: T, world: World) -> tuple[R | None, str | None]:
+    """What a function returned in this process, and why it failed in any process, or None."""
+    result: R | None = None
+    problem: UserError | None = None
+    reason: str | None = None
     try:
-        result = work()
-    except UserError as error:  # it can be read, and was written for another kind of run: not to be trained over
+        result = work(argument)
+    except UserError as error:  # it is readable, but of another kind of run, which must not be continued
         problem = error
     except (OSError, DamagedError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -218,9 +228,9 @@ def _attempt(work: Callable[[], Any], world: World) -> tuple[Any, str | None]:
     return result, next((reason for reason in world.gather(reason) if reason is not None), None)
 
 
-def _pass_over(path: Path, reason: str, world: World) -> None:
+def _warn_skipped(path: Path, reason: str, world: World) -> None:
     if world.first:
-        _logger.warning("the checkpoint '%s' cannot be read and is passed over: %s", path, reason)
+        _logger.warning("the checkpoint '%s' cannot be read and is skipped: %s", path, reason)
 
 
 def _different(folder: Path) -> ConfigError:
@@ -230,30 +240,31 @@ def _different(folder: Path) -> ConfigError:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove incomplete checkpoints of killed processes."""
     for path in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def recover(folder: Path, found: Path | None) -> None:
-    """Finish what a killed run had left to do, once a checkpoint of it is taken up.
+    """Do what a killed run has not done: remove incomplete and old checkpoints.
 
     Args:
         folder: Of the run's checkpoints.
-        found: The one that was taken up. If that is not the newest, older ones may be all that is good, and stay.
+        found: The one that was restored, or None. If it is not the newest, nothing old is removed: only older ones may
+            be readable.
     """
     remove_partial(folder)
     if found is not None and found == checkpoints(folder)[0]:
         _remove_old(folder, step_of(found))
 
 
-def _make(folder: Path) -> None:
+def _prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
 
 
 def _clean(folder: Path) -> None:
-    """Give a full disk its space back."""
+    """Free the space that an incomplete checkpoint takes, as far as possible."""
     try:
         remove_partial(folder)
     except OSError:
@@ -263,28 +274,29 @@ def _clean(folder: Path) -> None:
 def _failed(folder: Path, step: int, error: BaseException, clean: bool = True) -> CheckpointWriteError:
     if clean:
         _clean(folder)
-    kept = [path for path in checkpoints(folder) if step_of(path) < step]  # others were passed over
-    good = f"the last good one is '{kept[0]}'" if kept else "there is none before it"
-    # torch's writer does not always say what it met, and then it is a full disk
-    mend = "Make room" if getattr(error, "errno", None) in (None, *_FULL) else "Mend that"
+    kept = [path for path in checkpoints(folder) if step_of(path) < step]  # newer ones were skipped
+    good = f"the last good one is '{kept[0]}'" if kept else "there is no earlier one"
+    then = "resume from it" if kept else "start over"
+    # torch's writer does not always pass on the cause, which then is a full disk
+    full = is_disk_full(error) or getattr(error, "errno", None) is None
     return CheckpointWriteError(
-        f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {good}. {mend} and run "
-        f"the same command again to go on from there"
+        f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {good}. "
+        f"{'Make room' if full else 'Fix this'} and run the same command again to {then}"
     )
 
 
 def _publish(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name. What has its step already was passed over when the run went on, and goes."""
+    """Give a complete checkpoint its name. An existing one of the same step was skipped on resume, and is replaced."""
     name = f"step-{step_of(final):09d}"
     for path in (final.with_name(name), final.with_name(f"{name}.pt")):
-        if path.is_dir() or (path != final and os.path.lexists(path)):  # a file is replaced by a file all the same
+        if path.is_dir() or (path != final and os.path.lexists(path)):  # os.replace replaces a file by a file
             _remove(path)
     os.replace(partial, final)
     sync_folder(final.parent)
 
 
 def _remove_old(folder: Path, step: int) -> None:
-    """Of what is not newer than a step, the last ones stay; newer ones were passed over, or the run would be there."""
+    """Keep the last checkpoints up to a step; newer ones were skipped on resume, and are removed."""
     found = checkpoints(folder)
     kept = [path for path in found if step_of(path) <= step][:KEEP]
     for path in found:
@@ -292,12 +304,12 @@ def _remove_old(folder: Path, step: int) -> None:
             continue
         try:
             _remove(path)
-        except OSError as error:  # the new one is there, and that is what counts
+        except OSError as error:  # which does not affect the new one
             _logger.warning("the old checkpoint '%s' cannot be removed: %s", path, error)
 
 
 def remove_all(folder: Path) -> None:
-    """Remove the checkpoints of a run, and their folder if nothing else is in it."""
+    """Remove the checkpoints of a run, and their folder unless it contains something else."""
     for path in reversed(checkpoints(folder)):
         _remove(path)
     remove_partial(folder)
@@ -305,7 +317,7 @@ def remove_all(folder: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder in which nothing is left; others stay."""
+    """Remove a folder if it is empty."""
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -314,8 +326,8 @@ def _remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    # the name goes first: a half removed folder must not look like a checkpoint
-    others = any(not _PART.fullmatch(file.name) for file in path.iterdir())
+    # it is renamed first: a partly removed folder must not look like a checkpoint
+    others = any(not _FILE.fullmatch(file.name) for file in path.iterdir())
     base = f"{'not-of-' if others else PARTIAL}{path.name}"
     gone, number = path.with_name(base), 1
     while os.path.lexists(gone):
@@ -323,6 +335,6 @@ def _remove(path: Path) -> None:
         gone = path.with_name(f"{base}-{number}")
     os.replace(path, gone)
     for file in list(gone.iterdir()):
-        if _PART.fullmatch(file.name):
+        if _FILE.fullmatch(file.name):
             file.unlink()
     remove_if_empty(gone)

@@ -8,6 +8,8 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
@@ -15,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CheckpointError, UserError, one_line, some
 from ..models.arguments import check_num_classes, check_whole_number, is_number
+from ..models.attributes import num_classes, pretrained_cfg
 from ..models.families import families, family_of, known_models, list_models
 from ..models.model_config import LARGEST_SIDE, ModelConfig, ModelConfigError, find_model_config, read_model_config
 from ..models.parts import check_image_size
@@ -42,7 +45,7 @@ def create_model(
     num_classes: int | None = None,
     use_ema: bool = False,
     img_size: int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     """`timm.create_model` with a command's conveniences.
 
@@ -95,12 +98,12 @@ def create_model(
             kwargs["use_ema"] = True
         if checkpoint is not None:
             weights = open_weights(checkpoint, use_ema)  # here and nowhere else: an old pickle is read whole
-            overlay = dict(file=str(checkpoint), source="", state_dict=weights)
+            overlay: dict[str, Any] = dict(file=str(checkpoint), source="", state_dict=weights)
             if num_classes is None:
                 kwargs["num_classes"] = overlay["num_classes"] = count_classes(weights, family.key_map)
             kwargs["pretrained_cfg_overlay"] = overlay
-        model = timm.create_model(name, pretrained=pretrained or checkpoint is not None, **kwargs)
-        model.pretrained_cfg.pop("state_dict", None)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained or checkpoint is not None, **kwargs)
+        pretrained_cfg(model).pop("state_dict", None)
         return model
     except UserError:
         raise
@@ -164,8 +167,8 @@ def _reason(error: BaseException) -> str:
     text = one_line(error)
     if "weights_only" in text:  # advice for programmers, and to let the file run code
         return "its weights are a pickle that holds something else than data, and nothing else is unpickled"
-    if isinstance(error, hub.LocalEntryNotFoundError):
-        where = f"from {hub.constants.ENDPOINT}, nor found in the cache"
+    if isinstance(error, LocalEntryNotFoundError):
+        where = f"from {constants.ENDPOINT}, nor found in the cache"
         return f"its weights could not be downloaded {where}; use {hub.OWN_FILE}"
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         argument = text.rpartition("unexpected keyword argument ")[2]
@@ -215,9 +218,9 @@ def _create_foreign(
         held = next((family.name for family in families() if family.key_map.is_in(opened)), None)
         hint = f"; it holds an {held}" if held is not None else ""
         raise CheckpointError(f"'{weights}' does not fit '{name}'; nothing was loaded{hint}: {detail}") from error
-    model.pretrained_cfg.pop("state_dict", None)
+    pretrained_cfg(model).pop("state_dict", None)
     if asked is not None and asked != in_file:
-        model.reset_classifier(asked)
+        model.reset_classifier(asked)  # type: ignore[operator]  # a method of timm's models
         _logger.warning(
             "'%s' has %d classes and %d were asked for: the classifier is new and untrained", weights, in_file, asked
         )
@@ -254,7 +257,7 @@ def _check_takes(model: nn.Module, input_size: tuple[int, int, int]) -> None:
             model(torch.zeros(1, *input_size))
     except _FOREIGN_FAILURES as error:
         height, width = input_size[1:]
-        own = getattr(model, "pretrained_cfg", {}).get("input_size")
+        own = pretrained_cfg(model).get("input_size")
         instead = f"; it was made for {own[1]} x {own[2]}" if own and tuple(own[1:]) != (height, width) else ""
         raise ModelError(f"the model does not take images of {height} x {width}{instead}: {one_line(error)}") from error
     finally:
@@ -317,20 +320,21 @@ def _devices() -> list[str]:
     """The names of all devices that can be asked for."""
     if not torch.accelerator.is_available():
         return ["cpu"]
-    kind = torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cpu" if accelerator is None else accelerator.type
     return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
 def label_names(model: nn.Module) -> list[str]:
     """A readable name of every class: those saved with the weights, ImageNet's, or the indices."""
-    cfg = getattr(model, "pretrained_cfg", {})
+    cfg, count = pretrained_cfg(model), num_classes(model)
     names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
     if isinstance(names, dict):  # index -> name, as timm takes it where some classes have none
-        names = [names.get(i, names.get(str(i), str(i))) for i in range(model.num_classes)]
-    if names and len(names) == model.num_classes:
+        names = [names.get(i, names.get(str(i), str(i))) for i in range(count)]
+    if names and len(names) == count:
         return [descriptions.get(name, name) for name in names]
     subset = infer_imagenet_subset(model)
     if subset is not None:
         info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(model.num_classes)]
-    return [str(i) for i in range(model.num_classes)]
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]

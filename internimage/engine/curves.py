@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Line plots as SVG for the report: they take the width that there is, and their colors from the page's style."""
+"""Line plots for the report, as SVG that scales to the available width and takes its colors from the page's style."""
 
 import html
 import math
@@ -7,21 +7,22 @@ import math
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 460, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 10, 42  # room for the tick labels and the names of the axes
-_MOST_POINTS = 1000  # of a line; more cannot be seen
-_LARGEST, _SMALLEST = 1e100, 1e-300  # of values and of their differences: what is beyond would overflow on the way
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 10, 42  # margins for the tick labels and the axis labels
+_MOST_POINTS = 1000  # per line; more would not be visible
+_LARGEST, _SMALLEST = 1e100, 1e-300  # limits of values and of their differences, within which nothing overflows
 
 
 def curve(title: str, x_name: str, y_name: str, series: list[tuple[str, str, Points]], most: float = math.inf) -> str:
-    """A figure with one or several lines over the same axes, or nothing if there is no point to draw.
+    """An HTML figure with one or several lines, or "" if there is no point to draw.
 
-    Points that are not finite, beyond 1e100 or above `most` are left out.
+    Points that are not finite, larger than 1e100 in magnitude or above `most` are not drawn.
 
     Args:
         title: Above the plot.
-        x_name, y_name: Along the axes, with their units.
-        series: Name (empty: not in the legend), color (main, faint or other, of the page's style) and points of each.
-        most: The y axis does not go beyond.
+        x_name, y_name: Labels of the axes, with units.
+        series: Of each line, its name (empty for none in the legend), color (main, faint or other, classes of the
+            page's style) and points.
+        most: Upper limit of the y axis.
     """
     series = [
         (
@@ -65,7 +66,7 @@ def curve(title: str, x_name: str, y_name: str, series: list[tuple[str, str, Poi
     for _, color, points in series:
         places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="line s-{color}" points="{places}"/>')
-        if len(points) == 1:  # a line of one point cannot be seen
+        if len(points) == 1:  # a line of one point would be invisible
             x, y = places.split(",")
             parts.append(f'<circle class="dot f-{color}" cx="{x}" cy="{y}" r="4"/>')
     keys = "".join(f'<span class="key k-{color}">{html.escape(name)}</span>' for name, color, _ in series if name)
@@ -77,7 +78,7 @@ def curve(title: str, x_name: str, y_name: str, series: list[tuple[str, str, Poi
 
 
 def _span(values: list[float]) -> tuple[float, float]:
-    """The least and the largest, apart from each other."""
+    """Minimum and maximum, widened if they are equal."""
     low, high = min(values), max(values)
     if high - low > max(1e-9 * max(abs(low), abs(high)), _SMALLEST):
         return low, high
@@ -86,7 +87,7 @@ def _span(values: list[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, most: int, outward: bool = False, whole: bool = False) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, about so many; `outward`: they enclose low and high."""
+    """About `most` multiples of 1, 2 or 5 times a power of ten; with `outward` they enclose low and high."""
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
     step = max(step, 1.0) if whole else step
@@ -96,7 +97,7 @@ def _ticks(low: float, high: float, most: int, outward: bool = False, whole: boo
 
 
 def _labels(ticks: list[float]) -> list[str]:
-    """The ticks as text, all with the same decimals, or with exponents where they are very small or large."""
+    """The ticks as text, all with the same number of decimals, or with exponents if they are very small or large."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
     if largest and not 1e-3 <= largest < 1e6:
         return [f"{tick:.3g}" for tick in ticks]

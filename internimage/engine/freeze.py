@@ -4,7 +4,8 @@
 from torch import nn
 
 from ..config import ConfigError
-from ..models.parts import NoSuchParts, name_of, stem_and_stages
+from ..models.attributes import classifier_of, name_of
+from ..models.parts import NoSuchParts, stem_and_stages
 
 
 def frozen_parts(model: nn.Module, freeze: int) -> list[nn.Module]:
@@ -16,7 +17,7 @@ def frozen_parts(model: nn.Module, freeze: int) -> list[nn.Module]:
     if not freeze:
         return []
     if freeze == 5:
-        classifier = model.get_classifier()
+        classifier = classifier_of(model)
         return [part for part in model.children() if part is not classifier]
     try:
         stem, stages = stem_and_stages(model)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Whether the files of a checkpoint are what was written, byte for byte. torch checks neither when it loads.
+"""Checksums of checkpoint files, which torch does not verify when it loads.
 
-A file that `save` wrote ends in a line with a checksum of everything before it, which torch's reader passes over, so it
-is an ordinary file of `torch.save` besides. Other files of a checkpoint have their checksums in such a file. They are
-CRC-32, which finds damage (one in 2**32 such accidents is missed) and is three times as fast as SHA-256; nobody's
-intentions are checked by them.
+A file written by `save` ends in a line with a checksum of everything before it. torch's reader ignores that line, so
+it is also an ordinary file of `torch.save`. The checksums of a checkpoint's other files are stored in such a file. They
+are CRC-32, which detects accidental damage (all but one case in 2**32) and is three times as fast as SHA-256. They do
+not protect from deliberate changes.
 """
 
-import io
 import os
 import re
 import stat
 import zipfile
 import zlib
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -29,18 +29,23 @@ _CHUNK = 1 << 20
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not what was written; the message says why, to stand in a sentence about it."""
+    """A checkpoint that is not what was written. The message is a clause, such as "it has no 'model'"."""
 
 
-class Summing:
-    """A file to write to that counts its bytes and their checksum on the way."""
+class ChecksumWriter:
+    """A writable binary file that computes the size and the checksum of what is written.
+
+    Args:
+        file: To write to; its other methods are available too.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.size = 0
-        self.checksum = 0
+        self.size = 0  #: bytes
+        self.checksum = 0  #: CRC-32
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write bytes."""
         count = self._file.write(data)
         self.checksum = zlib.crc32(data, self.checksum)
         self.size += memoryview(data).nbytes
@@ -51,24 +56,27 @@ class Summing:
 
 
 def save(path: Path, thing: Any) -> None:
-    """`torch.save` to the disk itself, with a checksum at the end.
+    """`torch.save` with a checksum at the end; the file is synced to the disk.
 
     Raises:
-        OSError: The disk is full, or the like.
+        OSError: The disk is full, or another error of the file system.
         KeyboardInterrupt: Ctrl-C.
     """
     with archive_errors(), path.open("wb") as file:
-        summing = Summing(file)
-        torch.save(thing, summing)
-        file.write(b"\ncrc32 %08x of %016d bytes\n" % (summing.checksum, summing.size))
+        writer = ChecksumWriter(file)
+        torch.save(thing, cast(IO[bytes], writer))  # torch needs `write` alone
+        file.write(b"\ncrc32 %08x of %016d bytes\n" % (writer.checksum, writer.size))
         file.flush()
         os.fsync(file.fileno())
 
 
-def open_checked(path: Path) -> tuple[BinaryIO, int]:
-    """Open a file that `save` wrote, once all its bytes are checked; also returns their checksum.
+def open_checked(path: Path) -> tuple[BufferedReader, int]:
+    """Check all bytes of a file written by `save` and open it.
 
-    Of a file of `torch.save` itself, as older versions wrote, the checksums that its ZIP archive has are checked.
+    Of a plain `torch.save` file, as older versions wrote, the checksums in its ZIP archive are checked.
+
+    Returns:
+        The open file, and its checksum.
 
     Raises:
         DamagedError: It is not what was written.
@@ -86,7 +94,7 @@ def open_checked(path: Path) -> tuple[BinaryIO, int]:
         else:
             checksum = _checksum(file, size - _LAST_LINE_SIZE)
             if (checksum, size - _LAST_LINE_SIZE) != (int(found[1], 16), int(found[2])):
-                raise DamagedError("its bytes are not those that were written")
+                raise DamagedError("it has another checksum than when it was written")
         file.seek(0)
         return file, checksum
     except BaseException:
@@ -95,7 +103,7 @@ def open_checked(path: Path) -> tuple[BinaryIO, int]:
 
 
 def check_file(path: Path, size: int, checksum: int) -> None:
-    """Compare a file with what `Summing` counted when it was written.
+    """Compare a file with the size and checksum that `ChecksumWriter` computed when it was written.
 
     Raises:
         DamagedError: It is not what was written.
@@ -104,22 +112,22 @@ def check_file(path: Path, size: int, checksum: int) -> None:
     file, now = _open(path)
     with file:
         if now != size:
-            raise DamagedError(f"its '{path.name}' has {now} bytes, and {size} were written")
+            raise DamagedError(f"its '{path.name}' has {now} bytes instead of {size}")
         if _checksum(file, size) != checksum:
-            raise DamagedError(f"the bytes of its '{path.name}' are not those that were written")
+            raise DamagedError(f"its '{path.name}' has another checksum than when it was written")
 
 
 def check_archive(file: BinaryIO, size: int) -> None:
-    """Check what `torch.save` without a checksum wrote, as far as the checksums of its ZIP archive go.
+    """Check a file that `torch.save` wrote without a checksum by the checksums in its ZIP archive.
 
     Args:
-        file: Seekable; nothing but the archive is in it.
+        file: Seekable; contains the archive and nothing else.
         size: Of the file, in bytes.
 
     Raises:
-        DamagedError: It is no such archive, or not all of it.
+        DamagedError: It is not such an archive, or is truncated.
     """
-    reason = f"its {size} bytes are not those of a checkpoint, or not all of them"
+    reason = f"its {size} bytes are not a complete checkpoint"
     file.seek(max(size - _END_OF_ZIP_SIZE, 0))
     end = file.read()
     if not (end.startswith(_END_OF_ZIP) and end.endswith(_NO_COMMENT)):
@@ -127,38 +135,38 @@ def check_archive(file: BinaryIO, size: int) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            # nothing is compressed, so what the entries say that they hold has to be there
+            # no entry is compressed, so their sizes add up to less than the file's
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise DamagedError(reason)
             if sum(entry.file_size for entry in entries) > size or archive.testzip() is not None:
                 raise DamagedError(reason)
-    # headers that are damaged: struct's and zlib's errors are not zipfile's, nor is that of an unknown version
+    # damaged headers also raise errors of struct and zlib, and NotImplementedError for an unknown version
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         if isinstance(error, DamagedError):
             raise
         raise DamagedError(reason) from error
 
 
-def part(path: Path, offset: int, length: int) -> io.BytesIO:
-    """Some bytes of a file.
+def read_slice(path: Path, offset: int, length: int) -> BytesIO:
+    """Read `length` bytes of a file from `offset` on.
 
     Raises:
-        DamagedError: The file has not so many.
+        DamagedError: The file is shorter.
         OSError: It cannot be read.
     """
     file, size = _open(path)
     with file:
         if offset + length > size:
-            raise DamagedError(f"its '{path.name}' has {size} bytes, and {offset + length} were written")
+            raise DamagedError(f"its '{path.name}' has {size} bytes instead of {offset + length} or more")
         file.seek(offset)
-        return io.BytesIO(file.read(length))
+        return BytesIO(file.read(length))
 
 
-def read(path: Path, most: int = 1 << 32) -> bytes:
-    """All bytes of a file.
+def read_whole(path: Path, most: int = 1 << 32) -> bytes:
+    """Read a file of at most `most` bytes.
 
     Raises:
-        DamagedError: It is no regular file, or larger than `most`.
+        DamagedError: It is not a regular file, or larger.
         OSError: It cannot be read.
     """
     file, size = _open(path)
@@ -169,25 +177,25 @@ def read(path: Path, most: int = 1 << 32) -> bytes:
 
 
 def checksum_of(data: bytes) -> int:
-    """The checksum of bytes."""
+    """The CRC-32 of bytes."""
     return zlib.crc32(data)
 
 
-def _open(path: Path) -> tuple[BinaryIO, int]:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer
-        raise DamagedError(f"'{path.name}' is not a file")
+def _open(path: Path) -> tuple[BufferedReader, int]:
+    """Open a regular file; also returns its size in bytes."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+        raise DamagedError(f"'{path.name}' is not a regular file")
     file = path.open("rb")
     return file, os.fstat(file.fileno()).st_size
 
 
-def _checksum(file: BinaryIO, size: int) -> int:
-    """Of the next bytes of a file."""
+def _checksum(file: BufferedReader, size: int) -> int:
+    """The CRC-32 of the next `size` bytes of a file."""
     checksum, view = 0, memoryview(bytearray(min(_CHUNK, max(size, 1))))
     while size:
         count = file.readinto(view[: min(size, len(view))])
         if not count:
-            raise DamagedError("it ended while it was read")
+            raise DamagedError("it was truncated while it was read")
         checksum = zlib.crc32(view[:count], checksum)
         size -= count
     return checksum

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run tells: a progress bar, a table of steps, a table of epochs, TensorBoard."""
+"""The log of a run: a progress bar, a table of steps, a table of epochs, TensorBoard."""
 
 import csv
 import io
@@ -9,25 +9,29 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..config import ConfigError
 from ..files import WriteError, write_text
 from ..progress import progress_bar
 from .run_folder import LOG_FILE, STEPS_FILE
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
 _logger = logging.getLogger(__name__)
-# as Python and spreadsheets write them; int() and float() also take 1_0, the digits of other scripts and, of a step,
-# more digits than a float has room for
+# as Python and spreadsheets write numbers; int() and float() would also accept 1_0, digits of other scripts and, for a
+# step, more digits than a float can represent
 _COUNT = re.compile(r"0*[1-9][0-9]{0,14}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|nan|[-+]?inf", re.IGNORECASE)
 _STEP_FIELDS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second")
 
 
 def check_tensorboard() -> None:
-    """ConfigError where TensorBoard's package is not installed."""
+    """Raise ConfigError if the package tensorboard is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -35,36 +39,36 @@ def check_tensorboard() -> None:
 
 
 class TrainingLog:
-    """The log of one run. Each row stands once, also after a run was killed and resumed.
+    """The log of one run. It has no duplicate rows, even if the run was killed and resumed.
 
     Args:
         output: The run's folder.
-        epochs: Rows of the epochs that are done.
-        step: Steps that are done; later rows on the disk are dropped.
+        epochs: Rows of the completed epochs.
+        step: Completed steps; later rows on the disk are dropped.
         total: Steps of the whole run.
-        batch_size: Images a step.
-        tensorboard: Write its files, to `output/tensorboard`.
-        progress: Show a bar and a line an epoch on stderr.
-        writes: Whether this process is the one that writes.
-        note: Is given a WriteError where a row cannot be written, so that the run can stop with all its processes;
-            None: it is raised.
+        batch_size: Images per step.
+        tensorboard: Also write TensorBoard files, to `output/tensorboard`.
+        progress: Show a bar and a line per epoch on stderr.
+        writes: Whether this process writes the files.
+        note: Called with a WriteError if a row cannot be written, so that all processes of the run can stop together;
+            None raises it.
         last_epoch: Epochs of the whole run.
 
     Raises:
-        WriteError: The disk is full, or the like.
+        WriteError: The disk is full, or another error of the file system.
     """
 
     def __init__(
         self,
         output: Path,
-        epochs: list[dict],
+        epochs: list[dict[str, Any]],
         step: int,
         total: int,
         batch_size: int,
         tensorboard: bool = False,
         progress: bool = True,
         writes: bool = True,
-        note: Callable[[Exception], None] | None = None,
+        note: Callable[[WriteError], None] | None = None,
         last_epoch: int | None = None,
     ) -> None:
         self.output, self.epochs, self.batch_size, self.writes = output, epochs, batch_size, writes
@@ -73,47 +77,51 @@ class TrainingLog:
         self.bar = progress_bar(
             total * batch_size, "finetune", "img", shown=self.prints, initial=step * batch_size, leave=False
         )
-        self.board = self._steps = None
+        self.board: SummaryWriter | None = None
+        self._steps: TextIO | None = None
         if not writes:
             return
         for path in (output / LOG_FILE, output / STEPS_FILE):
             kind = "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else ""
-            if kind:  # before an epoch's work; opening a pipe would wait for its reader
+            if kind:  # checked before training; opening a pipe would wait for its reader
                 what = kind.split()[1]
-                raise WriteError(f"'{path}' is {kind}, and the run writes a file of that name: move the {what} away")
+                raise WriteError(f"'{path}' is {kind}, but the run writes a file of that name: move the {what} away")
         with self._writing(path, raises=True):
             kept = read_steps(output, step) if step else []
             write_text(path, _csv(kept, _STEP_FIELDS))
             self._steps = path.open("a", newline="", encoding="utf-8")
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            _quiet_tensorboard()
             with self._writing(output / "tensorboard", raises=True):
-                self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+                self.board = _open_tensorboard(output / "tensorboard", step)
 
     def step(self, step: int, epoch: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
-        """Note one step."""
+        """Log one step.
+
+        Args:
+            step, epoch: From 1.
+            loss, lr, grad_norm: Of the step.
+            seconds: Its duration.
+        """
         self.bar.update(self.batch_size)
         self.bar.set_postfix(epoch=self._of(epoch), loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         if self._steps is None:
             return
         rate = self.batch_size / seconds
         with self._writing(self.output / STEPS_FILE):
-            # repr: losses can be compared to their last digit
+            # repr, so that losses can be compared to the last digit
             self._steps.write(f"{step},{epoch},{loss!r},{lr:.6g},{grad_norm:.6g},{rate:.6g}\n")
         if self.board is not None:
             with self._writing(self.output / "tensorboard"):
                 for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm), ("images_per_second", rate)):
                     self.board.add_scalar(f"train/{name}", value, step)
 
-    def epoch(self, row: dict, step: int, validation: str = "") -> None:
+    def epoch(self, row: dict[str, Any], step: int, validation: str = "") -> None:
         """Log one epoch and print its line; the table is rewritten as a whole.
 
         Args:
             row: Of the table; columns that begin with `val_` also go to TensorBoard.
-            step: Steps done.
-            validation: The metrics for the line, empty without any.
+            step: Completed steps.
+            validation: The validation metrics for the line; empty without validation.
         """
         self.epochs.append(row)
         if self.prints:
@@ -131,7 +139,7 @@ class TrainingLog:
     def _of(self, epoch: int) -> str:
         return str(epoch) if self.last_epoch is None else f"{epoch}/{self.last_epoch}"
 
-    def _line(self, row: dict, validation: str) -> str:
+    def _line(self, row: dict[str, Any], validation: str) -> str:
         """Such as `epoch 3/30: train loss 0.4312, val loss 0.3901, val top-1 91.25 %, 812 images/s`."""
         parts = [f"train loss {row['train_loss']:.4f}"]
         if validation:
@@ -141,7 +149,7 @@ class TrainingLog:
 
     @contextmanager
     def validating(self) -> Iterator[None]:
-        """Context in which the bar says why it stands still."""
+        """Context in which the bar says that it waits for validation."""
         self.bar.set_description("validate")
         try:
             yield
@@ -149,10 +157,10 @@ class TrainingLog:
             self.bar.set_description("finetune", refresh=False)
 
     def flush(self) -> None:
-        """Everything noted is on the disk: before a checkpoint that says that it was done.
+        """Sync the log to the disk; to be called before a checkpoint, which implies that the logged steps are done.
 
         Raises:
-            WriteError: It is not.
+            WriteError: It could not be written.
         """
         if self._steps is not None:
             with self._writing(self.output / STEPS_FILE, raises=True):
@@ -163,7 +171,7 @@ class TrainingLog:
                 self.board.flush()
 
     def close(self) -> None:
-        """Close the files. What `flush` has not confirmed may be lost, and that is no error here."""
+        """Close the files. Rows that were not flushed may be lost, without an error."""
         self.bar.close()
         for file in (self._steps, self.board):
             if file is not None:
@@ -179,77 +187,88 @@ class TrainingLog:
         except OSError as error:
             problem = WriteError(
                 f"'{path}' could not be written ({error.strerror or error}). Make room and run the same command again "
-                f"to go on from the last checkpoint"
+                f"to resume from the last checkpoint"
             )
             if raises or self.note is None:
                 raise problem from error
             self.note(problem)
 
 
-def _quiet_tensorboard() -> None:
-    """TensorBoard's thread keeps an error for the next call, and lets the interpreter print it too: not that."""
-    before = threading.excepthook
-    if getattr(before, "quiet_tensorboard", False):
-        return
+class _QuietHook:
+    """`threading.excepthook` without the OSErrors of TensorBoard's writer thread, which also raises them on next use.
 
-    def hook(arguments) -> None:
+    Args:
+        before: The hook that is replaced.
+    """
+
+    def __init__(self, before: Callable[[threading.ExceptHookArgs], object]) -> None:
+        self.before = before
+
+    def __call__(self, arguments: threading.ExceptHookArgs) -> None:
         if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
-            before(arguments)
+            self.before(arguments)
 
-    hook.quiet_tensorboard = True
-    threading.excepthook = hook
+
+def _open_tensorboard(folder: Path, step: int) -> "SummaryWriter":
+    """Open the log of TensorBoard, after `step` steps; the interpreter does not print errors that it raises anyway."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if not isinstance(threading.excepthook, _QuietHook):
+        threading.excepthook = _QuietHook(threading.excepthook)
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def read_steps(output: Path, last: int | None = None) -> list[dict[str, str]]:
-    """The rows of the table of steps, up to a step.
+    """Read the table of steps, up to a step.
 
-    The half written last line of a run that was killed is left out. So is whatever else is not a row of ours, with one
-    warning: the table is for people and their programs, and must not keep a run from going on.
+    An incomplete last line of a killed run is ignored. Other lines that are not valid rows are ignored with one
+    warning: people and their programs may edit the table, and a run must be able to resume in any case.
 
     Args:
         output: The run's folder.
-        last: Leave out later steps; None reads all.
+        last: The last step to return; None for all.
 
     Returns:
-        A dictionary of strings a row, as they stand in the file; the step is a whole number and the others are numbers.
+        A dictionary per row, with the strings in the file; the step is a whole number and the others are numbers.
     """
     path = output / STEPS_FILE
     if not path.is_file():
         return []
     lines = path.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
-    half = lines.pop()  # what follows the last line's end
+    incomplete = lines.pop()  # what follows the last newline
     header = tuple(name.strip() for name in lines[0].split(",")) if lines else ()
-    rows = [_step(header, line) for line in lines[1:] if line.strip()]
-    good = [row for row in rows if row is not None]
-    odd = len(rows) - len(good) + bool(lines and not set(_STEP_FIELDS) <= set(header))
-    if half.strip() and (row := _step(header, half)) is not None:
-        good.append(row)
-    if odd:
-        lines = "1 line" if odd == 1 else f"{odd} lines"
-        _logger.warning(f"'{path}': left out {lines} that no run has written")
-    return [row for row in good if last is None or int(row["step"]) <= last]
+    rows = [_parse_step(header, line) for line in lines[1:] if line.strip()]
+    valid = [row for row in rows if row is not None]
+    invalid = len(rows) - len(valid) + bool(lines and not set(_STEP_FIELDS) <= set(header))
+    if incomplete.strip() and (row := _parse_step(header, incomplete)) is not None:
+        valid.append(row)
+    if invalid:
+        count = "1 line that is not a row" if invalid == 1 else f"{invalid} lines that are not rows"
+        _logger.warning("'%s': ignoring %s of the table", path, count)
+    return [row for row in valid if last is None or int(row["step"]) <= last]
 
 
-def _step(header: tuple[str, ...], line: str) -> dict[str, str] | None:
-    """A line of the table of steps, None if it is none. There are only numbers in it, so no quotes."""
+def _parse_step(header: tuple[str, ...], line: str) -> dict[str, str] | None:
+    """A row of the table of steps, or None if it is invalid. Rows have only numbers, so there are no quotes."""
     cells = [cell.strip() for cell in line.split(",")]
     row = dict(zip(header, cells))
     try:
-        good = (
+        valid = (
             len(cells) == len(header)
             and all(_COUNT.fullmatch(row[name]) for name in ("step", "epoch"))
             and all(_NUMBER.fullmatch(row[name]) for name in _STEP_FIELDS[2:])
-            # loss and norm of the gradient need not be finite
+            # the loss and the norm of the gradient may be infinite or NaN
             and all(math.isfinite(float(row[name])) for name in ("lr", "images_per_second"))
         )
     except KeyError:
         return None
-    if not good:
+    if not valid:
         return None
     return {name: row[name] for name in _STEP_FIELDS}
 
 
-def _csv(rows: list[dict], fields: tuple[str, ...] | None = None) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]], fields: tuple[str, ...] | None = None) -> str:
+    """A table as text; the columns are `fields`, or the keys of all rows."""
     fields = fields or tuple(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")

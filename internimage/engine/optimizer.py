@@ -48,8 +48,9 @@ def create_optimizer(
         raise ConfigError(f"'sched' cannot be '{config.sched}': {error}") from error
     if scheduler is None:
         if config.sched != "none":
-            near = difflib.get_close_matches(config.sched, ("cosine", "step", "poly", "constant", "none"), n=1)
-            raise ConfigError(f"there is no schedule '{config.sched}'; did you mean '{(near or ['cosine'])[0]}'?")
+            known = ("cosine", "step", "poly", "constant", "none")
+            nearest = (difflib.get_close_matches(config.sched, known, n=1) or ["cosine"])[0]
+            raise ConfigError(f"there is no schedule '{config.sched}'; did you mean '{nearest}'?")
         for group in optimizer.param_groups:  # timm's schedules do this
             group["lr"] *= group.get("lr_scale", 1.0)
     return optimizer, scheduler

@@ -3,7 +3,8 @@
 
 import inspect
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +25,13 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
         return model
     # of depthwise kernels torch counts the strides otherwise than their gradients', and warns that this costs a copy
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    ids = [world.device.index] if world.device.type != "cpu" else None
+    options: dict[str, Any] = dict(gradient_as_bucket_view=True)
+    if world.device.type != "cpu":
+        options["device_ids"] = [world.device.index]
     # torch 2.14 has given it another name
     known = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{sync: False})
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+    return DistributedDataParallel(model, **options)
 
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
@@ -56,18 +59,19 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 fully_shard(module, mesh=mesh, mp_policy=exact)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def last_backward(model: nn.Module, last: bool):
+def last_backward(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Context of a forward and backward pass: gradients are exchanged in the last one of a step alone."""
     if isinstance(model, DistributedDataParallel):
         return nullcontext() if last else model.no_sync()
-    if is_sharded(model):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
     return nullcontext()
@@ -77,4 +81,6 @@ def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state dict on the CPU, in the first process; to be called in all."""
     if not is_sharded(model):
         return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    return weights

@@ -1,50 +1,50 @@
 # SPDX-License-Identifier: MIT
-"""Processes of a torchrun launch end when torchrun is gone."""
+"""Processes of a torchrun launch exit when torchrun is killed."""
 
 import os
 import threading
 
 _INTERVAL = 1.0  # seconds
-_watched: threading.Event | None = None  # to be set where nobody watches any more
+_stop: threading.Event | None = None  # ends the watching thread, if there is one
 
 
 def end_with_torchrun() -> None:
-    """From now on, end this process when torchrun is killed and so cannot end its processes.
+    """From now on, exit when torchrun is killed and cannot end its processes itself.
 
-    They would go on to train, and write to the folder of the run that is started next. To be killed is what a run
-    survives at any instant, so it ends as if it was. Asked to stop, torchrun waits for its processes, and nothing
-    happens here. Nor where torchrun has not started this process: what a shell has started may outlive it (nohup).
+    Otherwise they would keep training, and write to the folder of the next run. A run can be killed at any time without
+    harm, so this process exits at once. If torchrun is asked to stop, it waits for its processes, and nothing happens
+    here. Neither does anything if torchrun has not started this process, which then may outlive its parent (nohup).
 
-    A thread asks for the parent, which the system changes when the old one is gone; not on Windows. Linux could send a
-    signal instead (PR_SET_PDEATHSIG), but that comes when the thread ends that has started this process, which need not
-    be torchrun's last, and not at all if torchrun was gone before it was asked for.
+    A thread polls the parent's id, which changes when the parent is gone; not on Windows. Linux could send a signal
+    instead (PR_SET_PDEATHSIG), but it does so when the thread that started this process ends, while torchrun may still
+    be running, and not at all if torchrun was gone before the request.
     """
-    global _watched
-    if "TORCHELASTIC_RUN_ID" not in os.environ or _watched is not None:
+    global _stop
+    if "TORCHELASTIC_RUN_ID" not in os.environ or _stop is not None:
         return
-    parent, done = os.getppid(), threading.Event()
+    parent, stop = os.getppid(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(_INTERVAL):
+        while not stop.wait(_INTERVAL):
             if os.getppid() != parent:
-                _end()
+                _exit()
 
     threading.Thread(target=watch, name="torchrun", daemon=True).start()
-    _watched = done
+    _stop = stop
 
 
 def outlive_torchrun() -> None:
-    """Take `end_with_torchrun` back, when the work is done."""
-    global _watched
-    if _watched is not None:
-        _watched.set()
-        _watched = None
+    """Undo `end_with_torchrun`, when the work is done."""
+    global _stop
+    if _stop is not None:
+        _stop.set()
+        _stop = None
 
 
-def _end() -> None:
+def _exit() -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:
-            os.write(2, b"torchrun is gone, so its processes end; the same command goes on from the last checkpoint\n")
-        except OSError:  # nobody is left to read it
+            os.write(2, b"torchrun was killed, so its processes exit; run the same command again to resume\n")
+        except OSError:  # stderr is closed
             pass
     os._exit(1)  # not by an exception: other threads may wait for processes that are gone

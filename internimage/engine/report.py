@@ -52,12 +52,12 @@ footer{margin:2.5rem 0 1rem;color:var(--pale);font-size:.9rem}
 class Page:
     """What a task shows of a run."""
 
-    title: str  # of the browser's window
-    heading: str
-    summary: str  # HTML
-    curves: list[str] = field(default_factory=list)  # figures, from `internimage.engine.curves.curve`
-    sections: list[tuple[str, str, str]] = field(default_factory=list)  # anchor, heading, HTML
-    style: str = ""  # CSS for the above
+    title: str  #: of the browser's window
+    heading: str  #: of the page
+    summary: str  #: HTML below the heading
+    curves: list[str] = field(default_factory=list)  #: figures, from `internimage.engine.curves.curve`
+    sections: list[tuple[str, str, str]] = field(default_factory=list)  #: anchor, heading, HTML
+    style: str = ""  #: CSS for the above
 
 
 def write_report(path: Path, config: RunConfig, page: Page, epochs: list[dict], loss_unit: str) -> None:

@@ -36,10 +36,10 @@ class Preempted(Exception):
 class Outcome(Generic[Result]):
     """The result of a finished run."""
 
-    output: Path  # the folder of the model
-    result: Result | None  # of the saved weights on the validation samples; None without any
-    report: Path | None  # None if none was asked for, or none could be written
-    complete: bool  # False where the validation or the report was due and failed, which was reported
+    output: Path  #: the folder of the model
+    result: Result | None  #: of the saved weights on the validation samples; None without any
+    report: Path | None  #: None if none was asked for, or none could be written
+    complete: bool  #: False where the validation or the report was due and failed, which was reported
 
 
 def train(task: Task[Config, Result], progress: bool = True) -> Outcome[Result]:

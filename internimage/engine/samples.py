@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..data.workers import worker_signals
+from ..data.workers import init_worker_signals
 from .rng import PlanSampler, seed_sample
 
 _ATTEMPTS = 20
@@ -21,10 +21,10 @@ Failure = tuple[str, str]  # file, reason
 class MicroBatch:
     """The part of a step's batch that a process computes gradients for at once."""
 
-    data: Any  # what the task's loss takes: tensors, in tuples, lists and dictionaries
-    samples: list[tuple[int, int]]  # epoch and index of each
-    failures: list[Failure]
-    error: str | None = None  # why `data` is a placeholder, so that all processes still end the step together
+    data: Any  #: tensors for the task's loss, in tuples, lists and dictionaries
+    samples: list[tuple[int, int]]  #: epoch and index of each
+    failures: list[Failure]  #: what could not be read
+    error: str | None = None  #: why `data` is a placeholder, so that all processes still end the step together
 
     def pin_memory(self) -> "MicroBatch":
         """For `DataLoader(pin_memory=True)`."""
@@ -33,7 +33,7 @@ class MicroBatch:
 
 class Readable(Protocol):
     """A map-style dataset whose samples say why they cannot be read, such as `internimage.data.datasets.GuardedDataset`
-    with a random transform: `dataset[i]` is (*sample, failure), failure None for a good one."""
+    with a random transform: `dataset[i]` is `(*sample, failure)`, failure None for a good one."""
 
     def __len__(self) -> int: ...
 
@@ -104,6 +104,6 @@ def sample_loader(
         num_workers=workers,
         collate_fn=_Collate(collate),
         pin_memory=pin_memory,
-        worker_init_fn=worker_signals,
+        worker_init_fn=init_worker_signals,
         generator=torch.Generator().manual_seed(dataset.seed),  # otherwise it draws from the global one
     )

@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""Sharded checkpoints: torch's distributed format, with checksums, and read without running code from it.
+"""Sharded checkpoints: torch's distributed format with checksums, read without running code from it.
 
-torch unpickles the index of such a folder and the entries that are no tensors without restriction. Here the index is
-read by an allow-list of instructions and names, checked, and handed to torch; entries are loaded as data alone.
+torch unpickles the index of such a folder, and the entries that are not tensors, without restrictions. Here the index
+is read with an allow-list of opcodes and names, validated, and handed to torch; entries are loaded with
+`weights_only=True`.
 """
 
 import io
 import math
+import os
 import pathlib
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import metadata as index
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -35,33 +38,39 @@ from .integrity import DamagedError
 from .world import World
 
 INDEX_FILE = ".metadata"
-_PART_NAME = re.compile(r"__\d+_\d+\.distcp")
+_SHARD_NAME = re.compile(r"__\d+_\d+\.distcp")
 
-Checksums = dict[str, tuple[int, int]]  # of files, by name: size and checksum
+Checksums = dict[str, tuple[int, int]]  # file name -> size in bytes, CRC-32
 
 
-def write(folder: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> Checksums:
-    """Write this process's part of a sharded checkpoint; what goes wrong in one process is raised in all.
+def write(folder: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> Checksums:
+    """Write this process's shards of a checkpoint; an error in one process is raised in all.
+
+    Args:
+        folder: Of the checkpoint; exists.
+        model: Whose weights to write.
+        ema: The moving average of its weights, or None.
+        optimizer: Whose state to write.
 
     Returns:
-        Of the files that this process has written.
+        The checksums of the files that this process has written.
     """
     writer = dcp.FileSystemWriter(folder)
-    writer.fs = files = _SummingFiles()
-    with _plain_errors():
-        dcp.save(_shards(model, average, optimizer), storage_writer=writer)
-    return files.checksums
+    writer.fs = file_system = _ChecksumFileSystem()
+    with _unwrap_errors():
+        dcp.save(_state_dict(model, ema, optimizer), storage_writer=writer)
+    return file_system.checksums
 
 
-def check(folder: Path, checksums: Any, world: World) -> index.Metadata:
-    """Check a sharded checkpoint; talks to no other process and changes nothing.
+def check(folder: Path, checksums: Any, world: World) -> dcp_metadata.Metadata:
+    """Check a sharded checkpoint; communicates with no other process and changes nothing.
 
-    The index is checked in every process, the parts by turns: a folder is whole if every process finds it whole.
+    Every process checks the index and a part of the shards: the checkpoint is intact if no process raises.
 
     Args:
         folder: Of the checkpoint.
-        checksums: From all `write`, gathered. None for a checkpoint of an older version: of its parts the checksums of
-            ZIP archives are checked.
+        checksums: The merged results of `write` in all processes. None for a checkpoint of an older version, whose
+            shards are checked by the checksums of their ZIP archives.
         world: The processes.
 
     Returns:
@@ -71,16 +80,16 @@ def check(folder: Path, checksums: Any, world: World) -> index.Metadata:
         DamagedError: It is not what was written.
         OSError: It cannot be read.
     """
-    content = integrity.read(folder / INDEX_FILE)
+    content = integrity.read_whole(folder / INDEX_FILE)
     if checksums is not None:
         _check_checksums(checksums)
         if checksums[INDEX_FILE] != [len(content), integrity.checksum_of(content)]:
-            raise DamagedError(f"the bytes of its '{INDEX_FILE}' are not those that were written")
-    found = _read_index(content)
-    entries = sorted((entry.relative_path, entry.offset, entry.length) for entry in found.storage_data.values())
+            raise DamagedError(f"its '{INDEX_FILE}' has another checksum than when it was written")
+    index = _read_index(content)
+    entries = sorted((entry.relative_path, entry.offset, entry.length) for entry in index.storage_data.values())
     names = sorted({name for name, _, _ in entries})
     if checksums is not None and not set(names) <= checksums.keys():
-        raise DamagedError(f"its '{INDEX_FILE}' names other files than were written")
+        raise DamagedError(f"its '{INDEX_FILE}' names files without checksums")
     for name in names:
         if not (folder / name).is_file():
             raise DamagedError(f"its '{name}' is missing")
@@ -89,43 +98,46 @@ def check(folder: Path, checksums: Any, world: World) -> index.Metadata:
             integrity.check_file(folder / name, *checksums[name])
     else:
         for name, offset, length in entries[world.rank :: world.size]:
-            integrity.check_archive(integrity.part(folder / name, offset, length), length)
-    return found
+            integrity.check_archive(integrity.read_slice(folder / name, offset, length), length)
+    return index
 
 
 def read(
     folder: Path,
-    found: index.Metadata,
+    index: dcp_metadata.Metadata,
     model: nn.Module,
-    average: nn.Module | None,
+    ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Read a sharded checkpoint; the number of processes need not be that of the writers.
+    """Read a sharded checkpoint; the number of processes may differ from that of the writers.
 
     Args:
         folder: Of the checkpoint.
-        found: Its index, from `check`.
-        model, average, optimizer: To read into.
+        index: From `check`.
+        model, ema, optimizer: To read into.
     """
-    state = _shards(model, average, optimizer)
-    with _plain_errors():
-        dcp.load(state, storage_reader=_Reader(folder, found), planner=_Planner())
+    state = _state_dict(model, ema, optimizer)
+    with _unwrap_errors():
+        dcp.load(state, storage_reader=_Reader(folder, index), planner=_SafePlanner())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    if average is not None:
-        set_model_state_dict(average, state["average"])
+    if ema is not None:
+        set_model_state_dict(ema, state["average"])
 
 
-def _shards(model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    if average is not None:
-        state["average"] = get_model_state_dict(average)
+def _state_dict(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    if ema is not None:
+        state["average"] = get_model_state_dict(ema)
     return state
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Instead of torch's collection of all processes' errors, which is no Exception, the first of them."""
+def _unwrap_errors() -> Iterator[None]:
+    """Raise the first error of torch's collection of all processes' errors, which is not an Exception itself."""
     try:
         yield
     except CheckpointException as error:
@@ -134,51 +146,51 @@ def _plain_errors() -> Iterator[None]:
             raise cause from None
         if isinstance(cause.__context__, OSError):
             raise cause.__context__ from None
-        if "inline_container" in str(cause):  # torch's writer, in another process: what it met is not sent along
-            raise OSError("a part could not be written to its end, as on a full disk") from None
+        if "inline_container" in str(cause):  # torch's writer, in another process, which does not pass on its cause
+            raise OSError("a file could not be written completely, as on a full disk") from None
         if isinstance(cause, (OSError, RuntimeError)):
             raise cause from None
         raise RuntimeError(f"{type(cause).__name__}: {cause}") from None
 
 
-class _SummingFiles(FileSystem):
-    """torch's way to the disk, which counts the bytes of each file."""
+class _ChecksumFileSystem(FileSystem):
+    """torch's file system for checkpoints, with the checksum of each file that is written."""
 
     def __init__(self) -> None:
         self.checksums: Checksums = {}
 
     @contextmanager
-    def create_stream(self, path, mode):
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
         with super().create_stream(path, mode) as stream:
-            summing = integrity.Summing(stream)
-            yield summing
-        self.checksums[Path(path).name] = (summing.size, summing.checksum)
+            writer = integrity.ChecksumWriter(cast(BinaryIO, stream))
+            yield cast(io.IOBase, writer)
+        self.checksums[Path(path).name] = (writer.size, writer.checksum)
 
-    def rename(self, path, new_path) -> None:
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         super().rename(path, new_path)
         self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's, with an index that was read before."""
+    """torch's reader, with an index that has been read before."""
 
-    def __init__(self, folder: Path, found: index.Metadata) -> None:
+    def __init__(self, folder: Path, index: dcp_metadata.Metadata) -> None:
         super().__init__(folder)
-        self._found = found
+        self._index = index
 
-    def read_metadata(self) -> index.Metadata:
-        return self._found
+    def read_metadata(self, *_: Any, **__: Any) -> dcp_metadata.Metadata:
+        return self._index
 
 
-class _Planner(dcp.DefaultLoadPlanner):
-    """torch's, which unpickles entries that are no tensors as data alone."""
+class _SafePlanner(dcp.DefaultLoadPlanner):
+    """torch's planner, which loads entries that are not tensors with `weights_only=True`."""
 
-    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         *path, last = self.mappings[read_item.dest_index.fqn]
-        place = self.original_state_dict
+        container: Any = self.original_state_dict
         for key in path:
-            place = place[key]
-        place[last] = torch.load(value, map_location="cpu", weights_only=True)
+            container = container[key]
+        container[last] = torch.load(value, map_location="cpu", weights_only=True)
 
 
 # ---- the index
@@ -187,14 +199,14 @@ class _Planner(dcp.DefaultLoadPlanner):
 def _check_checksums(checksums: Any) -> None:
     valid = isinstance(checksums, dict) and INDEX_FILE in checksums
     for name, pair in checksums.items() if valid else ():
-        valid &= isinstance(name, str) and (name == INDEX_FILE or _PART_NAME.fullmatch(name) is not None)
+        valid &= isinstance(name, str) and (name == INDEX_FILE or _SHARD_NAME.fullmatch(name) is not None)
         valid &= isinstance(pair, list) and [type(number) for number in pair] == [int, int]
     if not valid:
-        raise DamagedError("its table of checksums is not one")
+        raise DamagedError("its table of checksums is invalid")
 
 
-def _nothing(*_: Any) -> None:
-    """In place of a path, which is where the folder was when it was written."""
+def _ignore_path(*_: Any) -> None:
+    """Unpickles a path, which is where the folder was when it was written, as None."""
 
 
 def _layout(name: str) -> torch.layout:
@@ -203,26 +215,27 @@ def _layout(name: str) -> torch.layout:
     return torch.strided
 
 
-def _member(kind: Any, name: Any) -> Any:
-    """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
-    if kind is not index._MEM_FORMAT_ENCODING:
+def _enum_member(kind: Any, name: Any) -> Any:
+    """Replaces `getattr`, with which Python 3.11.0 to 3.11.3 pickle members of enumerations."""
+    if kind is not dcp_metadata._MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError("an attribute")
     return kind[name]
 
 
 _CLASSES = (
-    index.Metadata, index.MetadataIndex, index.StorageMeta, index.TensorStorageMetadata, index.BytesStorageMetadata,
-    index.ChunkStorageMetadata, index.TensorProperties, _StorageInfo,
+    dcp_metadata.Metadata, dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta, dcp_metadata.TensorStorageMetadata,
+    dcp_metadata.BytesStorageMetadata, dcp_metadata.ChunkStorageMetadata, dcp_metadata.TensorProperties, _StorageInfo,
 )  # fmt: skip
-_GLOBALS = {
-    **{(kind.__module__, kind.__name__): kind for kind in (*_CLASSES, index._MEM_FORMAT_ENCODING)},
-    **{(module, name): _nothing for module in ("pathlib", "pathlib._local") for name in dir(pathlib) if "Path" in name},
+_PATHS = [name for name in dir(pathlib) if "Path" in name]
+_GLOBALS: dict[tuple[str, str], Any] = {
+    **{(kind.__module__, kind.__name__): kind for kind in (*_CLASSES, dcp_metadata._MEM_FORMAT_ENCODING)},
+    **{(module, name): _ignore_path for module in ("pathlib", "pathlib._local") for name in _PATHS},
     **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
     ("torch", "Size"): torch.Size,
-    ("builtins", "getattr"): _member,
+    ("builtins", "getattr"): _enum_member,
     ("torch.serialization", "_get_layout"): _layout,
 }  # fmt: skip
-_INSTRUCTIONS = (
+_OPCODES = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE EMPTY_TUPLE "
     "TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS MEMOIZE BINGET LONG_BINGET "
     "STACK_GLOBAL REDUCE NEWOBJ BUILD"
@@ -230,67 +243,76 @@ _INSTRUCTIONS = (
 
 
 class _IndexUnpickler(pickle._Unpickler):
-    """For what `pickle.dump` makes of an index, and nothing else.
+    """Reads what `pickle.dump` writes for an index, and nothing else.
 
-    The implementation in Python, whose table of instructions can be cut down: those that are left allocate no more than
-    the file has, call what `_GLOBALS` has, and set fields of its classes.
+    It is based on the implementation in Python, whose table of opcodes can be reduced: the remaining ones allocate no
+    more than the size of the file, call only what is in `_GLOBALS`, and set only fields of its classes.
     """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _GLOBALS[module, name]
         except KeyError:
-            raise _ForeignName(f"{module}.{name}") from None
+            raise _ForbiddenName(f"{module}.{name}") from None
 
     def load_build(self) -> None:
         state = self.stack.pop()
-        thing = self.stack[-1]
-        if type(thing) is index.TensorProperties:
-            thing.__setstate__(state)
-        elif type(thing) in _CLASSES and state.keys() <= {field.name for field in fields(thing)}:
-            vars(thing).update(state)
+        instance = self.stack[-1]
+        if type(instance) is dcp_metadata.TensorProperties:
+            instance.__setstate__(state)
+        elif type(instance) in _CLASSES and state.keys() <= {field.name for field in fields(instance)}:
+            vars(instance).update(state)
         else:
-            raise pickle.UnpicklingError(f"a state for {type(thing).__name__}")
+            raise pickle.UnpicklingError(f"a state for {type(instance).__name__}")
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][_hashable(key)] = value
+        self.stack[-1][_check_key(key)] = value
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
-        self.stack[-1].update((_hashable(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
+        self.stack[-1].update((_check_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
 
-    dispatch = {
+    dispatch: ClassVar[dict[int, Any]] = {
         code: function
         for code, function in pickle._Unpickler.dispatch.items()
-        if code in {getattr(pickle, name)[0] for name in _INSTRUCTIONS}
+        if code in {getattr(pickle, name)[0] for name in _OPCODES}
     } | {pickle.BUILD[0]: load_build, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
 
-class _ForeignName(pickle.UnpicklingError):
-    """An index names what is no part of it."""
+class _ForbiddenName(pickle.UnpicklingError):
+    """An index names a class or function that does not belong in one."""
 
 
-def _hashable(key: Any) -> Any:
-    """A key of a table; a tuple of tuples, thousands deep, would end the process when it is hashed."""
-    if type(key) is index.MetadataIndex and type(key.fqn) is str and type(key.offset) in (torch.Size, type(None)):
+def _check_key(key: Any) -> Any:
+    """A key of a dict. Hashing tuples nested thousands of levels deep would crash the process."""
+    if (
+        type(key) is dcp_metadata.MetadataIndex
+        and type(key.fqn) is str
+        and type(key.offset) in (torch.Size, type(None))
+    ):
         return key
     if type(key) is str:
         return key
     raise pickle.UnpicklingError(f"{type(key).__name__} for a key")
 
 
-def _read_index(content: bytes) -> index.Metadata:
-    """The index of a sharded checkpoint, checked: what it says can be followed.
+def _read_index(content: bytes) -> dcp_metadata.Metadata:
+    """The index of a sharded checkpoint, validated.
 
     Raises:
-        DamagedError: It is none; nothing in it was run.
+        DamagedError: It is not a valid index; no code in it was run.
     """
     try:
-        found = _IndexUnpickler(io.BytesIO(content)).load()
-        valid = _is_valid(found)
-    except _ForeignName as error:
-        raise DamagedError(f"its '{INDEX_FILE}' names '{error}', which is no part of one; nothing was run") from error
+        index = _IndexUnpickler(io.BytesIO(content)).load()
+        valid = _is_valid(index)
+    except _ForbiddenName as error:
+        raise DamagedError(
+            f"its '{INDEX_FILE}' names '{error}', which does not belong there; no code was run"
+        ) from error
     except (
         pickle.UnpicklingError, struct.error, EOFError, MemoryError, ArithmeticError, LookupError, ValueError,
         TypeError, AttributeError, RuntimeError, AssertionError,
@@ -298,54 +320,55 @@ def _read_index(content: bytes) -> index.Metadata:
         raise DamagedError(f"its '{INDEX_FILE}' is damaged") from error
     if not valid:
         raise DamagedError(f"its '{INDEX_FILE}' is damaged")
-    return found
+    return index
 
 
-def _is_valid(found: Any) -> bool:
-    if type(found) is not index.Metadata or not all(
-        type(table) is dict for table in (found.state_dict_metadata, found.storage_data)
+def _is_valid(index: Any) -> bool:
+    """Whether torch can load the tensors of an index; clears its fields that are not needed for this."""
+    if type(index) is not dcp_metadata.Metadata or not all(
+        type(table) is dict for table in (index.state_dict_metadata, index.storage_data)
     ):
         return False
-    found.storage_meta = found.planner_data = None  # where it was written and from what, which nobody needs
-    for key, entry in found.storage_data.items():
+    index.storage_meta = index.planner_data = None  # where it was written and from what
+    for key, info in index.storage_data.items():
         if not (
-            type(key) is index.MetadataIndex
-            and type(entry) is _StorageInfo
-            and _PART_NAME.fullmatch(entry.relative_path)
-            and _is_size(entry.offset, entry.length)
-            and entry.transform_descriptors is None
+            type(key) is dcp_metadata.MetadataIndex
+            and type(info) is _StorageInfo
+            and _SHARD_NAME.fullmatch(info.relative_path)
+            and _are_sizes(info.offset, info.length)
+            and info.transform_descriptors is None
         ):
             return False
-    for name, entry in found.state_dict_metadata.items():
-        if type(entry) is index.BytesStorageMetadata:
-            places = [index.MetadataIndex(name)]
-        elif _is_tensor(entry):
-            places = [index.MetadataIndex(name, chunk.offsets) for chunk in entry.chunks]
+    for name, entry in index.state_dict_metadata.items():
+        if type(entry) is dcp_metadata.BytesStorageMetadata:
+            keys = [dcp_metadata.MetadataIndex(name)]
+        elif type(entry) is dcp_metadata.TensorStorageMetadata and _is_complete(entry):
+            keys = [dcp_metadata.MetadataIndex(name, chunk.offsets) for chunk in entry.chunks]
         else:
             return False
-        if type(name) is not str or any(place not in found.storage_data for place in places):
+        if type(name) is not str or any(key not in index.storage_data for key in keys):
             return False
     return True
 
 
-def _is_tensor(entry: Any) -> bool:
-    """Whether the parts of a tensor make a whole: torch would leave the rest as it is without a word."""
-    if type(entry) is not index.TensorStorageMetadata or type(entry.properties) is not index.TensorProperties:
+def _is_complete(entry: dcp_metadata.TensorStorageMetadata) -> bool:
+    """Whether the chunks of a tensor cover it: torch would silently leave the rest of the tensor unchanged."""
+    if type(entry.properties) is not dcp_metadata.TensorProperties:
         return False
-    if type(entry.size) is not torch.Size or not _is_size(*entry.size) or type(entry.chunks) is not list:
+    if type(entry.size) is not torch.Size or not _are_sizes(*entry.size) or type(entry.chunks) is not list:
         return False
     count, starts = 0, []
     for chunk in entry.chunks:
-        if type(chunk) is not index.ChunkStorageMetadata or not _is_size(*chunk.offsets, *chunk.sizes):
+        if type(chunk) is not dcp_metadata.ChunkStorageMetadata or not _are_sizes(*chunk.offsets, *chunk.sizes):
             return False
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
         if len(ends) != len(entry.size) or any(end > size for end, size in zip(ends, entry.size)):
             return False
-        if math.prod(chunk.sizes):  # of an uneven tensor, several processes have nothing
+        if math.prod(chunk.sizes):  # several processes may have an empty chunk of a small tensor
             count += math.prod(chunk.sizes)
             starts.append(chunk.offsets)
     return count == math.prod(entry.size) and len(set(starts)) == len(starts)
 
 
-def _is_size(*numbers: Any) -> bool:
+def _are_sizes(*numbers: Any) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a training run is about: the one thing that the engine asks of a task.
+"""What the engine asks of a task.
 
 The engine knows tensors, steps, processes, checkpoints and the folder of a run. All else is the task's: where samples
 come from, what the loss is, how the model is validated, what the report shows and what the saved folder holds.
@@ -33,11 +33,15 @@ class Task(ABC, Generic[Config, Result]):
         config: The settings.
     """
 
-    model_name: str  # for messages
-    loss_unit: str  # what the loss is and its unit, for the axis of a plot
+    loss_unit: str  #: what the loss is, and its unit, for the axis of a plot
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @property
+    @abstractmethod
+    def model_name(self) -> str:
+        """For messages."""
 
     # ---- what there is before training
 
@@ -67,9 +71,10 @@ class Task(ABC, Generic[Config, Result]):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What each process knows of the data at once, such as their number and classes: numbers, texts and lists.
+        """What each process knows of the data at once, such as their number and classes.
 
-        It is kept in the checkpoints; a run only resumes with the same. "samples" is the number of samples.
+        Numbers, texts and lists. It is kept in the checkpoints; a run only resumes with the same. "samples" is the
+        number of samples.
         """
 
     def fingerprint(self) -> Any:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..config import ConfigError
 from ..data.images import DataError
-from ..data.workers import signals_for_us
+from ..data.workers import block_worker_signals
 from ..dtypes import torch_dtype
 from ..errors import UserError, one_line
 from ..layers.sync_batch_norm import synchronize_batch_norm
@@ -186,7 +186,7 @@ class Trainer(Generic[Config, Result]):
                 self.world.first, self._note, config.epochs,
             )  # fmt: skip
         sampler = PlanSampler(plan, self.micro_batches, state.step, self.total)
-        with signals_for_us():
+        with block_worker_signals():
             loader = iter(self.task.train_loader(sampler, self.world.device.type == "cuda"))
         self._train_mode()
         try:

@@ -25,9 +25,9 @@ class LaunchError(UserError, RuntimeError):
 class World:
     """Rank, world size and device of this process."""
 
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
+    rank: int = 0  #: of this process
+    size: int = 1  #: number of processes
+    device: torch.device = torch.device("cpu")  #: of this process
 
     @property
     def first(self) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batch norm over the batches of all processes, on the CPU too."""
+"""Batch norm over the batches of all processes, also on the CPU."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from ..ops.sampling import accumulate_dtype
 
 def _all_reduce(x: Tensor) -> Tensor:
     """The sum over all processes, with a gradient."""
-    with warnings.catch_warnings():  # torch 2.14 recommends a private module instead
+    with warnings.catch_warnings():  # torch 2.14 deprecates it for a private module
         warnings.simplefilter("ignore", FutureWarning)
         return collectives.all_reduce(x)
 
@@ -34,12 +34,13 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         mean = _all_reduce(wide.sum(axes)) / count
         centered = wide - mean.view(shape)
         var = _all_reduce(centered.square().sum(axes)) / count
-        if self.track_running_stats:
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if running_mean is not None and running_var is not None and batches is not None:  # track_running_stats
             with torch.no_grad():
-                self.num_batches_tracked += 1
-                share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-                self.running_var.lerp_((var * count / max(count - 1, 1)).to(self.running_var.dtype), share)
+                batches.add_(1)
+                share = self.momentum if self.momentum is not None else 1 / float(batches)
+                running_mean.lerp_(mean.to(running_mean.dtype), share)
+                running_var.lerp_((var * count / max(count - 1, 1)).to(running_var.dtype), share)
         y = centered * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             y = y * self.weight.to(y.dtype).view(shape) + self.bias.to(y.dtype).view(shape)
@@ -47,10 +48,10 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch norms that see the batches of all processes; keys and weights stay."""
+    """Make the batch norms of a model see the batches of all processes; keys and weights stay the same."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = CpuSyncBatchNorm  # has no state of its own, so nothing is to be copied
+            module.__class__ = CpuSyncBatchNorm  # has no additional state
     return model

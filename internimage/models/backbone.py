@@ -15,11 +15,12 @@ from torch import nn
 from ..layers.attention_pool import AttentivePool
 from ..layers.dcnv3 import DCNv3
 from .blocks import Block, Stage, Stem
+from .families import FamilyModel
 
 __all__ = ["Backbone"]
 
 
-class Backbone(nn.Module):
+class Backbone(FamilyModel):
     """Stem and four stages at strides 4, 8, 16, 32 with C, 2C, 4C, 8C channels, C = `channels`.
 
     Has no forward of its own: a subclass calls `patch_embed`, then each of `levels` and its `downsample`.
@@ -56,7 +57,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.in_chans = in_chans
         self.patch_embed = Stem(in_chans, channels, act_layer, device=device, dtype=dtype)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)  # a list a stage
         self.levels = nn.ModuleList()
         self.feature_info = []
         for i in range(4):
@@ -79,24 +80,24 @@ class Backbone(nn.Module):
     # ---- parts, see `parts.HasParts`
 
     @torch.jit.ignore
-    def get_stem(self) -> list[nn.Module]:
+    def get_stem(self) -> list[Stem]:
         """What precedes the first stage."""
         return [self.patch_embed]
 
     @torch.jit.ignore
-    def get_stages(self) -> list[nn.Module]:
+    def get_stages(self) -> list[Stage]:
         """The stages, each with the downsampling to the next."""
-        return list(self.levels)
+        return [stage for stage in self.levels if isinstance(stage, Stage)]
 
     @torch.jit.ignore
-    def get_blocks(self) -> list[nn.Module]:
+    def get_blocks(self) -> list[Block]:
         """The blocks of all stages, in order of execution."""
-        return [block for stage in self.levels for block in stage.blocks]
+        return [block for stage in self.get_stages() for block in stage.blocks if isinstance(block, Block)]
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.levels:
+        for stage in self.get_stages():
             stage.grad_checkpointing = enable
 
     # ---- initial values

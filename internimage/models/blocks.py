@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What the stages of InternImage are made of: stem, blocks of DCNv3 and MLP, downsampling. All work channels last."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from timm.layers import DropPath, get_act_layer
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..layers.dcnv3 import DCNv3
+from ..layers.factory import FactoryKwargs
 from ..layers.fast_path import has_hooks, use_fast_path
 from ..layers.mlp import Mlp
 from ..layers.norm import add_normalized, create_norm
@@ -15,9 +18,16 @@ from ..layers.norm import add_normalized, create_norm
 class Stem(nn.Module):
     """Two strided convolutions: (N, in_chans, H, W) -> (N, ceil(H / 4), ceil(W / 4), channels)."""
 
-    def __init__(self, in_chans: int, channels: int, act_layer: str = "gelu", device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        channels: int,
+        act_layer: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, channels // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = create_norm(channels // 2, in_format="NCHW", out_format="NCHW", **dd)
         self.act = get_act_layer(act_layer)()
@@ -32,9 +42,11 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """Strided convolution between stages: (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 * C)."""
 
-    def __init__(self, channels: int, device=None, dtype=None) -> None:
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False, **dd)
         self.norm = create_norm(2 * channels, in_format="NCHW", out_format="NHWC", **dd)
 
@@ -46,8 +58,12 @@ class Block(nn.Module):
     """DCNv3 and MLP, each with a residual; (N, H, W, C) -> (N, H, W, C).
 
     With f the layer, the branch added to x is f(norm(x)); with `post_norm`, norm(f(x)); with `res_post_norm`,
-    res_post_norm(f(norm(x))). `layer_scale` multiplies it by a learned vector, initialised to that value.
+    res_post_norm(f(norm(x))). `layer_scale` multiplies it by a learned vector, initialized to that value.
     """
+
+    if TYPE_CHECKING:  # TorchScript would read the annotations, and takes no optional parameters from them
+        gamma1: nn.Parameter | None
+        gamma2: nn.Parameter | None
 
     def __init__(
         self,
@@ -63,11 +79,11 @@ class Block(nn.Module):
         center_feature_scale: bool = False,
         remove_center: bool = False,
         act_layer: str = "gelu",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         if post_norm and res_post_norm:
             raise ValueError("post_norm and res_post_norm exclude each other")
         self.post_norm = post_norm
@@ -97,7 +113,7 @@ class Block(nn.Module):
     def reset_layer_scale(self) -> None:
         """Set the layer scale to its initial value; nothing without one."""
         for gamma in (self.gamma1, self.gamma2):
-            if gamma is not None:
+            if gamma is not None and self.layer_scale is not None:
                 nn.init.constant_(gamma, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +133,9 @@ class Block(nn.Module):
     def _can_fuse_residual(self, x: Tensor) -> bool:
         """Whether the norm that ends each branch can scale and add, too: no dropout, autograd or hooks."""
         norm = self.norm1 if self.post_norm else self.res_post_norm1
-        if self.training or not isinstance(norm, nn.Sequential) or not use_fast_path(x, norm[0].weight):
+        if self.training or not isinstance(norm, nn.Sequential):
+            return False
+        if not use_fast_path(x, norm[0].weight):  # type: ignore[arg-type]  # nn.Module does not say that it is a tensor
             return False
         return not has_hooks(self.drop_path1, self.drop_path2)
 
@@ -127,6 +145,7 @@ class Block(nn.Module):
         if self.post_norm:
             x = add_normalized(x, self.dcn(x), self.norm1, self.gamma1)
             return add_normalized(x, self.mlp(x), self.norm2, self.gamma2)
+        assert isinstance(self.res_post_norm1, nn.Sequential) and isinstance(self.res_post_norm2, nn.Sequential)
         x = add_normalized(x, self.dcn(self.norm1(x)), self.res_post_norm1, self.gamma1)
         return add_normalized(x, self.mlp(self.norm2(x)), self.res_post_norm2, self.gamma2)
 
@@ -137,8 +156,8 @@ class Stage(nn.Module):
     Args:
         depth: Number of blocks.
         drop_path: Stochastic depth rate of each block.
-        norm: Whether a norm stands after the last block.
-        post_norm_blocks: Indices of the blocks after which an extra norm stands.
+        norm: Whether a norm follows the last block.
+        post_norm_blocks: Indices of the blocks that an extra norm follows.
         downsample: Whether another stage follows.
         block_kwargs: Arguments of `Block`.
     """
@@ -153,12 +172,12 @@ class Stage(nn.Module):
         norm: bool,
         post_norm_blocks: tuple[int, ...],
         downsample: bool,
-        device=None,
-        dtype=None,
-        **block_kwargs,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **block_kwargs: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         if any(not 0 <= i < depth for i in post_norm_blocks):
             raise ValueError(f"post_norm_blocks must name blocks 0 to {depth - 1} of its stage, got {post_norm_blocks}")
         self.grad_checkpointing = False

@@ -12,11 +12,12 @@ from torch import nn
 from ..errors import CheckpointError
 from ..weights import imagenet22k
 from ..weights.resolve import resolve_source
+from .families import FamilyModel
 from .model_config import check_given
 
 
 def build_model(
-    model_class: type[nn.Module],
+    model_class: type[FamilyModel],
     variant: str,
     pretrained: bool = False,
     pretrained_cfg: dict[str, Any] | str | None = None,
@@ -33,13 +34,16 @@ def build_model(
     differs, so timm is asked for a model without weights, built by a function that loads them.
 
     Args:
-        model_class: Has `load_pretrained` and what `internimage.weights.load.Model` asks for.
+        model_class: Of the model.
         variant: Its registered name.
         pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: As for `timm.create_model`.
         use_ema: Take the averaged weights of a source that has both.
         head_from_22k: Make the classifier of an ImageNet-22k one's rows for these synsets; True for ImageNet-1k's.
         num_stages: Of the class; `features_only` gives the maps of all by default.
         kwargs: Of the class, and timm's own.
+
+    Returns:
+        The model, or with `features_only` timm's wrapper of it.
     """
     check_given(variant, pretrained_cfg, kwargs.get("pretrained_model_args") or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
@@ -57,8 +61,8 @@ def build_model(
     # before the model: whether there are weights is soon known
     source = resolve_source(variant, cfg, cache_dir) if pretrained else None
 
-    def build(**model_kwargs: Any) -> nn.Module:
-        if not pretrained:
+    def build(**model_kwargs: Any) -> FamilyModel:
+        if source is None:
             return model_class(**model_kwargs)
         # on the meta device first: no memory and no time for initial values that the weights would replace
         model = model_class(**{**model_kwargs, "device": "meta"})
@@ -76,7 +80,7 @@ def build_model(
         build,
         variant,
         pretrained=False,
-        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]  # timm also passes the name of a tag
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         feature_cfg=dict(out_indices=tuple(range(num_stages)), feature_cls="getter"),
         **kwargs,

@@ -2,7 +2,7 @@
 """InternImage: the backbone with its heads, and what timm asks of a model."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from timm.layers import SelectAdaptivePool2d, get_act_layer
@@ -12,9 +12,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers.attention_pool import AttentivePool
+from ..layers.factory import FactoryKwargs
 from ..layers.norm import create_norm
-from ..weights.key_maps import INTERNIMAGE, KeyMap
-from ..weights.load import load_pretrained
+from ..weights.key_maps import INTERNIMAGE, KeyMap, Shape
 from .arguments import check_arguments, check_num_classes
 from .backbone import Backbone
 
@@ -90,6 +90,14 @@ class InternImage(Backbone):
 
     key_map: ClassVar[KeyMap] = INTERNIMAGE
 
+    if TYPE_CHECKING:  # of the two heads; identities where the other one has a module
+        conv_head: nn.Module
+        dcnv3_head_x3: nn.Module
+        dcnv3_head_x4: nn.Module
+        clip_projector: nn.Module
+        fc_norm: nn.Module
+        head: nn.Module
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -115,7 +123,7 @@ class InternImage(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
         check_arguments(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -182,7 +190,13 @@ class InternImage(Backbone):
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(self._init_module)
 
-    def _set_head(self, num_classes: int, global_pool: str | None, device=None, dtype=None) -> None:
+    def _set_head(
+        self,
+        num_classes: int,
+        global_pool: str | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Pooling and classifier; sets `head_hidden_size`."""
         check_num_classes(num_classes)
         if global_pool is None:
@@ -206,31 +220,13 @@ class InternImage(Backbone):
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
         self.head.train(self.training)
 
-    # ---- weights
-
     @torch.jit.ignore
-    def arguments_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    def arguments_of(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         """The arguments with which a model of this architecture has weights of these shapes, under our names."""
-        arguments: dict[str, Any] = {"num_classes": self.key_map.num_classes(shapes)}
-        in_chans = self.key_map.in_chans(shapes)
-        if in_chans is not None:
-            arguments = {"in_chans": in_chans, **arguments}
+        arguments = super().arguments_of(shapes)
         if "levels.0.blocks.0.gamma1" in shapes:  # 1 is what the detectors' tiny is trained from
             arguments["layer_scale"] = self.layer_scale or 1.0
         return arguments
-
-    @torch.jit.ignore
-    def load_pretrained(self, checkpoint_path: str, prefix: str = "", **options) -> None:
-        """timm's hook for weights in a format of the model's own: any format that InternImage weights exist in.
-
-        Args:
-            checkpoint_path: File or folder, see `internimage.weights.load.load_pretrained`, which also takes
-                the options.
-            prefix: Of timm's signature; must be empty.
-        """
-        if prefix:
-            raise ValueError(f"prefixes are found by the reader; prefix must be empty, got {prefix!r}")
-        load_pretrained(self, checkpoint_path, **options)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -249,7 +245,7 @@ class InternImage(Backbone):
         between = [(rf"^levels\.{i}\.(?:norm|downsample)\.", (i + 1, 0)) for i in range(len(self.levels) - 1)]
         extra = [
             (rf"^levels\.{i}\.post_norms\.{k}\.", (i, block))
-            for i, stage in enumerate(self.levels)
+            for i, stage in enumerate(self.get_stages())
             for k, block in enumerate(stage.post_norm_blocks)
         ]
         return dict(
@@ -334,7 +330,7 @@ class InternImage(Backbone):
             if i in take:
                 intermediates.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
             if i < len(stages) - 1:
-                x = stage.downsample(x)
+                x = stage.downsample(x)  # type: ignore[operator]  # ModuleList does not know its items' class
         if intermediates_only:
             return intermediates
         if self.fuses_stages and len(maps) == 4:
@@ -386,7 +382,7 @@ class InternImage(Backbone):
             x = stage(x)
             if i == 2:
                 stage3 = x
-            x = stage.downsample(x)
+            x = stage.downsample(x)  # type: ignore[operator]  # as above
         if self.fuses_stages:
             return self._fuse(stage3, x)
         return x.permute(0, 3, 1, 2)

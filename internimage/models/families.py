@@ -2,17 +2,60 @@
 """The families of models of this package: each registers its class, and the functions that build its architectures."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import timm
+import torch
 from timm.models import register_model
 from torch import nn
 
-from ..weights.key_maps import KeyMap
+from ..weights.key_maps import KeyMap, Shape
+from ..weights.load import Source, load_pretrained
 
 _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
+
+
+class FamilyModel(nn.Module):
+    """Base of this package's model classes: what loading, conversion and commands need beside timm's contract."""
+
+    key_map: ClassVar[KeyMap]
+
+    if TYPE_CHECKING:  # not at run time, as TorchScript reads the annotations of a module
+        num_classes: int
+        in_chans: int
+        pretrained_cfg: dict[str, Any]
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: Source, prefix: str = "", **options: Any) -> None:
+        """timm's hook for weights in a format of the model's own: any format that the family's weights exist in.
+
+        Args:
+            checkpoint_path: File or folder, see `internimage.weights.load.load_pretrained`, which also takes
+                the options.
+            prefix: Of timm's signature; must be empty.
+        """
+        if prefix:
+            raise ValueError(f"prefixes are found by the reader; prefix must be empty, got {prefix!r}")
+        load_pretrained(self, checkpoint_path, **options)
+
+    @torch.jit.ignore
+    def materialize(self, children: set[str], device: torch.device | str) -> None:
+        """Give children of a model on the meta device memory on `device` and initial values; the others stay there.
+
+        Args:
+            children: Names of direct children, such as "head".
+            device: Where they go.
+        """
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def arguments_of(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+        """The arguments with which a model of this architecture has weights of these shapes, under its own names."""
+        in_chans = self.key_map.in_chans(shapes)
+        arguments = {} if in_chans is None else {"in_chans": in_chans}
+        return {**arguments, "num_classes": self.key_map.num_classes(shapes)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,21 +64,20 @@ class Family:
 
     Attributes:
         name: In messages, such as "InternImage".
-        model: The class. It names its parameters by a `key_map`.
+        model: The class.
         options: What the functions that build the models take beside the arguments of the class.
         architectures: Names of the models, without tags.
     """
 
     name: str
-    model: type[nn.Module]
+    model: type[FamilyModel]
     options: tuple[str, ...] = ("head_from_22k", "use_ema")
     architectures: list[str] = field(default_factory=list)
 
     @property
     def key_map(self) -> KeyMap:
         """The names of its models' parameters."""
-        key_map: KeyMap = self.model.key_map  # type: ignore[assignment]  # mypy takes it for a submodule
-        return key_map
+        return self.model.key_map
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -52,7 +94,7 @@ class Family:
 _families: list[Family] = []
 
 
-def register_family(name: str, model: type[nn.Module], **options: Any) -> Family:
+def register_family(name: str, model: type[FamilyModel], **options: Any) -> Family:
     """A new family; for the arguments see there."""
     family = Family(name, model, **options)
     _families.append(family)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The released InternImage models, registered with timm. Hyper-parameters are those of the official configurations."""
 
+from typing import Any
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs
+from torch import nn
 
 from ..weights.imagenet22k import NUM_CLASSES as IN22K
 from ..weights.released import PUBLISHED
@@ -13,11 +16,11 @@ from .families import register_family
 FAMILY = register_family("InternImage", InternImage)
 
 
-def _create_internimage(variant: str, pretrained: bool = False, **kwargs) -> InternImage:
+def _create_internimage(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model(InternImage, variant, pretrained, **kwargs)
 
 
-def _cfg(name: str, size: int = 224, num_classes: int = 1000, stride: int = 32, **kwargs) -> dict:
+def _cfg(name: str, size: int = 224, num_classes: int = 1000, stride: int = 32) -> dict[str, Any]:
     """timm's pretrained cfg. Upstream resizes the shorter side to the image size: crop_pct 1.0, not timm's 0.875."""
     published = PUBLISHED.get(name)
     source = {}
@@ -38,7 +41,6 @@ def _cfg(name: str, size: int = 224, num_classes: int = 1000, stride: int = 32, 
         "origin_url": "https://github.com/OpenGVLab/InternImage",
         "paper_name": "InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions",
         "paper_ids": "arXiv:2211.05778",
-        **kwargs,
     }
 
 
@@ -65,14 +67,14 @@ default_cfgs = generate_default_cfgs(
 
 
 @FAMILY.register
-def internimage_atto(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_atto(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A very small one of our own, for demos and tests: under a million parameters at 10 classes. No weights."""
     model_args = dict(channels=16, depths=(1, 1, 3, 1), groups=(1, 2, 4, 8))
     return _create_internimage("internimage_atto", pretrained, **dict(model_args, **kwargs))
 
 
 @FAMILY.register
-def internimage_tiny(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InternImage-T, 30M parameters."""
     model_args = dict(channels=64, depths=(4, 4, 18, 4), groups=(4, 8, 16, 32))
     return _create_internimage("internimage_tiny", pretrained, **dict(model_args, **kwargs))
@@ -82,28 +84,28 @@ _POST_NORM = dict(post_norm=True, layer_scale=1e-5)
 
 
 @FAMILY.register
-def internimage_small(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InternImage-S, 50M parameters."""
     model_args = dict(channels=80, depths=(4, 4, 21, 4), groups=(5, 10, 20, 40), **_POST_NORM)
     return _create_internimage("internimage_small", pretrained, **dict(model_args, **kwargs))
 
 
 @FAMILY.register
-def internimage_base(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InternImage-B, 97M parameters."""
     model_args = dict(channels=112, depths=(4, 4, 21, 4), groups=(7, 14, 28, 56), **_POST_NORM)
     return _create_internimage("internimage_base", pretrained, **dict(model_args, **kwargs))
 
 
 @FAMILY.register
-def internimage_large(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InternImage-L, 223M parameters at 1000 classes."""
     model_args = dict(channels=160, depths=(5, 5, 22, 5), groups=(10, 20, 40, 80), offset_scale=2.0, **_POST_NORM)
     return _create_internimage("internimage_large", pretrained, **dict(model_args, **kwargs))
 
 
 @FAMILY.register
-def internimage_xlarge(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_xlarge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InternImage-XL, 335M parameters at 1000 classes."""
     model_args = dict(channels=192, depths=(5, 5, 24, 5), groups=(12, 24, 48, 96), offset_scale=2.0, **_POST_NORM)
     return _create_internimage("internimage_xlarge", pretrained, **dict(model_args, **kwargs))
@@ -113,7 +115,7 @@ _ATTENTIVE = dict(dw_kernel_size=5, center_feature_scale=True, attentive_head=Tr
 
 
 @FAMILY.register
-def internimage_huge(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_huge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InternImage-H, 1.09B parameters at 1000 classes; image sides must be multiples of 32 (see `check_fusable`)."""
     model_args = dict(
         channels=320,
@@ -127,7 +129,7 @@ def internimage_huge(pretrained: bool = False, **kwargs) -> InternImage:
 
 
 @FAMILY.register
-def internimage_giant(pretrained: bool = False, **kwargs) -> InternImage:
+def internimage_giant(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InternImage-G, 3.08B parameters at 1000 classes; image sides must be multiples of 32 (see `check_fusable`)."""
     model_args = dict(
         channels=512,

@@ -7,13 +7,14 @@ resolution of its feature maps. Where that gives no sensible answer, the questio
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from ..errors import UserError
 from ..layers.sampling import SamplingLayer
+from .attributes import name_of
 
 _Layer = tuple[float, ...]  # its place in the order of layers, as timm's group_matcher has it
 
@@ -29,13 +30,13 @@ class NoSuchParts(UserError, ValueError):
 class HasParts(Protocol):
     """A model that knows its parts."""
 
-    def get_stem(self) -> list[nn.Module]:
+    def get_stem(self) -> Sequence[nn.Module]:
         """What precedes the first stage."""
 
-    def get_stages(self) -> list[nn.Module]:
+    def get_stages(self) -> Sequence[nn.Module]:
         """The stages, in order of execution."""
 
-    def get_blocks(self) -> list[nn.Module]:
+    def get_blocks(self) -> Sequence[nn.Module]:
         """The repeated blocks of all stages, in order of execution."""
 
 
@@ -45,12 +46,6 @@ class ChecksImageSize(Protocol):
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raises ValueError for a size that it does not take; the message names sizes that it takes."""
-
-
-def name_of(model: nn.Module) -> str:
-    """The model's name for messages: timm's, or that of its class."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture") or type(model).__name__)
 
 
 # ---- stages and blocks
@@ -63,7 +58,7 @@ def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Mod
         NoSuchParts: The model has no stages, as a plain vision transformer.
     """
     if isinstance(model, HasParts):
-        return model.get_stem(), [[stage] for stage in model.get_stages()]
+        return list(model.get_stem()), [[stage] for stage in model.get_stages()]
     stem, layers = _layers(model, coarse=True)
     ends: dict[int, _Layer] = {}  # reduction -> the last layer that has it
     for info in getattr(model, "feature_info", None) or ():
@@ -74,9 +69,10 @@ def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Mod
         raise NoSuchParts(f"'{name_of(model)}' has no stages of several resolutions")
     stages, begin = [], 0
     order = sorted(layers)
-    for layer in sorted(ends.values()):
-        end = order.index(layer) + 1
-        stages.append(_modules(model, [key for one in order[begin:end] for key in layers[one]]))
+    # feature_info may name what follows the last stage for it
+    for end in [order.index(layer) + 1 for layer in sorted(ends.values())] + [len(order)]:
+        if end > begin:
+            stages.append(_modules(model, [key for layer in order[begin:end] for key in layers[layer]]))
         begin = end
     return _modules(model, stem), stages
 
@@ -88,7 +84,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         NoSuchParts: timm does not know them, or there is one.
     """
     if isinstance(model, HasParts):
-        return model.get_blocks()
+        return list(model.get_blocks())
     _, layers = _layers(model, coarse=False)
     blocks = [module for _, keys in sorted(layers.items()) for module in _called(_covering(model, "", set(keys)))]
     if len(blocks) < 2:
@@ -99,7 +95,10 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def _layers(model: nn.Module, coarse: bool) -> tuple[list[str], dict[_Layer, list[str]]]:
     """The names of the stem's parameters, and those of each layer between it and what follows the last."""
     ask = getattr(model, "group_matcher", None)
-    matcher = ask(coarse=coarse) if callable(ask) else None
+    try:
+        matcher = ask(coarse=coarse) if callable(ask) else None
+    except AssertionError:  # where timm has not written the one that is asked for
+        matcher = None
     if not isinstance(matcher, dict) or "stem" not in matcher or len(matcher) < 2:
         raise NoSuchParts(f"'{name_of(model)}' does not tell its layers apart (timm's group_matcher)")
     patterns = [

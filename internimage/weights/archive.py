@@ -6,6 +6,7 @@ archives whose records overlap, and takes the directory's word for where a recor
 """
 
 import errno
+import io
 import struct
 import zipfile
 import zlib
@@ -226,12 +227,11 @@ def _descriptor_agrees(found: bytes, record: Record) -> bool:
                              struct.pack("<4sI2Q", b"PK\x07\x08", *expected)))  # fmt: skip
 
 
-def _content(file: IO[bytes], record: Record) -> Iterator[bytes | memoryview]:
+def _content(file: io.FileIO, record: Record) -> Iterator[bytes | memoryview]:
     """A record's content in pieces, which together have exactly the size that was announced."""
     file.seek(_locate(file, record))
-    pieces = _stored(file, record.stored)
-    if record.is_compressed:
-        pieces = _inflated(pieces, record)
+    stored = _stored(file, record.stored)
+    pieces: Iterator[bytes | memoryview] = _inflated(stored, record) if record.is_compressed else stored
     left = record.size
     for piece in pieces:
         left -= len(piece)
@@ -242,7 +242,7 @@ def _content(file: IO[bytes], record: Record) -> Iterator[bytes | memoryview]:
         raise _damaged(record, "is cut off" if left > 0 else "holds more than it claims")
 
 
-def _stored(file: IO[bytes], left: int) -> Iterator[memoryview]:
+def _stored(file: io.FileIO, left: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(left, _CHUNK)))
     while left:
         count = file.readinto(buffer[:left])

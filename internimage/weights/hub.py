@@ -124,12 +124,12 @@ def download(
     at = f"revision {revision or 'main'}"
     unreachable: Exception | None = None
     for filename in filenames:
-        options = dict(revision=revision, cache_dir=cache_dir)
+        # once the Hub did not answer, only the cache is asked: it may hold the next one
+        local = cached_only or unreachable is not None
         try:
-            # once the Hub did not answer, only the cache is asked: it may hold the next one
-            path = _fetch(name, filename, local_files_only=cached_only or unreachable is not None, **options)
+            path = _fetch(name, filename, revision, cache_dir, local)
             if filename.endswith(INDEX_SUFFIX):
-                _fetch_shards(name, path, filename, local_files_only=cached_only or unreachable is not None, **options)
+                _fetch_shards(name, path, filename, cache_dir, local)
         except LocalEntryNotFoundError as error:  # before its parent class, EntryNotFoundError
             unreachable = unreachable or error
         except GatedRepoError as error:
@@ -165,8 +165,7 @@ def download(
 
 def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
     """A file of the Hub, from the cache or into it: the one place where both are compared with their checksum."""
-    options = dict(cache_dir=cache_dir, local_files_only=local_files_only)
-    file = CachedFile.of(hf_hub_download(name, filename, revision=revision, **options), filename)
+    file = _cached_file(name, filename, revision, cache_dir, local_files_only)
     if file.is_trusted() or (verify_mode() == "always" and file.is_right(name, ask=not local_files_only)):
         return file.path
     with file.alone():  # of many processes one hashes, and the others find its marker
@@ -183,7 +182,7 @@ def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None
             ) from error
         _logger.warning("%s: '%s' was damaged; it is deleted and downloaded again", name, file.path)
         _remove(name, file)
-        file = CachedFile.of(hf_hub_download(name, filename, revision=file.commit, **options), filename)
+        file = _cached_file(name, filename, file.commit, cache_dir, local_files_only)
         if file.is_right(name, ask=True):
             return file.path
         _remove(name, file)
@@ -191,6 +190,13 @@ def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None
         f"{name}: '{filename}' was corrupted again and has been deleted; try again. If that goes on, a mirror or proxy "
         f"changes files, or a disk or the memory is broken (announced was {file.etag})"
     )
+
+
+def _cached_file(
+    name: str, filename: str, revision: str | None, cache_dir: str | None, local_files_only: bool
+) -> CachedFile:
+    path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    return CachedFile.of(path, filename)
 
 
 def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> None:
@@ -206,13 +212,14 @@ def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> N
     """
     name, revision = split_revision(repo_id)
     try:
-        path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        file = _cached_file(name, filename, revision, cache_dir, local_files_only=True)
     except LocalEntryNotFoundError:
         return
-    file = CachedFile.of(path, filename)
     if not file.is_trusted() and not file.is_right(name, ask=False):
         download(f"{name}@{file.commit}", (filename,), cache_dir)  # or an error that says why not
-        raise DownloadError(f"{name}: '{path}' was damaged when it was read, and has been downloaded again; try again")
+        raise DownloadError(
+            f"{name}: '{file.path}' was damaged when it was read, and has been downloaded again; try again"
+        )
 
 
 def commit_of(path: Path, filename: str) -> str:
@@ -220,16 +227,17 @@ def commit_of(path: Path, filename: str) -> str:
     return CachedFile.of(path, filename).commit
 
 
-def _fetch_shards(name: str, index: Path, filename: str, **options) -> None:
+def _fetch_shards(name: str, index: Path, filename: str, cache_dir: str | None, local_files_only: bool) -> None:
     # of the index's commit, or else a push between two requests would mix the weights of both
-    options["revision"] = commit_of(index, filename)
+    commit = commit_of(index, filename)
     try:
         shards = sorted(set(weight_map(index).values()))
     except ValueError as error:
         raise DownloadError(f"{name}: {error}") from error
     for shard in shards:
         try:
-            _fetch(name, (PurePosixPath(filename).parent / shard).as_posix(), **options)
+            file = (PurePosixPath(filename).parent / shard).as_posix()
+            _fetch(name, file, commit, cache_dir, local_files_only)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:

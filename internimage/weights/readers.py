@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError, one_line, some
 from .file_names import INDEX_SUFFIX, WEIGHTS, WEIGHTS_INDEX
@@ -33,10 +33,10 @@ _LONGEST_NAME = 1000  # of a tensor
 class Entry:
     """One tensor of weights. `read` returns a contiguous copy that the caller owns."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    problem: str = ""  # what it is instead of plain numbers in memory; `read` must not be called then
+    shape: tuple[int, ...]  #: in the file
+    dtype: torch.dtype  #: in the file
+    read: Callable[[], Tensor]  #: reads it
+    problem: str = ""  #: what it is instead of plain numbers in memory; `read` must not be called then
 
 
 class Weights(Mapping[str, Entry]):
@@ -100,7 +100,7 @@ def from_state_dict(data: object, origin: str = "the state dict", use_ema: bool 
 
 def _entry(tensor: Tensor, read: Callable[[], Tensor]) -> Entry:
     problem = _problem(tensor)
-    shapeless = tensor.is_nested or isinstance(tensor, UninitializedTensorMixin)  # asking either for it raises
+    shapeless = tensor.is_nested or is_lazy(tensor)  # asking either for it raises
     return Entry(() if shapeless else tuple(tensor.shape), tensor.dtype, read, problem)
 
 

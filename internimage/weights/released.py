@@ -14,15 +14,15 @@ HUB_PTH_REPO = "OpenGVLab/InternImage"  # all official .pth files stand in this 
 class Published:
     """One released weight."""
 
-    hub_id: str | None  # per-model repository with safetensors, in transformers' key naming
-    pth: str | None  # file name in HUB_PTH_REPO, with the official key naming
-    top1: float | None = None  # ImageNet-1k top-1 accuracy in percent
-    gmacs: float | None = None  # printed as FLOPs
-    pretrain: str = "ImageNet-1k"
+    hub_id: str | None  #: per-model repository with safetensors, in transformers' key naming
+    pth: str | None  #: file name in HUB_PTH_REPO, with the official key naming
+    top1: float | None = None  #: ImageNet-1k top-1 accuracy in percent
+    gmacs: float | None = None  #: multiply-accumulates in billions, at the released resolution; printed as FLOPs
+    pretrain: str = "ImageNet-1k"  #: pre-training data
     # The commits of the two repositories that the weights are taken from; None takes what stands on their main branch.
     # All are None because the Hub could not be reached where this was written: no commit was seen, and none is made up.
-    revision: str | None = None
-    pth_revision: str | None = None
+    revision: str | None = None  #: commit of the per-model repository; None is its main branch
+    pth_revision: str | None = None  #: likewise of HUB_PTH_REPO
 
     @property
     def hub_source(self) -> str | None:

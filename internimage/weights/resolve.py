@@ -69,7 +69,7 @@ def _locate(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> Path:
 def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> Path:
     published = PUBLISHED.get(f"{variant}.{cfg.get('tag')}")
     preferred = cfg.get("hf_hub_filename")
-    filenames = WEIGHT_FILES
+    filenames: tuple[str, ...] = WEIGHT_FILES
     if preferred and preferred not in filenames:
         filenames = (preferred,)
     try:
@@ -122,8 +122,8 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
         known = next((name for name, item in PUBLISHED.items() if item.pth == path.name), None)
         return Source(path, path.name, known, PUBLISHED.get(known or ""))
     if source in PUBLISHED:
-        cfg = timm.get_pretrained_cfg(source).to_dict()
-        path = _locate(source.partition(".")[0], cfg, cache_dir)
+        cfg = timm.get_pretrained_cfg(source)
+        path = _locate(source.partition(".")[0], cfg.to_dict() if cfg is not None else {}, cache_dir)
         return Source(path, _on_the_hub(path, source), source, PUBLISHED[source])
     match = _REPOSITORY.fullmatch(source)
     if match is None or source.startswith(("/", "./", "../")):

@@ -247,7 +247,7 @@ def _modern(module: str, name: str) -> str:
 
 
 def _unknown(code: int) -> str:
-    known = pickletools.code2op.get(chr(code))
+    known = next((opcode for opcode in pickletools.opcodes if opcode.code == chr(code)), None)
     if known is None:
         return f"its pickle has the unknown instruction {code}"
     return f"its pickle has the instruction {known.name}, which torch.save does not write"

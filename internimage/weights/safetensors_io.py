@@ -80,7 +80,7 @@ def read_tensor(path: Path, position: int, shape: tuple[int, ...], dtype: torch.
         EOFError: The file ends before it does.
     """
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    left = tensor.reshape(-1).view(torch.uint8).numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(position)
         while left:  # a system call reads 2 GB at most
@@ -128,6 +128,6 @@ def write_safetensors(
             if (tuple(tensor.shape), tensor.dtype) != specs[name]:
                 raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {specs[name]}")
             # as bytes, which numpy has for every dtype; scalars have no last dimension to view
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -107,8 +107,12 @@ def dtype_named(name: str) -> torch.dtype | None:
 
 def is_storage_type(name: str) -> bool:
     """Whether a class is one that tells the dtype of a storage."""
+    return _storage_kind(name) in _STORAGES
+
+
+def _storage_kind(name: str) -> str:
     found = _STORAGE_NAME.fullmatch(name)
-    return found is not None and found[1] in _STORAGES
+    return "" if found is None else found[1]
 
 
 def storage_of(pid: Any, storages: dict[str, Storage]) -> Storage:
@@ -125,11 +129,11 @@ def storage_of(pid: Any, storages: dict[str, Storage]) -> Storage:
     if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Named)):
         raise PickleError("it refers to something else than the numbers of a tensor")
     kind, key, count = pid[1].name, pid[2], pid[4]
-    if not (is_storage_type(kind) and type(key) is str and _is_count(count)):
+    if not (is_storage_type(kind) and isinstance(key, str) and _is_count(count)):
         raise PickleError("it refers to the numbers of a tensor in a way that torch.save does not")
     if len(pid) == 6 and pid[5] is not None:
         raise PickleError("it was written before torch 0.4; load it with a newer torch and save it again")
-    storage = Storage(key, _STORAGES[_STORAGE_NAME.fullmatch(kind)[1]], count)
+    storage = Storage(key, _STORAGES[_storage_kind(kind)], count)
     if storages.setdefault(key, storage) != storage:
         raise PickleError("it describes the same numbers in two ways")
     return storage

@@ -54,7 +54,8 @@ class TorchFile:
         try:
             with path.open("rb") as file:
                 archived = file.read(4) == b"PK\x03\x04"
-            self.data, self._storages = _open_archive(path) if archived else _open_pickles(path)
+            opened: tuple[Any, _Storages] = _open_archive(path) if archived else _open_pickles(path)
+            self.data, self._storages = opened
         except (ArchiveError, PickleError) as error:
             raise self._damaged(error) from error
         except OSError as error:
@@ -90,8 +91,8 @@ class TorchFile:
         size = tensor.dtype.itemsize
         raw = torch.empty(tensor.span * size, dtype=torch.uint8, device="cpu")
         try:
-            if tensor.span:
-                self._storages.read(tensor.storage, tensor.offset * size, memoryview(raw.numpy()))
+            if tensor.span and tensor.storage is not None:
+                self._storages.read(tensor.storage, tensor.offset * size, raw.numpy().data)
         except (ArchiveError, PickleError) as error:
             raise self._damaged(error) from error
         except OSError as error:
@@ -125,6 +126,8 @@ class _Archived:
 
     def check(self, tensor: StoredTensor) -> None:
         storage = tensor.storage
+        if storage is None:  # it has a problem
+            return
         record = self._archive.records.get(f"{self._prefix}data/{storage.key}")
         if record is None:
             raise PickleError(f"the record of its storage {_shown(storage)} is missing")
@@ -157,8 +160,8 @@ def _open_archive(path: Path) -> tuple[Any, _Archived]:
         raise ArchiveError(f"its ZIP archive would become {size / 1e9:.1f} GB of {stored / 1e6:.1f} MB")
     if records[found[0]].size > MOST_BYTES:
         raise PickleError(f"its pickle is larger than {MOST_BYTES >> 20} MiB, though tensors stand outside of it")
-    order = records.get(f"{prefix}byteorder")
-    order = b"little" if order is None or order.size > 10 else archive.read(order)
+    byteorder = records.get(f"{prefix}byteorder")
+    order = b"little" if byteorder is None or byteorder.size > 10 else archive.read(byteorder)
     data = archive.read(records[found[0]])
     unpickler = Unpickler(data)
     try:

@@ -20,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,16 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import timm  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
 
 import internimage  # noqa: E402, F401
 from internimage.benchmark.timing import Clock, facts, interleave  # noqa: E402
 from internimage.config import load_config  # noqa: E402
-from internimage.data.datasets import open_dataset  # noqa: E402
-from internimage.engine import trainer as engine  # noqa: E402
+from internimage.engine import trainer  # noqa: E402
 from internimage.engine.rng import BatchPlan, PlanSampler  # noqa: E402
-from internimage.tasks.classification.augment import training_loader  # noqa: E402
+from internimage.engine.run import train  # noqa: E402
 from internimage.tasks.classification.config import FinetuneConfig  # noqa: E402
-from internimage.tasks.classification.finetune import finetune  # noqa: E402
+from internimage.tasks.classification.task import ClassificationTask  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 AUGMENTATION = ["auto_augment=rand-m9-mstd0.5-inc1", "color_jitter=0.4", "random_erasing=0.25", "scale_min=0.08"]
@@ -96,39 +98,48 @@ class Watch:
         self.start = (cpu, wall)
 
 
+class TimedLoader:
+    """Iterates over a loader; a step of `watch` begins with each micro-batch."""
+
+    def __init__(self, loader: Iterable, watch: Watch) -> None:
+        self.batches, self.watch = iter(loader), watch
+
+    def __iter__(self) -> "TimedLoader":
+        return self
+
+    def __next__(self):
+        self.watch.next_step()
+        return self.watch.timed("wait", next)(self.batches)
+
+
+class TimedTask(ClassificationTask):
+    """Classification with timed loader, forward pass and loss."""
+
+    def __init__(self, config: FinetuneConfig, watch: Watch) -> None:
+        super().__init__(config)
+        self.watch = watch
+
+    def create_model(self) -> nn.Module:
+        model = super().create_model()
+        model.forward = self.watch.timed("forward", model.forward)
+        self.loss_function.forward = self.watch.timed("loss", self.loss_function.forward)
+        return model
+
+    def train_loader(self, sampler: PlanSampler, pin_memory: bool):
+        return TimedLoader(super().train_loader(sampler, pin_memory), self.watch)
+
+
 def measure_loop(data: Path, folder: Path, workers: int) -> dict[str, float]:
     """Medians over the steps of a run, in seconds."""
-    watch, loader, init = Watch(), engine.training_loader, engine.Trainer.__init__
-
-    def timed_init(self, *arguments, **keywords):
-        init(self, *arguments, **keywords)
-        self.model.forward = watch.timed("forward", self.model.forward)
-        self.loss_fn.forward = watch.timed("loss", self.loss_fn.forward)
-        self.optimizer.step = watch.timed("optimizer", self.optimizer.step)
-
-    class TimedLoader:
-        def __init__(self, *arguments):
-            self.batches = iter(loader(*arguments))
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            watch.next_step()
-            return watch.timed("wait", next)(self.batches)
-
-    backward, norm, scale = torch.Tensor.backward, engine.grad_norm, engine.scale_grads
-    engine.grad_norm, engine.scale_grads = (watch.timed("norm and clipping", f) for f in (norm, scale))
-    engine.Trainer.__init__, engine.training_loader = timed_init, TimedLoader
-    torch.Tensor.backward = watch.timed("backward", backward)
-    try:
-        finetune(
-            load_config(FinetuneConfig, None, settings(data, folder / f"loop{workers}", f"workers={workers}")),
-            progress=True,
-        )
-    finally:
-        engine.Trainer.__init__, engine.training_loader, torch.Tensor.backward = init, loader, backward
-        engine.grad_norm, engine.scale_grads = norm, scale
+    watch, patches = Watch(), unittest.mock.patch.object
+    config = load_config(FinetuneConfig, None, settings(data, folder / f"loop{workers}", f"workers={workers}"))
+    with (
+        patches(torch.Tensor, "backward", watch.timed("backward", torch.Tensor.backward)),
+        patches(trainer, "grad_norm", watch.timed("norm and clipping", trainer.grad_norm)),
+        patches(trainer, "scale_grads", watch.timed("norm and clipping", trainer.scale_grads)),
+        patches(torch.optim.AdamW, "step", watch.timed("optimizer", torch.optim.AdamW.step)),
+    ):
+        train(TimedTask(config, watch))
     steps = watch.steps[2:]  # the first ones warm up
     cpu = {name: statistics.median(s[name][0] for s in steps) for name in (*WORK, "step")}
     rest = statistics.median(s["step"][0] - s["wait"][0] - sum(s[name][0] for name in WORK) for s in steps)
@@ -163,11 +174,12 @@ def measure_start(data: Path, folder: Path) -> float:
 def measure_loader(data: Path, workers: int, batches: int) -> float:
     """Throughput of the loader by itself, in images/s."""
     config = load_config(FinetuneConfig, None, settings(data, Path("unused"), f"workers={workers}"))
-    dataset = open_dataset(data / "train", split="")
-    plan = BatchPlan(len(dataset), config.batch_size, 1, 0)
-    preprocessing = dict(input_size=(3, 224, 224), interpolation="bicubic", mean=(0.5,) * 3, std=(0.2,) * 3)
+    task = ClassificationTask(config)
+    task.open_data()
+    task.create_model()  # for its preprocessing
+    plan = BatchPlan(task.train_size, config.batch_size, 1, 0)
     sampler = PlanSampler(plan, [0], 0, batches + 2 * workers + 1)
-    found = iter(training_loader(dataset, sampler, config, preprocessing, False))
+    found = iter(task.train_loader(sampler, False))
     for _ in range(2 * workers + 1):  # batches that were prefetched while the workers started
         next(found)
     start = time.perf_counter()

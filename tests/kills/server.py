@@ -27,7 +27,7 @@ from internimage.engine import checkpoint  # noqa: E402
 from internimage.engine.create import data_config  # noqa: E402
 from internimage.engine.run_state import RunState  # noqa: E402
 from internimage.engine.world import World  # noqa: E402
-from internimage.tasks.classification.task import save_model  # noqa: E402
+from internimage.models.timm_folder import save_model  # noqa: E402
 
 
 class Tiny(nn.Module):

@@ -1,74 +1,79 @@
 # SPDX-License-Identifier: MIT
 """Whether the classes of a dataset are those of a model, in the same order."""
 
-from torch import nn
-from torch.utils.data import Dataset
+from typing import Any
 
-from ...data.datasets import DataError, class_difference, class_names
+from torch import nn
+
+from ...data.datasets import MapDataset, class_difference, class_names
+from ...data.images import DataError
 from ...errors import some
 
 
-def check_classes(model: nn.Module, dataset: Dataset) -> list[str]:
+def class_count(model: nn.Module) -> int:
+    """timm's `model.num_classes`, which `nn.Module` does not declare."""
+    count: Any = model.num_classes
+    return count
+
+
+def check_classes(model: nn.Module, dataset: MapDataset) -> list[str]:
     """The names of the model's classes.
 
     Raises:
         DataError: The dataset's classes are not the model's.
     """
-    names = class_names(dataset)
+    names, count = class_names(dataset), class_count(model)
     if names is None:
-        return [str(i) for i in range(model.num_classes)]
+        return [str(i) for i in range(count)]
     trained = _trained_classes(model)
-    if len(names) > model.num_classes:
-        raise DataError(
-            f"the dataset has {len(names)} classes and the model {model.num_classes}{_unknown(names, trained)}"
-        )
+    if len(names) > count:
+        raise DataError(f"the dataset has {len(names)} classes and the model {count}{_unknown(names, trained)}")
     if trained and trained != names:
-        differ = next((a, b) for a, b in zip([*trained, None], [*names, None]) if a != b)
+        there, here = next((a, b) for a, b in zip([*trained, None], [*names, None]) if a != b)
         raise DataError(
-            f"the dataset's classes are not those that the model was trained on (there '{differ[0]}', here "
-            f"'{differ[1]}'; {class_difference(names, trained)}): pass a class map"
+            f"the dataset's classes are not those that the model was trained on ('{here}' here, '{there}' there; "
+            f"{class_difference(names, trained)}): pass a class map"
         )
-    if len(names) < model.num_classes:
+    if len(names) < count:
         raise DataError(
-            f"the dataset has {len(names)} classes and the model {model.num_classes}, so their indices need not agree: "
-            f"pass a class map (a file with a class a line, in the model's order), or name the dataset with --variant "
-            f"if it is one of ImageNet's"
+            f"the dataset has {len(names)} classes and the model {count}, so their indices may differ: pass a class "
+            f"map (a file with one class per line, in the model's order), or name the dataset with --variant if it is "
+            f"one of ImageNet's"
         )
     return names
+
+
+def check_class_map(model: nn.Module, dataset: MapDataset) -> list[str]:
+    """As `check_classes`, for indices that come from a class map, which may lack some of the model's classes."""
+    names, trained, count = class_names(dataset), _trained_classes(model), class_count(model)
+    if names is None:
+        return [str(i) for i in range(count)]
+    if len(names) > count:
+        raise DataError(f"the class map has {len(names)} classes and the model {count}{_unknown(names, trained)}")
+    if trained:
+        if _unknown(names, trained):
+            raise DataError(f"the class map does not fit the model{_unknown(names, trained)}; {_describe(trained)}")
+        misplaced = next(((i, name) for i, name in enumerate(names) if trained[i] != name), None)
+        if misplaced is not None:
+            index, name = misplaced
+            raise DataError(
+                f"the class map is not in the model's order: '{name}' is class {index} of the map and class "
+                f"{trained.index(name)} of the model; {_describe(trained)}"
+            )
+    return names + [str(i) for i in range(len(names), count)]
 
 
 def _trained_classes(model: nn.Module) -> list[str] | None:
     """The classes that were stored with the weights, in the order of the outputs."""
     trained = getattr(model, "pretrained_cfg", {}).get("label_names")
-    return list(trained) if trained and len(trained) == model.num_classes else None
+    return list(trained) if trained and len(trained) == class_count(model) else None
 
 
 def _unknown(names: list[str], trained: list[str] | None) -> str:
     unknown = set(names) - set(trained or names)
-    return f"; it does not know {some(unknown, 5)}" if unknown else ""
+    return f"; the model does not know {some(unknown, 5)}" if unknown else ""
 
 
-def check_class_map(model: nn.Module, dataset: Dataset) -> list[str]:
-    """As `check_classes`, for indices that come from a class map: it may lack some of the model's classes."""
-    names, trained = class_names(dataset), _trained_classes(model)
-    if names is None:
-        return [str(i) for i in range(model.num_classes)]
-    if len(names) > model.num_classes:
-        raise DataError(
-            f"the class map has {len(names)} classes and the model {model.num_classes}{_unknown(names, trained)}"
-        )
-    if trained:
-        if _unknown(names, trained):
-            raise DataError(f"the class map does not fit the model{_unknown(names, trained)}; {_first(trained)}")
-        differ = next(((i, name) for i, name in enumerate(names) if trained[i] != name), None)
-        if differ is not None:
-            raise DataError(
-                f"the class map is not in the model's order: '{differ[1]}' is class {differ[0]} of the map and class "
-                f"{trained.index(differ[1])} of the model; {_first(trained)}"
-            )
-    return names + [str(i) for i in range(len(names), model.num_classes)]
-
-
-def _first(trained: list[str]) -> str:
-    more = f", ... ({len(trained)} in all)" if len(trained) > 5 else ""
+def _describe(trained: list[str]) -> str:
+    more = f", ... ({len(trained)} in total)" if len(trained) > 5 else ""
     return f"the model's classes are, in order, {', '.join(trained[:5])}{more}"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Class probabilities of single images."""
+"""Class probabilities of individual images."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -12,9 +12,10 @@ from torch import nn
 
 from ...data import images as image_files
 from ...data.datasets import EvaluationTransform
-from ...data.images import USUAL_ENDINGS, DataError, ImageError, ignored_message, list_images, most_pixels
+from ...data.images import COMMON_EXTENSIONS, DataError, ImageError, ignored_message, list_images, pixel_limit
 from ...engine.create import label_names
 from ...engine.finite import NotFiniteError, output_problem
+from ...errors import some
 from ...progress import message
 
 
@@ -22,32 +23,32 @@ from ...progress import message
 class Prediction:
     """The most likely classes of one image, best first."""
 
-    name: str
-    labels: list[str]
-    indices: list[int]
-    probabilities: list[float]
+    name: str  #: of the image
+    labels: list[str]  #: names of the classes
+    indices: list[int]  #: indices of the classes
+    probabilities: list[float]  #: of the classes, from 0 to 1
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
-    """The image files that paths name; a folder stands for all images below it, sorted. Its other files are told.
+    """The image files of the given paths. A folder means all images below it, sorted; its other files are reported.
 
     Raises:
-        DataError: A path is empty, does not exist or is no file; a folder holds no image or cannot be listed.
+        DataError: A path is empty, does not exist or is not a file; a folder contains no image or cannot be listed.
     """
-    most_pixels()  # a value of its variable that is wrong is no matter of any image
-    found = []
-    for name in paths:
-        path = Path(name)
-        if str(name) == "":
-            raise DataError("the name of an image is empty; the folder that you are in is .")
+    pixel_limit()  # an invalid value of its environment variable must not count as an unreadable image
+    found: list[Path] = []
+    for text in paths:
+        path = Path(text)
+        if str(text) == "":
+            raise DataError("the name of an image is empty; the current folder is .")
         if path.is_dir():
             listing = list_images(path)
             if not listing.images:
-                there = f" (only {ignored_message(path, listing.ignored)})" if listing.ignored else ""
-                raise DataError(f"'{path}' holds no image{there}; images end in {USUAL_ENDINGS}")
+                only = f" (only {some(listing.ignored, 5)})" if listing.ignored else ""
+                raise DataError(f"'{path}' contains no image{only}; image files end in {COMMON_EXTENSIONS}")
             if listing.ignored:
                 message(ignored_message(path, listing.ignored))
-            found += sorted(path / inside for inside in listing.images)
+            found += sorted(path / name for name in listing.images)
         elif path.is_file():
             found.append(path)
         elif path.exists():
@@ -58,10 +59,15 @@ def find_images(paths: Iterable[str]) -> list[Path]:
 
 
 def read_image(source: str | Path | BinaryIO, name: str, mode: str = "RGB") -> Image.Image:
-    """Open and decode an image; it is turned as its Exif data say.
+    """Open and decode an image, and apply its Exif orientation.
+
+    Args:
+        source: Path or open binary file.
+        name: What to call it in messages.
+        mode: Pillow's mode to convert to, such as "RGB" or "L".
 
     Raises:
-        DataError: It is not an image, damaged, or too large.
+        DataError: It is not an image, is damaged, or is too large.
     """
     try:
         return image_files.read_image(source, mode)
@@ -75,7 +81,7 @@ def read_image(source: str | Path | BinaryIO, name: str, mode: str = "RGB") -> I
 def predict(
     model: nn.Module,
     images: Iterable[tuple[str, Image.Image]],
-    config: dict,
+    config: dict[str, Any],
     topk: int = 5,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -87,14 +93,15 @@ def predict(
         model: A classifier; is moved to `device` and `dtype` and left in eval mode.
         images: (name, image) pairs.
         config: timm's preprocessing, from `internimage.engine.create.data_config`.
-        topk: How many classes to name.
-        device, dtype: Where and in what the model runs.
-        failed: Is called with the name of an image that cannot be resized or whose outputs are not finite, and the
-            others go on; without it, or if the model's own weights are not finite, the error is raised.
+        topk: The number of classes to return.
+        device, dtype: Of the model.
+        failed: Called with the name and the error of an image that cannot be resized or whose outputs are not finite;
+            prediction then continues with the next image. Without it, or if the model's own weights are not finite,
+            the error is raised.
 
     Raises:
         DataError: An image is too long and narrow to be resized.
-        NotFiniteError: The model gave NaN or infinity.
+        NotFiniteError: The model returned NaN or infinity.
     """
     model = model.to(device=device, dtype=dtype).eval()
     transform = EvaluationTransform(config)
@@ -103,10 +110,10 @@ def predict(
         try:
             x = transform(image).unsqueeze(0).to(device=device, dtype=dtype)
         except ImageError as error:
-            problem = DataError(f"'{name}' cannot be read: {error}")
+            unreadable = DataError(f"'{name}' cannot be read: {error}")
             if failed is None:
-                raise problem from error
-            failed(name, problem)
+                raise unreadable from error
+            failed(name, unreadable)
             continue
         logits = model(x).float()
         problem = output_problem(logits, model, dtype)

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 
 from ...analysis.points import point_tiles
-from ...data.datasets import GuardedDataset
+from ...data.datasets import GuardedDataset, MapDataset
 from ...engine.curves import curve
 from ...engine.report import Page, column, escape
 from ...models.parts import sampling_layers_of_stage
@@ -41,7 +40,7 @@ object-fit:contain;background:var(--box)}
 def report_page(
     model_name: str,
     result: Evaluation,
-    dataset: Dataset,
+    dataset: MapDataset,
     names: list[str],
     epochs: list[dict],
     model: nn.Module | None,
@@ -151,7 +150,7 @@ def _classes(result: Evaluation) -> str:
 
 
 def _mistakes(
-    result: Evaluation, dataset: Dataset, names: list[str], model: nn.Module | None, data_config: dict
+    result: Evaluation, dataset: MapDataset, names: list[str], model: nn.Module | None, data_config: dict
 ) -> str:
     wrong = sorted((a for a in result.predictions if a[1] != a[2]), key=lambda a: -a[3])
     shown = wrong[:_MISTAKES]
@@ -164,8 +163,7 @@ def _mistakes(
         intro = f"All {len(wrong)} wrong predictions, the highest confidence first."
         intro = "The one wrong prediction." if len(wrong) == 1 else intro
     guarded = GuardedDataset(dataset, lambda image: image)
-    images = [(answer, guarded[answer[0]][0]) for answer in shown]
-    images = [(answer, image) for answer, image in images if image is not None]
+    images = [(answer, image) for answer in shown if (image := guarded[answer[0]][0]) is not None]
     layers = sampling_layers_of_stage(model, 2) if model is not None else []
     layer = layers[0] if layers else None
     tiles: list[Image.Image] = []

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Classification as a task of the engine: class folders, cross entropy, accuracy, and a folder for timm."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ...atomic import partial_folder, sync_folder
-from ...data.datasets import DataError, GuardedDataset, class_difference, class_names, find_split, open_dataset
+from ...data.datasets import (
+    GuardedDataset,
+    MapDataset,
+    class_difference,
+    class_names,
+    open_dataset,
+    read_as_gray,
+)
 from ...data.fingerprint import fingerprint
+from ...data.image_sets import find_split
+from ...data.images import DataError
 from ...engine.create import create_model, data_config
 from ...engine.report import Page
 from ...engine.rng import PlanSampler
@@ -22,8 +27,7 @@ from ...engine.samples import SeededDataset, sample_loader
 from ...engine.task import Task
 from ...engine.world import World
 from ...errors import some
-from ...weights.file_names import CONFIG, WEIGHTS
-from ...weights.safetensors_io import write_safetensors
+from ...models.timm_folder import save_model
 from .augment import Mixing, training_transform
 from .config import FinetuneConfig
 from .evaluate import Evaluation, evaluate
@@ -35,8 +39,8 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
 
     loss_unit = "cross entropy, nats"
 
-    train_set: Dataset
-    val_set: Dataset | None
+    train_set: MapDataset
+    val_set: MapDataset | None
     names: list[str]  # of the classes
     data_config: dict[str, Any]  # timm's preprocessing
     mixing: Mixing | None = None
@@ -69,7 +73,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
         if self.data_config["input_size"][0] == 1:
             for split in (self.train_set, self.val_set):
                 if split is not None:
-                    split.input_img_mode = "L"
+                    read_as_gray(split)
         self.transform = training_transform(config, self.data_config)
         self.loss_function: nn.Module = LabelSmoothingCrossEntropy(config.smoothing)
         if config.mixes:
@@ -133,6 +137,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
 
     def validate(self, model: nn.Module, world: World, unreadable: set[str], last: bool) -> Evaluation:
         config = self.config
+        assert self.val_set is not None
         return evaluate(
             model, self.val_set, self.data_config, max(config.batch_size // (world.size * config.accumulate), 1),
             config.workers, world.device, progress=False, world=world, reported=unreadable, keep_predictions=last,
@@ -150,6 +155,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
         save_model(model, folder, self.names, self.data_config, weights)
 
     def page(self, result: Evaluation, model: nn.Module | None, epochs: list[dict]) -> Page:
+        assert self.val_set is not None
         return report_page(self.config.model, result, self.val_set, self.names, epochs, model, self.data_config)
 
 
@@ -157,7 +163,7 @@ def _describe_images(data: dict[str, Any]) -> str:
     return f"{data['samples']} images of {len(data['classes'])} classes ({some(data['classes'], 3)})"
 
 
-def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str]]:
+def open_data(config: FinetuneConfig) -> tuple[MapDataset, MapDataset | None, list[str]]:
     """Training set, validation set or None, and the classes.
 
     Raises:
@@ -167,9 +173,9 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str
     if split is None:
         raise DataError(f"there is no data at '{config.data}': expected a folder with train/CLASS/IMAGE")
     train_set = open_dataset(split, split="")
-    names = class_names(train_set)
+    names = class_names(train_set) or []
     if len(names) < 2:
-        raise DataError(f"'{split}' has one class ({names[0]}); two are needed")
+        raise DataError(f"'{split}' has one class ({some(names)}); two are needed")
     if len(train_set) < config.batch_size:
         part = config.accumulate * (2 if config.mixes else 1)
         fitting = len(train_set) // part * part
@@ -185,35 +191,3 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset | None, list[str
             difference = class_difference(names, class_names(val_set) or [])
             raise DataError(f"'{split}' (here) and '{validation}' (there) have different classes: {difference}")
     return train_set, val_set, names
-
-
-def save_model(
-    model: nn.Module,
-    folder: Path,
-    names: list[str],
-    data_config: dict,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write timm's `config.json` and then `model.safetensors` into a folder, each whole or not at all.
-
-    Args:
-        model: With the architecture and arguments to be named in the configuration.
-        folder: Is there.
-        names: The classes.
-        data_config: From `data_config`.
-        weights: Instead of the model's own state dict, where that is spread over processes.
-    """
-    weights = {k: v.detach() for k, v in (model.state_dict() if weights is None else weights).items()}
-    with partial_folder(folder) as partial:
-        config, tensors = partial / CONFIG, partial / WEIGHTS
-        save_config_for_hf(model, config, dict(label_names=names), data_config=data_config)
-        written = json.loads(config.read_text(encoding="utf-8"))
-        written["model_args"].pop("num_classes", None)  # stands beside them too, and transformers would pass it twice
-        config.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        specs = {key: (tuple(value.shape), value.dtype) for key, value in weights.items()}
-        write_safetensors(tensors, specs, lambda key: weights[key].cpu())
-        for file in (config, tensors):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(file, folder / file.name)
-        sync_folder(folder)
