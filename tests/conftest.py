@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Devices, seeds, the one tolerance table, and what a skip may mean."""
+"""Devices, seeds, the table of tolerances, shared fixtures, and which skips are allowed."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import hub_server
 import pytest
 import torch
 
-# huggingface_hub reads these once, when it is imported: no test reaches the real Hub or the user's cache
+# huggingface_hub reads these on import, so they are set first: no test uses the real Hub or the user's cache
 HUB = hub_server.Hub()
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
     del os.environ[name]
@@ -21,13 +21,13 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-# dtype -> (relative to the largest absolute value of the expected tensor). float64 and float32 are what the goldens ask
-# for; the half types round input, output and, between operators, every intermediate.
+# dtype -> largest deviation, relative to the largest absolute value of the expected tensor. float64 and float32: as
+# required by the goldens. The 16-bit types round input, output and every intermediate between operators.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None, name: str = "") -> None:
-    """The largest deviation over the largest expected value is within the tolerance (that of actual's dtype)."""
+    """Compare the largest deviation, relative to the largest expected value, with the tolerance (of actual's dtype)."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
@@ -41,7 +41,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 @pytest.fixture
 def local_hub():
-    """The Hub of hub_server.py, empty, at the address that huggingface_hub has."""
+    """The server of hub_server.py, empty, at the address that huggingface_hub uses."""
     HUB.reset()
     HUB.start()
     yield HUB
@@ -54,13 +54,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-# ---- runs of the module's `data`, for tests of what goes on with them
+# ---- runs on the module's `data` fixture, for tests that resume or inspect them
 
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
     """A run that was stopped after step 7 of 9, with checkpoints of steps 6 and 7."""
-    import runs  # which imports huggingface_hub, after the variables above
+    import runs  # imports huggingface_hub, which must come after the variables above
 
     run = tmp_path_factory.mktemp("stopped") / "run"
     runs.stop_at(runs.settings(data, run), 7)
@@ -79,13 +79,13 @@ def whole(data, tmp_path_factory):
 
 @pytest.fixture
 def copy(stopped, tmp_path):
-    """A copy of the stopped run, to be spoiled."""
+    """A copy of the stopped run that a test may damage."""
     shutil.copytree(stopped, tmp_path / "run")
     return tmp_path / "run"
 
 
-# Files of more than half a minute. With several processes each file is given to one of them; these are given first, the
-# longest one at the beginning, so that none is left over at the end for one process while others wait.
+# Files that take more than half a minute, longest first. With several workers, each file runs in one of them; long ones
+# start first, so that no worker has one left at the end while the others are idle.
 LONG = [
     "test_faults", "test_training", "test_cuda_host", "test_models_goldens", "test_cuda_compile", "test_cpu_kernels",
     "test_hub", "test_models", "test_convert", "test_load", "test_setup", "test_distributed", "test_start",
@@ -102,14 +102,14 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
-    """In CI a test may be skipped for want of a GPU and for nothing else."""
+    """With INTERNIMAGE_FAIL_ON_SKIP, tests may only be skipped for lack of a GPU."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not os.environ.get("INTERNIMAGE_FAIL_ON_SKIP") or reporter is None:
         return
-    odd = [report for report in reporter.stats.get("skipped", []) if "needs a GPU" not in str(report.longrepr)]
-    if odd and exitstatus == 0:
-        reporter.write_line(f"{len(odd)} tests were skipped that could have run:", red=True)
-        for report in odd:
+    unexpected = [report for report in reporter.stats.get("skipped", []) if "needs a GPU" not in str(report.longrepr)]
+    if unexpected and exitstatus == 0:
+        reporter.write_line(f"{len(unexpected)} tests were skipped that could have run:", red=True)
+        for report in unexpected:
             reporter.write_line(f"  {report.nodeid}: {report.longrepr[-1]}", red=True)
         session.exitstatus = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints in every format that InternImage weights come in, written from a state dict with our names."""
+"""Checkpoints in every format of InternImage weights, written from a state dict with our names."""
 
 import argparse
 import json
@@ -34,12 +34,12 @@ def headless(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hub_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As in the official repositories on the Hub."""
+    """The names of the official repositories on the Hub."""
     return prefixed("model.", {re.sub(r"\bgamma([12])$", r"layer_scale\1", key): v for key, v in state_dict.items()})
 
 
 def shifted(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Other weights of the same shapes, which a reader must not take for the right ones."""
+    """Other weights of the same shapes, which must not be read instead of the right ones."""
     return {key: value + 1 for key, value in state_dict.items()}
 
 
@@ -47,12 +47,12 @@ def cast(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state_dict.items()}
 
 
-# ---- what stands beside the weights
+# ---- what checkpoints hold besides weights
 
 
 @contextmanager
 def yacs() -> Iterator[type]:
-    """A stand-in for yacs' node, importable for as long as something is pickled and not a moment longer."""
+    """Context in which a substitute for yacs' node can be imported, for pickling."""
 
     class CfgNode(dict):
         def __init__(self, values: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ CONFIG = {
 
 
 def training_state(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a training run keeps beside its weights."""
+    """What a training run saves besides its weights."""
     moments = {i: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)} for i in range(2)}
     return {
         "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0, 1]}]},
@@ -91,7 +91,7 @@ def training_state(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def save_official(path: Path, content: dict[str, Any], **options) -> Path:
-    """An official training checkpoint: `content` with the run's state and its pickled configuration."""
+    """An official training checkpoint: `content`, with the state and the pickled config of the run."""
     with yacs() as node:
         torch.save({**content, **training_state({}), "config": node(CONFIG)}, path, **options)
     return path
@@ -101,7 +101,7 @@ def save_official(path: Path, content: dict[str, Any], **options) -> Path:
 
 
 def save_index(folder: Path, state_dict: Mapping[str, Tensor], shards: int = 3, suffix: str = "safetensors") -> Path:
-    """Shards and their index, as transformers writes them; the path of the index."""
+    """Write shards and their index like transformers; returns the path of the index."""
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     names = [f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}" for i in range(shards)]
     weight_map = {key: names[i % shards] for i, key in enumerate(state_dict)}
@@ -123,13 +123,13 @@ def save_safetensors(path: Path, state_dict: Mapping[str, Tensor]) -> Path:
     return path
 
 
-LEGACY = dict(_use_new_zipfile_serialization=False)  # as torch wrote before 1.6
+LEGACY = dict(_use_new_zipfile_serialization=False)  # the format of torch before 1.6
 _NECK = {"neck.lateral_convs.0.conv.weight": torch.ones(4, 4, 1, 1), "rpn_head.rpn_conv.bias": torch.ones(4)}
 _AVERAGED_FLAT = {"ema_backbone_patch_embed_conv1_weight": torch.ones(4)}  # mmdetection's ExpMomentumEMAHook
 _DECODER = {"decode_head.conv_seg.weight": torch.ones(3, 4, 1, 1), "auxiliary_head.conv_seg.bias": torch.ones(3)}
 _META = {"CLASSES": ("person", "car"), "PALETTE": [[0, 0, 0]], "config": "model = dict()", "epoch": 12}
 
-# kind -> function of (empty folder, state dict with our names) that gives the path to load
+# kind -> function of (empty folder, state dict with our names) that returns the path to load
 KINDS = {
     "official": lambda folder, sd: save_official(folder / "w.pth", {"model": sd}),
     "official, before torch 1.6": lambda folder, sd: save_official(folder / "w.pth", {"model": sd}, **LEGACY),
@@ -180,7 +180,7 @@ def write(kind: str, folder: Path, state_dict: Mapping[str, Tensor]) -> Path:
 
 
 def record_reads(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes of the tensors that are read from safetensors files from now on."""
+    """A list to which the shapes of tensors are added when they are read from safetensors files."""
     reads: list[tuple[int, ...]] = []
     read_tensor = readers.read_tensor
 
@@ -196,7 +196,7 @@ def record_reads(monkeypatch) -> list[tuple[int, ...]]:
 
 
 class Call:
-    """Unpickles as a call of `function`."""
+    """Its unpickling calls `function`."""
 
     def __init__(self, function, *arguments) -> None:
         self.function, self.arguments = function, arguments
@@ -205,7 +205,7 @@ class Call:
         return self.function, self.arguments
 
 
-# how a pickle gets into a file -> function of (path, content)
+# format -> function of (path, content) that writes a pickle
 PICKLERS = {
     "zip": lambda path, content: torch.save(content, path),
     "before torch 1.6": lambda path, content: torch.save(content, path, **LEGACY),

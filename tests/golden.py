@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The golden numbers and the rule that draws weights and inputs for them; see goldens/README.md.
+"""The golden values and the rules that generate weights and inputs for them; see goldens/README.md.
 
-All draws are made in float64, where torch's random stream is the same on every CPU, and then rounded to float32.
+Random numbers are drawn in float64, where torch's stream is the same on every CPU, and then rounded to float32.
 """
 
 import gzip
@@ -67,7 +67,7 @@ def images(seed: int, shape) -> Tensor:
 
 
 def fill(key: str, shape) -> Tensor:
-    """The float32 (or int64) entry of one official checkpoint key: only key and shape enter."""
+    """The float32 (or int64) tensor of an official checkpoint key, a function of key and shape only."""
     shape = tuple(shape)
     leaf = key.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":
@@ -97,10 +97,10 @@ def fill_state_dict(shapes: dict) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=1)
 def released(file: str) -> dict[str, Tensor]:
-    """All the weights of a released model; not to be written to."""
+    """All weights of a released model; must not be modified."""
     return fill_state_dict(manifest()[file]["shapes"])
 
 
 def grad_probe(key: str, shape) -> Tensor:
-    """Direction of the `probe` number of a parameter's gradient: probe = (grad * direction).sum()."""
+    """The direction in which a parameter's gradient is probed: probe = (grad * direction).sum()."""
     return randn(zlib.crc32((key + "|grad").encode()), shape)

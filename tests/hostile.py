@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files that lie, put together byte by byte: pickles from their instructions, archives from their records."""
+"""Malicious files, assembled byte by byte: pickles from opcodes, archives from records."""
 
 import struct
 import zlib
@@ -57,7 +57,7 @@ def pickled(content: bytes) -> bytes:
 
 
 def with_weights(beside: bytes, before_16: bool = False) -> bytes:
-    """A pickle of a small tensor `a`, whose storage `0` has two elements, and of something else beside it."""
+    """A pickle of a small tensor `a`, whose storage `0` has two elements, and of something else."""
     weights = mapping({"a": tensor(storage("0", 2, before_16=before_16), (2,), (1,))})
     return pickled(mapping({"model": weights, "beside": beside}))
 
@@ -69,18 +69,18 @@ TWO = struct.pack("<2f", 1, 2)  # the elements of its storage
 
 @dataclass
 class Record:
-    """A record, and what is said of it if that is not true."""
+    """A record of an archive, and the false values that its headers state."""
 
     name: str
-    content: bytes  # as it lies in the file
+    content: bytes  # as stored
     method: int = 0
-    size: int | None = None  # of the content, once it is inflated
+    size: int | None = None  # uncompressed
     crc: int | None = None
     flags: int = 0
     local_name: str | None = None
     local_method: int | None = None
     local_crc: int | None = None
-    shift: int = 0  # of the place that the directory names
+    shift: int = 0  # of the position in the directory
 
 
 def archive(path: Path, records: Iterable[Record]) -> Path:
@@ -107,7 +107,7 @@ def archive(path: Path, records: Iterable[Record]) -> Path:
 
 
 def torch_archive(path: Path, content: bytes, storages: Mapping[str, bytes] | None = None, *more: Record) -> Path:
-    """As torch.save writes one, of a pickle and the bytes of its storages."""
+    """An archive like those of torch.save, from a pickle and the bytes of its storages."""
     storages = {"0": TWO} if storages is None else storages
     records = [Record("w/data.pkl", content), Record("w/byteorder", b"little")]
     records += [Record(f"w/data/{key}", data) for key, data in storages.items()]
@@ -115,7 +115,7 @@ def torch_archive(path: Path, content: bytes, storages: Mapping[str, bytes] | No
 
 
 def deflated(name: str, blocks: int, block: bytes, **options) -> Record:
-    """A record that is `block` many times over, without ever having all of that in memory."""
+    """A record of many repetitions of `block`, which never has all of them in memory."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     once = packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)
     options = {"size": blocks * len(block), "crc": 0, **options}
@@ -126,7 +126,7 @@ def deflated(name: str, blocks: int, block: bytes, **options) -> Record:
 
 
 def before_torch_16(path: Path, content: bytes, storages: Mapping[str, tuple[int, bytes]] | None = None) -> Path:
-    """Storages: key -> the number of elements that the file says, and the bytes."""
+    """A file of that format; storages: key -> stated number of elements, and the bytes."""
     storages = {"0": (2, TWO)} if storages is None else storages
     keys = b"](" + b"".join(map(text, storages)) + b"e"
     head = [number(0x1950A86A20F9469CFC6C), number(1001), mapping({"little_endian": b"\x88"})]

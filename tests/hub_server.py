@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""A Hugging Face Hub on 127.0.0.1, as far as huggingface_hub asks one, and with faults on demand.
+"""A Hugging Face Hub on 127.0.0.1: the requests of huggingface_hub, with faults on demand.
 
-What it answers is read off the client's source, huggingface_hub 2.4.0:
+Its responses follow from the source of the client, huggingface_hub 2.4.0:
 
 * a file's metadata: HEAD /REPO/resolve/REVISION/FILE (`file_download.get_hf_file_metadata`): X-Repo-Commit, and for a
   large file a redirect to another host that the HEAD does not follow, with X-Linked-Etag (the SHA-256 of the bytes) and
   X-Linked-Size; for a small one a relative redirect, which is followed
-  (`utils._http._httpx2_follow_hub_redirects_with_backoff`), to an answer with ETag and Content-Length;
-* its bytes: GET of that address (`file_download.http_get`), without the token on the other host
-  (`_get_metadata_or_catch_error`); Range, answered by 206 and Content-Range, or by 200 and the whole
+  (`utils._http._httpx2_follow_hub_redirects_with_backoff`), to a response with ETag and Content-Length;
+* its bytes: GET of that address (`file_download.http_get`), without the token for the other host
+  (`_get_metadata_or_catch_error`); Range is answered by 206 and Content-Range, or by 200 and the whole file
   (`_get_file_length_from_http_response`);
-* refusals: X-Error-Code RepoNotFound, GatedRepo, RevisionNotFound, EntryNotFound (`utils._http.hf_raise_for_status`),
+* errors: X-Error-Code RepoNotFound, GatedRepo, RevisionNotFound, EntryNotFound (`utils._http.hf_raise_for_status`),
   429 with Retry-After (`utils._http._parse_retry_after`);
 * uploads: POST /api/repos/create (`HfApi.create_repo`), /api/validate-yaml (`_validate_yaml`), GET tree
   (`list_repo_tree`), POST preupload, the LFS batch, PUT, POST commit (`_commit_api._fetch_upload_modes`,
   `lfs.post_lfs_batch_info`, `lfs._upload_single_part`, `_commit_api._send_commit`).
 
-No answer names a Xet hash, so the client takes the plain HTTP path. What the real Hub does beyond this is not known
-here.
+No response has a Xet hash, so the client uses plain HTTP. Other behavior of the real Hub is not modeled.
 """
 
 import base64
@@ -37,11 +36,11 @@ _CHUNK = 1 << 20
 
 @dataclass
 class Stored:
-    """One file's bytes, in memory or on the disk."""
+    """The bytes of a file, in memory or on disk."""
 
     content: bytes | Path
     name: str
-    announced: str | None = None  # as ETag, instead of the checksum
+    announced: str | None = None  # stated as ETag instead of the checksum
 
     def __post_init__(self) -> None:
         self.size = self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
@@ -66,7 +65,7 @@ class Stored:
 class Repository:
     commits: dict[str, dict[str, Stored]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
-    token: str | None = None  # who has it may see the repository
+    token: str | None = None  # that is needed to see the repository
     gated: bool = False
 
     def commit(self, files: dict[str, Stored], ref: str = "main") -> str:
@@ -86,12 +85,12 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong the next `times` times that a request of `method` has `path` in its path.
+    """A fault of the next `times` requests with `method` that have `path` in their path.
 
-    `status` and `headers`: the answer, instead of the right one. `cut`: bytes after which the connection breaks.
-    `short`: bytes by which the body is shorter than the metadata said, and the answer's Content-Length with it.
-    `damage`: a byte that is turned. `size`: what is announced as the file's size. `ignore_range`: the whole comes
-    instead of a part. `hold`: called before the body is sent on, after `cut` bytes or at once.
+    `status` and `headers`: of the response, instead of the right ones. `cut`: bytes after which the connection breaks.
+    `short`: bytes by which the body, and its Content-Length, is shorter than the metadata says. `damage`: position of a
+    byte that is changed. `size`: size of the file in the metadata. `ignore_range`: send the whole file, not a part.
+    `hold`: called after the body was sent, or its first `cut` bytes.
     """
 
     path: str
@@ -108,7 +107,7 @@ class Fault:
 
 
 class Hub:
-    """The servers: the Hub itself, and the other host that large files come from."""
+    """The servers: the Hub itself, and the host of large files."""
 
     def __init__(self) -> None:
         self._servers: list[ThreadingHTTPServer] = []
@@ -117,7 +116,7 @@ class Hub:
         self.start()
 
     def reset(self) -> None:
-        """No repositories, faults or memory of requests."""
+        """Forget repositories, faults and requests."""
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.faults: list[Fault] = []
@@ -125,7 +124,7 @@ class Hub:
         self.writer: str | None = None  # the token that may write
 
     def start(self) -> None:
-        """Answer, at the same address as before."""
+        """Start to serve, at the same address as before."""
         if self._servers:
             return
         for i, cdn in enumerate((False, True)):
@@ -157,7 +156,7 @@ class Hub:
         etags: dict[str, str] | None = None,
         **options,
     ) -> str:
-        """A repository of files, or of a folder's files, or another commit of it; gives the commit."""
+        """Create a repository of files, or of a folder's files, or add a commit to it; returns the commit."""
         if isinstance(files, Path):
             files = {file.relative_to(files).as_posix(): file for file in files.rglob("*") if file.is_file()}
         repository = self.repositories.setdefault(repo_id, Repository(**options))
@@ -180,7 +179,7 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def handle_error(self, request, client_address) -> None:
-        """A client that has gone away is no news."""
+        """Ignore clients that close the connection."""
 
 
 class _Refused(Exception):
@@ -317,12 +316,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if fault.hold is not None:
             fault.hold()
-        # after a cut, the connection closes without the bytes that were announced
+        # after a cut, the connection closes before all bytes were sent
 
     # ---- upload
 
     def _upload(self, path: str, body: bytes) -> None:
-        if self.command == "PUT":  # the address is signed: no token
+        if self.command == "PUT":  # the URL is signed: no token
             self.hub.uploads[path.rpartition("/")[2]] = body
             self._answer(200, {}, b"")
             return

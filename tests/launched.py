@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Launches of several processes as torchrun makes them, forked from a process that has imported everything.
+"""Launches of several processes like torchrun's, forked from a process that has imported everything.
 
-Importing torch and timm takes seconds, and a launch of torchrun does so in each process and in its own. That of
-test_faults.py which gets signals is one of torchrun.
+torchrun imports torch, which takes seconds, in itself and in each process. Only the launch of test_faults.py that gets
+signals uses it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from multiprocessing import connection
 from pathlib import Path
 from unittest import mock
 
-import pytest  # noqa: F401  (this and what follows are for the processes to find in memory)
+import pytest  # noqa: F401  (these imports are for the forked processes)
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
@@ -30,17 +30,17 @@ TESTS = Path(__file__).parent
 
 
 def launch(processes: int, arguments: list[str], variables: dict[str, str], timeout: float):
-    """What `torchrun --standalone --nproc-per-node PROCESSES ARGUMENTS` does and gives.
+    """Do the same as `torchrun --standalone --nproc-per-node PROCESSES ARGUMENTS`.
 
-    When a process fails, the others are told to end, and killed after 30 seconds, as torchrun does.
+    When a process fails, the others are terminated, and killed after 30 seconds, as by torchrun.
 
     Args:
         arguments: A script, or `-m` and a module, and its arguments.
-        variables: The processes' environment.
+        variables: Environment of the processes.
         timeout: Seconds after which everything is killed.
 
     Returns:
-        A subprocess.CompletedProcess, whose status is 0 if that of all processes is.
+        A subprocess.CompletedProcess, with status 0 if all processes succeeded.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -69,7 +69,7 @@ def launch(processes: int, arguments: list[str], variables: dict[str, str], time
 
 
 def _wait(running: list, timeout: float) -> None:
-    """Wait for the end of all, which the failure of one brings about."""
+    """Wait for all processes to end; if one fails, end the others."""
     deadline, left = time.monotonic() + timeout, list(running)
     told = False
     while left:
@@ -92,9 +92,9 @@ def _wait(running: list, timeout: float) -> None:
 
 @functools.cache
 def _context():
-    """The process to fork from; one with no threads of its own, as none survive it."""
+    """The context that forks from a server process, which has no threads, since they would not survive the fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")  # a start takes its seconds
+        return multiprocessing.get_context("spawn")  # each start takes seconds
     from multiprocessing import forkserver
 
     paths = [str(Path(internimage.__file__).parent.parent), str(TESTS)]
@@ -106,18 +106,18 @@ def _context():
 
 
 def _end_with(parent: int) -> None:
-    """Nobody waits for this process any more: pytest was stopped."""
+    """End this process when its parent, pytest, has ended."""
     connection.wait([parent])
     os._exit(1)
 
 
 def _run(arguments: list[str], variables: dict[str, str], streams: list[Path], method: str) -> None:
-    """What `python ARGUMENTS` does in a process of its own."""
-    multiprocessing.set_start_method(method, force=True)  # of loader workers; it would be the way this process came
+    """Do the same as `python ARGUMENTS`, in this process."""
+    multiprocessing.set_start_method(method, force=True)  # of loader workers, not the method that started this process
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     os.environ.clear()
     os.environ.update(variables)
-    torch.set_num_threads(torch.get_num_threads())  # makes the pool anew; two threads at once would fail at it
+    torch.set_num_threads(torch.get_num_threads())  # recreates the thread pool, which is not thread-safe
     os.chdir(Path(internimage.__file__).parent.parent)
     for number, path in enumerate(streams, 1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)

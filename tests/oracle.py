@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""DCNv3 from its formula alone, slow and in float64; nothing here imports the package.
+"""DCNv3 from its formula, slow and in float64; independent of the package.
 
-Both functions sum over pixels with tent-shaped shares, `max(0, 1 - |x - px|) * max(0, 1 - |y - py|)`, where the package
-looks up four corners. `forward` is loops over numbers; `differentiable` is the same in torch, for autograd to derive.
+Both functions sum over all pixels with the weights `max(0, 1 - |x - px|) * max(0, 1 - |y - py|)`, while the package
+gathers four corners. `forward` loops over scalars; `differentiable` is the same in torch operations, for autograd.
 """
 
 import itertools
@@ -19,7 +19,7 @@ def output_size(size, kernel_size, stride, padding, dilation) -> tuple[int, int]
 
 
 def kernel_points(kernel_size, dilation, remove_center) -> list[tuple[int, int]]:
-    """(x, y) of the kernel's points, from the first one, and without the offset: leftmost column first."""
+    """(x, y) of the kernel's points relative to the first one, without offsets, leftmost column first."""
     (kh, kw), (dh, dw) = kernel_size, dilation
     points = [(column * dw, row * dh) for column in range(kw) for row in range(kh)]
     if remove_center:
@@ -65,13 +65,13 @@ def forward(
     remove_center: bool = False,
     softmax: bool = False,
 ) -> Tensor:
-    """DCNv3 by loops. There is no box to be inside of: a pixel further away than 1 has no share."""
+    """DCNv3 in loops. No check for outside locations is needed: pixels at a distance of 1 or more have weight 0."""
     image, offset, mask = (t.detach().double().cpu().numpy() for t in (input, offset, mask))
     n, height, width, channels = image.shape
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
     ho, wo = output_size((height, width), kernel_size, stride, padding, dilation)
     points = kernel_points(kernel_size, dilation, remove_center)
-    centre_x, centre_y = dw * (kw - 1) // 2, dh * (kh - 1) // 2
+    center_x, center_y = dw * (kw - 1) // 2, dh * (kh - 1) // 2
     per_group = channels // groups
     output = torch.zeros(n, ho, wo, channels, dtype=torch.float64)
     result = output.numpy()
@@ -84,8 +84,8 @@ def forward(
         for p, (point_x, point_y) in enumerate(points):
             at = (g * len(points) + p) * 2
             shift_x, shift_y = float(offset[b, oy, ox, at]), float(offset[b, oy, ox, at + 1])
-            x = (ox * sw - pw + centre_x) + (point_x - centre_x + shift_x) * offset_scale
-            y = (oy * sh - ph + centre_y) + (point_y - centre_y + shift_y) * offset_scale
+            x = (ox * sw - pw + center_x) + (point_x - center_x + shift_x) * offset_scale
+            y = (oy * sh - ph + center_y) + (point_y - center_y + shift_y) * offset_scale
             columns = [(px, 1 - abs(x - px)) for px in range(width)]
             columns = [(px, share) for px, share in columns if share > 0]  # never true for NaN
             for py in range(height):
@@ -113,9 +113,9 @@ def locations(
     shifts = offset.double().reshape(n, ho, wo, groups, len(points), 2)
     result = []
     for axis, steps, shape in ((1, wo, (1, 1, wo, 1, 1)), (0, ho, (1, ho, 1, 1, 1))):  # x, then y
-        centre = dilation[axis] * (kernel_size[axis] - 1) // 2
-        begin = torch.tensor([o * stride[axis] - padding[axis] + centre for o in range(steps)]).view(shape)
-        regular = torch.tensor([point[1 - axis] - centre for point in points])
+        center = dilation[axis] * (kernel_size[axis] - 1) // 2
+        begin = torch.tensor([o * stride[axis] - padding[axis] + center for o in range(steps)]).view(shape)
+        regular = torch.tensor([point[1 - axis] - center for point in points])
         result.append(begin + (regular + shifts[..., 1 - axis]) * offset_scale)
     return result[0], result[1]
 
@@ -127,7 +127,7 @@ def _tent(distance: Tensor) -> Tensor:
 
 
 def differentiable(input: Tensor, offset: Tensor, mask: Tensor, groups: int = 1, softmax: bool = False, **geometry):
-    """DCNv3 for autograd, on the CPU; a location at -1 or before is moved away, as it is outside by definition."""
+    """DCNv3 for autograd, on the CPU. Locations at -1 or below are outside by definition and moved away."""
     n, height, width, channels = input.shape
     shares = []
     for location, length in zip(locations(offset, groups=groups, **geometry), (width, height)):
@@ -147,7 +147,7 @@ def gradients(grad_output: Tensor, input: Tensor, offset: Tensor, mask: Tensor, 
 
 
 def off_the_grid(offset: Tensor, **geometry) -> Tensor:
-    """The offset, moved so that no location comes closer than 0.1 to an integer, where the interpolation has kinks."""
+    """The offset, changed so that no location is closer than 0.1 to an integer, where the interpolation has kinks."""
     moves = []
     for location in locations(offset, **geometry):
         inner = location.floor() + 0.1 + 0.8 * (location - location.floor())
@@ -155,28 +155,28 @@ def off_the_grid(offset: Tensor, **geometry) -> Tensor:
     return offset + torch.stack(moves, dim=-1).reshape(offset.shape)
 
 
-def either_side_of_pixel_centres(offset: Tensor, dtype: torch.dtype, **geometry) -> tuple[Tensor, Tensor]:
-    """The offset for the derivatives on both sides of the pixel centres that rounding may take a location across.
+def either_side_of_pixel_centers(offset: Tensor, dtype: torch.dtype, **geometry) -> tuple[Tensor, Tensor]:
+    """Two offsets, whose locations are on either side of the pixel centers that rounding may carry a location across.
 
-    The derivative with respect to a location jumps where it passes a pixel centre. Coordinates are computed in float32
-    (float64 for float64), so where the exact one is nearer to an integer than that rounds, either side's derivative is
-    right. This is the one allowance for it: compare the gradient of offset with the exact ones at both results, and let
-    each number agree with either. Elsewhere the two are the offset itself.
+    The derivative with respect to a location jumps at pixel centers. Coordinates are computed in float32 (float64 for
+    float64), so if the exact coordinate is closer to an integer than the rounding error, the derivative of either side
+    is correct. Compare the gradient of offset with the exact ones at both results, and let each element agree with
+    either. All other elements of both are those of the offset itself.
 
     Args:
-        offset: float64, of numbers that `dtype` holds.
-        dtype: Of the implementation's tensors.
+        offset: float64, with values that `dtype` can represent.
+        dtype: Dtype of the implementation's tensors.
     """
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     scale = geometry.get("offset_scale", 1.0)
     below, above = [], []
     for location in locations(offset, **geometry):
-        # a handful of roundings: of offset + point, of the scale, of the product and of the sums
+        # several roundings: of offset + point, of the scale, of the product and of the sums
         reach = 8 * unit * (1 + location.abs() + (location.abs() + 8) * abs(scale))
-        centre = location.round()
-        near = (location - centre).abs() <= reach
-        if scale == 0:  # then the offset moves nothing, and its gradient is 0 on both sides
+        center = location.round()
+        near = (location - center).abs() <= reach
+        if scale == 0:  # the offset has no effect, and its gradient is 0 on both sides
             near = torch.zeros_like(near)
         for side, moves in ((-1, below), (1, above)):
-            moves.append(torch.where(near, (centre + side * 2 * reach - location) / (scale or 1.0), 0))
+            moves.append(torch.where(near, (center + side * 2 * reach - location) / (scale or 1.0), 0))
     return tuple(offset + torch.stack(moves, dim=-1).reshape(offset.shape) for moves in (below, above))

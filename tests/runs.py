@@ -25,7 +25,7 @@ ROOT = Path(internimage.__file__).parent.parent
 
 
 def write_noise(folder: Path, **splits: tuple[int, ...]) -> Path:
-    """Noise of a brightness a class: folder/SPLIT/CLASS/N.png, with as many images as a split's numbers say."""
+    """Images of noise, each class of another brightness: folder/SPLIT/CLASS/N.png, with the given counts per class."""
     generator = torch.Generator().manual_seed(0)
     for split, counts in splits.items():
         for label, count in enumerate(counts):
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(processes: int, *arguments, check: bool = True) -> subprocess.CompletedProcess:
-    """A script, or `-m` and a module, in several processes as torchrun starts them."""
+    """Run a script, or `-m` and a module, in several processes like torchrun."""
     result = launch(processes, list(map(str, arguments)), environment(), timeout=1000)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
@@ -62,7 +62,7 @@ def losses(run) -> list[float]:
 
 
 def epochs(run) -> list[dict[str, str]]:
-    """The table of epochs without what depends on the clock."""
+    """The table of epochs, without the columns that depend on time."""
     with (Path(run) / "log.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
 
@@ -83,7 +83,7 @@ def settings(data, output, **more):
 
 
 def stop_at(config, step):
-    """Run to a step, as if SIGTERM had come in it."""
+    """Run until a step, as if SIGTERM had arrived in it."""
     run = trainer.Trainer.run
     trainer.Trainer.run = lambda self, stop, progress=True: run(
         self, lambda: self.progress.step + 1 >= step, progress
@@ -105,7 +105,7 @@ def wait_for_checkpoint(run, process, more_than=0):
 
 
 def listing(folder: Path) -> list[str]:
-    """Everything below a folder."""
+    """The paths of everything below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 

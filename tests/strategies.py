@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Problems of DCNv3 for hypothesis to draw: any geometry, the smallest images that fit it and some larger ones."""
+"""Hypothesis strategies for DCNv3: any geometry, with the smallest images that fit it and somewhat larger ones."""
 
 import math
 
@@ -16,12 +16,12 @@ def problems(
     most_room: int = 3,
     group_channels: tuple[int, ...] = (1, 3, 8, 12, 16, 20),
 ) -> tuple[list[torch.Tensor], dict]:
-    """Input, offset, mask and grad_output in float64, and the geometry; some offsets are far away or no number.
+    """Input, offset, mask and grad_output in float64, and the geometry; some offsets are huge, infinite or NaN.
 
     Args:
-        most_images, most_groups: The numbers drawn are 1 to these.
-        most_room: Pixels that an image may be larger than the smallest that fits, on each side.
-        group_channels: To choose from.
+        most_images, most_groups: Maximum numbers of images and groups.
+        most_room: Maximum height and width of an image, in excess of the smallest that fits.
+        group_channels: Choices of the number of channels per group.
     """
     remove_center = draw(st.booleans())
     side = st.sampled_from([1, 3, 5] if remove_center else [1, 2, 3, 4, 5])

@@ -23,7 +23,7 @@ COLORS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
 
 def write_colors(folder, per_class, shades=(0, 40)):
-    """Folders of plainly coloured images: a task that a few steps solve."""
+    """Folders of images in one color each, which a few steps learn to classify."""
     for name, color in COLORS.items():
         (folder / name).mkdir(parents=True)
         for i in range(per_class):

@@ -56,8 +56,8 @@ def compare(host, tensors, grad_output, arguments, dtype, deterministic=False, w
 CASES = {
     "plain": ({"padding": (1, 1), "groups": 2}, (6, 7), 16),
     "softmax": ({"padding": (1, 1), "groups": 2, "softmax": True}, (6, 7), 16),
-    "no centre": ({"padding": (1, 1), "groups": 3, "remove_center": True}, (5, 4), 16),
-    "no centre, softmax": ({"padding": (1, 1), "remove_center": True, "softmax": True}, (5, 4), 16),
+    "no center": ({"padding": (1, 1), "groups": 3, "remove_center": True}, (5, 4), 16),
+    "no center, softmax": ({"padding": (1, 1), "remove_center": True, "softmax": True}, (5, 4), 16),
     "two slices": ({"padding": (1, 1), "groups": 2, "softmax": True}, (5, 6), 32),
     "three slices": ({"padding": (1, 1), "groups": 2, "softmax": True}, (4, 5), 48),
     "many chunks": ({"padding": (1, 1), "softmax": True}, (3, 4), 192),
@@ -75,7 +75,7 @@ CASES = {
     "no padding": ({"groups": 2}, (5, 3), 16),
     "much padding": ({"padding": (4, 5), "softmax": True}, (2, 3), 16),
     "oblong": ({"kernel_size": (3, 5), "padding": (1, 2), "groups": 2, "softmax": True}, (6, 7), 16),
-    "oblong, no centre": ({"kernel_size": (5, 3), "padding": (2, 1), "remove_center": True}, (6, 7), 16),
+    "oblong, no center": ({"kernel_size": (5, 3), "padding": (2, 1), "remove_center": True}, (6, 7), 16),
     "even": ({"kernel_size": (2, 4), "padding": (1, 2), "groups": 2, "softmax": True}, (5, 6), 16),
     "large": ({"kernel_size": (7, 7), "padding": (3, 3), "softmax": True}, (7, 8), 16),
     "one point": ({"kernel_size": (1, 1), "groups": 2, "softmax": True}, (5, 6), 16),
@@ -94,7 +94,7 @@ def test_against_the_reference(case, dtype, host):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["softmax", "no centre", "half a vector", "3 channels", "many chunks", "strides"])
+@pytest.mark.parametrize("case", ["softmax", "no center", "half a vector", "3 channels", "many chunks", "strides"])
 def test_64_bit_indices(case, dtype, host):
     arguments, size, group_channels = CASES[case]
     *tensors, grad_output = oracle.draw(2, 2, size, group_channels, 2.0, **arguments)
@@ -105,7 +105,7 @@ def test_64_bit_indices(case, dtype, host):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["softmax", "no centre", "1 channel", "20 channels", "many chunks", "strides", "even"])
+@pytest.mark.parametrize("case", ["softmax", "no center", "1 channel", "20 channels", "many chunks", "strides", "even"])
 def test_deterministic(case, dtype, wide, host):
     arguments, size, group_channels = CASES[case]
     *tensors, grad_output = oracle.draw(3, 2, size, group_channels, 2.0, **arguments)
@@ -146,7 +146,7 @@ def test_any_problem(problem, host):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
-@pytest.mark.parametrize("case", ["softmax", "no centre", "3 channels", "even"])
+@pytest.mark.parametrize("case", ["softmax", "no center", "3 channels", "even"])
 def test_locations_that_are_nowhere(case, value, dtype, host):
     arguments, size, group_channels = CASES[case]
     *tensors, grad_output = oracle.draw(4, 2, size, group_channels, 1.0, **arguments)
@@ -169,7 +169,7 @@ def test_a_mask_of_nan_does_not_count_outside(host):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softmax", [False, True])
-def test_pixel_centres(softmax, dtype, host):
+def test_pixel_centers(softmax, dtype, host):
     """All locations on the kinks of the interpolation, those on the border of the image among them."""
     arguments = {"padding": (2, 2), "groups": 2, "softmax": softmax}
     *tensors, grad_output = oracle.draw(6, 2, (4, 5), 16, 1.5, **arguments)

@@ -97,7 +97,7 @@ def assert_right(results, tensors, arguments) -> None:
     dtype = tensors[0].dtype
     expected = [oracle.differentiable(*inputs, **arguments), *oracle.gradients(grad_output, *inputs, **arguments)]
     sides = [expected[2]]
-    for offset in oracle.either_side_of_pixel_centres(inputs[1], dtype, **arguments):
+    for offset in oracle.either_side_of_pixel_centers(inputs[1], dtype, **arguments):
         sides.append(oracle.gradients(grad_output, inputs[0], offset, inputs[2], **arguments)[1])
     for name, result, right in zip(("output", *NAMES), results, expected):
         assert result.shape == right.shape and result.dtype == dtype, name
@@ -177,7 +177,7 @@ def test_offsets_that_lead_nowhere(value, channels, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_reference_close_to_pixel_centres(dtype):
+def test_reference_close_to_pixel_centers(dtype):
     """The allowance there is needed, enough and small: the derivative on the one side or the other, nothing else."""
     arguments = {"padding": (1, 1), "groups": 2, "offset_scale": 1.0}
     *inputs, grad_output = oracle.draw(5, 2, (6, 7), 4, **arguments)

@@ -590,10 +590,10 @@ def test_folder_of_timm_keeps_what_was_adapted(tmp_path, caplog):
     name = f"local-dir:{tmp_path}"
     assert_equal(timm.create_model(name, pretrained=True).state_dict(), weights)
     assert warnings_of(caplog) == []
-    colour = timm.create_model(name, pretrained=True, in_chans=3, num_classes=4)
+    color = timm.create_model(name, pretrained=True, in_chans=3, num_classes=4)
     assert "0 classes and 4 were asked for: the classifier is new" in caplog.text
     expected = weights["patch_embed.conv1.weight"].repeat(1, 3, 1, 1) / 3
-    torch.testing.assert_close(colour.patch_embed.conv1.weight.detach(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(color.patch_embed.conv1.weight.detach(), expected, rtol=1e-6, atol=0)
 
 
 def test_folder_without_configuration_or_weights(tmp_path):

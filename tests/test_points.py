@@ -26,13 +26,13 @@ def model():
     return timm.create_model("internimage_atto", num_classes=3)
 
 
-def grey(count):
+def gray(count):
     return [(f"image {i}.png", Image.new("RGB", (48, 32), (128, 128, 128))) for i in range(count)]
 
 
 def test_a_tile_has_its_points_where_they_are(model):
     """A new layer's points are the 3x3 grid around the output pixel, four image pixels apart, all of one weight."""
-    layer, (tile,) = point_tiles(model, [grey(1)[0][1]], CONFIG, LAYER)
+    layer, (tile,) = point_tiles(model, [gray(1)[0][1]], CONFIG, LAYER)
     assert layer == LAYER and tile.size == (224, 149)
     color = ImageColor.getrgb(points._COLORS[0])
     scale = 224 / 48
@@ -48,7 +48,7 @@ def test_a_tile_has_its_points_where_they_are(model):
 @pytest.mark.parametrize("count, columns, rows", [(1, 2, 1), (3, 3, 1), (4, 4, 1), (5, 4, 2)])
 def test_a_sheet_of_tiles_with_names_on_white(model, tmp_path, count, columns, rows):
     path = tmp_path / "new" / "points.png"
-    assert draw_points(model, grey(count), CONFIG, path, LAYER) == LAYER
+    assert draw_points(model, gray(count), CONFIG, path, LAYER) == LAYER
     with Image.open(path) as sheet:
         assert sheet.width == columns * 240 + 16  # with room for the legend, also above one tile
         assert [sheet.getpixel(at) for at in ((0, 0), (sheet.width - 1, sheet.height - 1))] == [(255, 255, 255)] * 2
@@ -66,7 +66,7 @@ def test_the_names_are_those_of_the_images_and_of_long_ones_the_end_is_kept(mode
     seen = []
     long = "/very" * 20 + "/cat.png"
     for name in ("cat.png", "owl.png", "a" + long, "b" + long, "caf\udce9\n.png", "猫.png"):
-        draw_points(model, [(name, grey(1)[0][1])], CONFIG, tmp_path / "x.png", LAYER)
+        draw_points(model, [(name, gray(1)[0][1])], CONFIG, tmp_path / "x.png", LAYER)
         seen.append((tmp_path / "x.png").read_bytes())
     assert len(set(seen)) == 5 and seen[2] == seen[3]
     font = points.ImageFont.load_default(13)
@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_are_left_out(tmp_path):
     broken = timm.create_model("internimage_atto", num_classes=3)
     with torch.no_grad():
         broken.levels[0].blocks[0].dcn.offset.weight.fill_(float("nan"))
-    draw_points(broken, grey(1), CONFIG, tmp_path / "x.png", LAYER)
+    draw_points(broken, gray(1), CONFIG, tmp_path / "x.png", LAYER)
     assert (tmp_path / "x.png").is_file()
     image, weights = torch.full((3, 32, 32), 128, dtype=torch.uint8), torch.ones(2, 2)
     places = torch.full((2, 2, 2), 5.0)
@@ -95,13 +95,13 @@ def test_weights_that_are_not_finite_are_left_out(tmp_path):
 @pytest.mark.parametrize("name", ["points.txt", "points", "points.png.doc", ".png"])
 def test_an_ending_that_is_no_picture(model, tmp_path, name):
     with pytest.raises(UserError, match=f"{name}' cannot be written as a picture: its name must end in .png"):
-        draw_points(model, grey(1), CONFIG, tmp_path / name, LAYER)
+        draw_points(model, gray(1), CONFIG, tmp_path / name, LAYER)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["points.jpg", "points.webp", "points.BMP", "points.gif"])
 def test_other_formats(model, tmp_path, name):
-    draw_points(model, grey(1), CONFIG, tmp_path / name, LAYER)
+    draw_points(model, gray(1), CONFIG, tmp_path / name, LAYER)
     with Image.open(tmp_path / name) as image:
         assert image.format.lower() in name.lower().replace("jpg", "jpeg")
 
@@ -111,7 +111,7 @@ def test_a_pipe_gets_a_png(model, tmp_path):
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as pool:
         read = pool.submit(pipe.read_bytes)
-        draw_points(model, grey(1), CONFIG, pipe, LAYER)
+        draw_points(model, gray(1), CONFIG, pipe, LAYER)
         assert read.result(timeout=60).startswith(b"\x89PNG")
     assert pipe.is_fifo()
 
@@ -121,7 +121,7 @@ def test_a_picture_that_cannot_be_written(model, tmp_path, monkeypatch):
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "file" / "x.png", tmp_path / "folder.png"):
         with pytest.raises(UserError, match="cannot be written to|is a folder"):
-            draw_points(model, grey(1), CONFIG, path, LAYER)
+            draw_points(model, gray(1), CONFIG, path, LAYER)
     (tmp_path / "old.png").write_bytes(b"the picture of yesterday")
 
     def full(*_):
@@ -129,15 +129,15 @@ def test_a_picture_that_cannot_be_written(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left on device"):
-        draw_points(model, grey(1), CONFIG, tmp_path / "old.png", LAYER)
+        draw_points(model, gray(1), CONFIG, tmp_path / "old.png", LAYER)
     assert (tmp_path / "old.png").read_bytes() == b"the picture of yesterday"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png", "old.png"]
 
 
 def test_a_model_without_dcnv3_layers_and_a_layer_that_is_not_there(model, tmp_path, capsys):
     with pytest.raises(UserError, match="has no sampling layer 'levels.9'; it has levels.0.blocks.0.dcn, "):
-        draw_points(model, grey(1), CONFIG, tmp_path / "x.png", "levels.9")
-    grey(1)[0][1].save(tmp_path / "in.png")
+        draw_points(model, gray(1), CONFIG, tmp_path / "x.png", "levels.9")
+    gray(1)[0][1].save(tmp_path / "in.png")
     arguments = ["predict", str(tmp_path / "in.png"), "--model", "resnet10t", "--num-classes", "3"]
     weights = tmp_path / "weights.safetensors"
     save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), weights)

@@ -40,7 +40,7 @@ TOLERANCE = {"official": 1e-3, "bf16": 0.1}
 
 @contextlib.contextmanager
 def _errors_of(contender: Contender) -> Iterator[None]:
-    """Context in which any error of a foreign model becomes a message: it may not support the image size, say."""
+    """Context in which errors of other models become messages; one may not support the image size, for example."""
     try:
         yield
     except BenchmarkError:

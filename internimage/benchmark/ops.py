@@ -104,7 +104,7 @@ def reference_calls(tensors: Tensors) -> dict[str, Callable[[], Results]]:
 
 
 def separate_softmax(mask: Tensor, groups: int) -> Tensor:
-    """The softmax over the points as an operator of its own, for implementations that do not fuse it."""
+    """The softmax over the points as a separate operator, for implementations that do not fuse it."""
     return mask.unflatten(-1, (groups, 9)).softmax(-1).flatten(-2)
 
 

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, world: World) -> int:
     # data and arguments are checked before the model is loaded, which may mean a download
     expected = None if arguments.expect == "published" else arguments.expect
-    with world.raise_on_all_ranks():  # what is wrong is wrong in all processes, and one of them says it
+    with world.raise_on_all_ranks():  # errors are the same in all processes, and one of them prints
         dataset: MapDataset
         if arguments.labels is not None:
             dataset = open_labelled_folder(arguments.data, arguments.labels)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a layer that samples at predicted locations tells about itself, whichever its operator."""
+"""The interface of layers that sample at predicted locations, whatever their operator."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class SamplingLayer(Protocol):
-    """A deformable layer; `DCNv3` is one."""
+    """A deformable layer, such as `DCNv3`."""
 
     def sampling(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the layer samples its input x, and with which weights.
+        """Sampling locations and weights for the input x.
 
         Args:
-            x: What `forward` takes, of a batch of N.
+            x: Input of `forward`, with batch size N.
 
         Returns:
             Locations (N, Ho, Wo, groups, P, 2) as (x, y) in pixels of the layer's input, where 0 is the center of the
@@ -22,7 +22,7 @@ class SamplingLayer(Protocol):
         """
 
     def input_size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of an input, in the layer's own memory format."""
+        """Height and width of an input x, which may be channels first or last."""
 
     def offset_parameters(self) -> list[nn.Parameter]:
-        """The parameters that offsets are predicted with, which recipes give a learning rate of their own."""
+        """The parameters that predict the offsets, for which recipes have a separate learning rate."""
