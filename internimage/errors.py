@@ -27,7 +27,7 @@ def is_write_protected(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def some(names: Iterable[Any], most: int = 10) -> str:
+def list_some(names: Iterable[Any], most: int = 10) -> str:
     """For messages: the first names in order, and how many more there are."""
     names = sorted(map(str, names))
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")

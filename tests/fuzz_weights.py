@@ -28,6 +28,8 @@ import internimage  # noqa: F401 - registers the models
 from internimage.engine.run_state import RunState
 from internimage.engine.world import World
 from internimage.errors import CheckpointError
+from internimage.tasks.classification.config import FinetuneConfig
+from internimage.tasks.classification.task import ClassificationTask
 from internimage.weights import hub
 from internimage.weights.load import load_pretrained
 from internimage.weights.readers import open_weights
@@ -189,7 +191,8 @@ class _Run:
         data = {"samples": 3, "classes": ["cat", "dog"], "images": ["1", "2"]}
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.model, self.optimizer, self.sharded = model, optimizer, sharded
-        self.state = RunState(World(), model, None, optimizer, None, scaler, sharded, data)
+        task = ClassificationTask(FinetuneConfig(data="data", output="run"))  # which compares the data of checkpoints
+        self.state = RunState(World(), model, None, optimizer, None, scaler, sharded, data, task.difference)
         self.state.progress.step = 7
 
     def content(self) -> list:
@@ -223,7 +226,7 @@ def _run_seeds(sharded: bool) -> Callable[[Path], list[Seed]]:
     return seeds
 
 
-def _take_up(sharded: bool) -> Callable[[Path], list]:
+def _restore(sharded: bool) -> Callable[[Path], list]:
     def read(folder: Path) -> list:
         run = _run(sharded)
         for generator in (random.seed, np.random.seed, torch.manual_seed):
@@ -281,7 +284,7 @@ WEIGHTS = (
     Reader("shards", _shard_seeds, _read_weights, (CheckpointError,), 2),
     Reader("index.json", _index_seeds, lambda folder: weight_map(folder / "index.json"), (ValueError,)),
     Reader("model", _model_seeds, _load_model, (CheckpointError,)),
-    Reader("checkpoint", _run_seeds(False), _take_up(False), (CheckpointError,), 2, sealed=change.BLIND),
-    Reader("sharded checkpoint", _run_seeds(True), _take_up(True), (CheckpointError,), 2, sealed=change.BLIND),
+    Reader("checkpoint", _run_seeds(False), _restore(False), (CheckpointError,), 2, sealed=change.BLIND),
+    Reader("sharded checkpoint", _run_seeds(True), _restore(True), (CheckpointError,), 2, sealed=change.BLIND),
     Reader("Hub cache", _cache_seeds, _read_cache, (hub.DownloadError,), 1, sealed=change.BLIND, writes=True),
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What only the compiled CPU kernels can get wrong: instruction sets, tails of vectors, threads, the binary's symbols.
+"""What is specific to the compiled CPU kernels: instruction sets, vector tails, threads, the binary's symbols.
 
-Their arithmetic is tested in test_dcnv3.py, which runs on whatever serves the operator.
+Their arithmetic is tested in test_dcnv3.py, which tests whatever backend serves the operator.
 """
 
 import os
@@ -49,7 +49,7 @@ def best() -> str:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_gives_the_golden_numbers(capability, best):
-    """The variable is read once a process, so each instruction set gets one, but for that of this process."""
+    """The variable is read once per process, so each instruction set gets a process, except that of this process."""
     used = min(capability, best, key=CAPABILITIES.index)
     if used == torch.ops.internimage.cpu_capability():
         return  # these tests are run with it anyway
@@ -73,32 +73,34 @@ def draw(groups, channels, size=(2, 5, 7), points=9, dtype=torch.float64):
     return [t.to(dtype) for t in tensors]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 48, 257, 1024])
-def test_group_channels(channels, dtype):
-    """All tails of all vector widths, against the float64 reference on the same rounded numbers."""
-    x, offset, mask, grad = draw(2, channels, (1, 4, 5), dtype=dtype)
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, True)
-    wide = [t.double() for t in (x, offset, mask)]
-    output = torch.ops.internimage.dcnv3(x, offset, mask, *geometry)
-    assert_close(output, reference.dcnv3(*wide, *geometry), name="output")
-    grads = torch.ops.internimage.dcnv3_backward(grad, x, offset, mask, *geometry, False, [True] * 3)
-    expected = reference.dcnv3_backward(grad.double(), *wide, *geometry, False, [True] * 3)
+def geometry(groups, size=3, offset_scale=1.0):
+    """A square kernel with softmax, whose output has the input's size."""
+    return [size] * 2, [1, 1], [size // 2] * 2, [1, 1], groups, offset_scale, False, True
+
+
+def check_against_reference(tensors, *arguments):
+    """Output and gradients are those of the reference in float64 with the same (rounded) numbers."""
+    *inputs, grad = tensors
+    *wide, wide_grad = (t.double() for t in tensors)
+    output = torch.ops.internimage.dcnv3(*inputs, *arguments)
+    assert_close(output, reference.dcnv3(*wide, *arguments), name="output")
+    grads = torch.ops.internimage.dcnv3_backward(grad, *inputs, *arguments, False, [True] * 3)
+    expected = reference.dcnv3_backward(wide_grad, *wide, *arguments, False, [True] * 3)
     for name, got, want in zip(("input", "offset", "mask"), grads, expected):
         assert_close(got, want, name=f"grad_{name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 48, 257, 1024])
+def test_group_channels(channels, dtype):
+    """All tails of all vector widths."""
+    check_against_reference(draw(2, channels, (1, 4, 5), dtype=dtype), *geometry(2))
+
+
 @pytest.mark.parametrize("groups, points", [(1, 9), (40, 9), (128, 9), (3, 49), (2, 1225)])
 def test_strips(groups, points):
-    """From many pixels a strip down to one pixel of more points than a strip has."""
-    side = round(points**0.5)
-    x, offset, mask, grad = draw(groups, 4, (1, 3, 41), points, torch.float64)
-    geometry = ([side, side], [1, 1], [side // 2] * 2, [1, 1], groups, 0.5, False, True)
-    output = torch.ops.internimage.dcnv3(x, offset, mask, *geometry)
-    assert_close(output, reference.dcnv3(x, offset, mask, *geometry), name="output")
-    arguments = (grad, x, offset, mask, *geometry, False, [True] * 3)
-    for got, want in zip(torch.ops.internimage.dcnv3_backward(*arguments), reference.dcnv3_backward(*arguments)):
-        assert_close(got, want)
+    """From many pixels per strip down to a pixel that has more points than a strip should."""
+    check_against_reference(draw(groups, 4, (1, 3, 41), points), *geometry(groups, round(points**0.5), 0.5))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 33])
@@ -120,62 +122,63 @@ def test_threads_do_not_change_a_bit(batch):
 
 
 def test_infinities_stay_where_they_are():
-    """An infinite pixel reaches exactly the outputs that the reference lets it reach."""
+    """An infinite pixel affects the same outputs as in the reference, and no others."""
     x, offset, mask, _ = draw(1, 16, (1, 6, 6), dtype=torch.float64)
     x[0, 0, 0, 3] = float("inf")
     x[0, 5, 5, 0] = float("nan")
     offset[0, 2, 2, :6] = 1e30
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1, 1.0, False, True)
-    output = torch.ops.internimage.dcnv3(x, offset, mask, *geometry)
-    expected = reference.dcnv3(x, offset, mask, *geometry)
+    output = torch.ops.internimage.dcnv3(x, offset, mask, *geometry(1))
+    expected = reference.dcnv3(x, offset, mask, *geometry(1))
     assert torch.equal(output.isfinite(), expected.isfinite())
     assert not expected.isfinite().all() and expected.isfinite().any()
 
 
-def test_refusals():
-    """What reaches the kernel past the checked function is refused, not read out of bounds."""
+@pytest.mark.parametrize(
+    "change, groups, message",
+    [
+        (lambda offset: offset[..., :-1], 2, "shape that input and kernel ask for"),
+        (lambda offset: offset.double(), 2, "one dtype"),
+        (lambda offset: offset, 3, "groups must divide"),
+    ],
+    ids=["shape", "dtype", "groups"],
+)
+def test_refusals(change, groups, message):
+    """Wrong arguments that bypass the checking function are refused, not read out of bounds."""
     x, offset, mask, _ = draw(2, 4, (1, 4, 4), dtype=torch.float32)
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, True)
-    with pytest.raises(RuntimeError, match="shape that input and kernel ask for"):
-        torch.ops.internimage.dcnv3(x, offset[..., :-1], mask, *geometry)
-    with pytest.raises(RuntimeError, match="one dtype"):
-        torch.ops.internimage.dcnv3(x, offset.double(), mask, *geometry)
-    with pytest.raises(RuntimeError, match="groups must divide"):
-        torch.ops.internimage.dcnv3(x, offset, mask, [3, 3], [1, 1], [1, 1], [1, 1], 3, 1.0, False, True)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.internimage.dcnv3(x, change(offset), mask, *geometry(groups))
 
 
 def one_point(x, factor):
-    """x * factor by DCNv3: a 1x1 kernel on images of one pixel, so that nothing else takes part."""
+    """x * factor by DCNv3: a 1x1 kernel on images of one pixel, with nothing else involved."""
     n, channels = x.shape
     image, mask = x.view(n, 1, 1, channels), factor.view(n, 1, 1, 1)
     offset = torch.zeros(n, 1, 1, 2, dtype=x.dtype)
-    return torch.ops.internimage.dcnv3(image, offset, mask, [1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0, False, False).view(
-        n, channels
-    )
+    arguments = ([1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0, False, False)
+    return torch.ops.internimage.dcnv3(image, offset, mask, *arguments).view(n, channels)
+
+
+def assert_same_numbers(actual, expected):
+    """Bit for bit, but for the kind of a NaN."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual[~expected.isnan()], expected[~expected.isnan()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [16, 15], ids=str)
-def test_every_half_number_comes_through(dtype, channels):
-    """All 65,536 of them, subnormal and infinite ones too, as vectors and one by one; a NaN stays a NaN."""
+def test_every_half_number_is_preserved(dtype, channels):
+    """All 65,536 of them, including subnormals, infinities and NaN, in vectors and one by one."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.repeat(2)[: 2**16 // channels * channels + channels].view(-1, channels).contiguous().view(dtype)
-    output = one_point(x, torch.ones(len(x), dtype=dtype))
-    assert torch.equal(output.isnan(), x.isnan())
-    keep = ~x.isnan()
-    assert torch.equal(output[keep], x[keep])
+    assert_same_numbers(one_point(x, torch.ones(len(x), dtype=dtype)), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_numbers_are_rounded_as_torch_rounds(dtype):
     """Products of random bits over the whole range: ties, subnormal results, overflow."""
     bits = torch.randint(-(2**15), 2**15, (2, 50_000, 16), dtype=torch.int32).to(torch.int16).view(dtype)
-    x, factor = bits[0], bits[1, :, :1].nan_to_num(1.5, 1.5, 1.5)  # an infinite factor of a share of 0 is no number
-    output = one_point(x, factor)
-    expected = (x.float() * factor.float()).to(dtype)
-    assert torch.equal(output.isnan(), expected.isnan())
-    keep = ~expected.isnan()
-    assert torch.equal(output[keep], expected[keep])
+    x, factor = bits[0], bits[1, :, :1].nan_to_num(1.5, 1.5, 1.5)  # an infinite factor times a share of 0 is NaN
+    assert_same_numbers(one_point(x, factor), (x.float() * factor.float()).to(dtype))
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
@@ -184,6 +187,5 @@ def test_binary_depends_on_the_stable_abi_alone():
     (module,) = FOLDER.glob("_C.*so")
     listed = subprocess.run(["nm", "-D", "--undefined-only", "-C", module], capture_output=True, text=True, check=True)
     names = [line.split(maxsplit=1)[1] for line in listed.stdout.splitlines() if " U " in f" {line} "]
-    odd = [name for name in names if re.search(r"\bat::|\bc10::|\bPy[A-Z_]|\b_Py", name)]
-    assert not odd
+    assert not [name for name in names if re.search(r"\bat::|\bc10::|\bPy[A-Z_]|\b_Py", name)]
     assert any(name.startswith(("U aoti_torch", "aoti_torch")) for name in names), "nothing of torch was listed"

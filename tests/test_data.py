@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Datasets and models that would give wrong numbers in silence: what is refused and what is told of them."""
+"""Datasets and models that would silently give wrong results: what is rejected, and what is reported."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def model(tmp_path_factory):
     ],
 )
 def test_names_of_datasets(tmp_path, name, message):
-    """timm takes a name that it does not know for a folder, and finds train and val below it."""
+    """timm would take an unknown name for a folder, and find train and val below it."""
     write(tmp_path, "train/red/0.png", "val/red/0.png")
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path, name=name)
@@ -134,7 +134,7 @@ def test_a_class_may_be_called_train(tmp_path):
         assert class_names(open_dataset(tmp_path, split)) == ["tank", "train"]
     write(tmp_path / "both", "train/train/0.png", "train/tank/0.png", "val/0.png", "papers/notes.txt")
     assert len(open_dataset(tmp_path / "both", "train")) == 2
-    with pytest.raises(DataError, match="val' has no class folders"):  # and is no class, so validation is not left out
+    with pytest.raises(DataError, match="val' has no class folders"):  # it is not taken for a class
         open_dataset(tmp_path / "both")
 
 
@@ -148,10 +148,10 @@ def test_finetune_names_what_its_splits_lack(tmp_path, capsys):
     assert "has the splits val and no class folders: give one of these folders" in line
 
 
-# ---- what stands in a folder
+# ---- contents of a folder
 
 
-def test_files_that_are_left_out_are_told_once(tmp_path, capsys):
+def test_ignored_files_are_reported_once(tmp_path, capsys):
     three(tmp_path)
     write(tmp_path, "red/a.webp", "red/notes.txt", "blue/b.heic", "blue/.DS_Store", "README.txt")
     os.mkfifo(tmp_path / "green" / "pipe.jpg")
@@ -164,7 +164,7 @@ def test_files_that_are_left_out_are_told_once(tmp_path, capsys):
     assert count(dataset).top1 == 100.0
 
 
-def test_finetune_tells_what_is_left_out_of_both_splits(tmp_path, capsys):
+def test_finetune_reports_ignored_files_of_both_splits(tmp_path, capsys):
     three(tmp_path / "train")
     three(tmp_path / "val", 1)
     write(tmp_path, "train/red/a.heic", "val/blue/b.heic")
@@ -180,8 +180,8 @@ def test_finetune_tells_what_is_left_out_of_both_splits(tmp_path, capsys):
     assert captured.err.count("bad.png' cannot be read (not an image); it does not count") == 1, "of three validations"
 
 
-def test_orders_that_no_set_decides(tmp_path):
-    """1 and 01 are equal to timm, and the order of a set is another one in each process."""
+def test_order_does_not_depend_on_sets(tmp_path):
+    """1 and 01 have the same key in timm's order, and the order of a set differs between processes."""
     write(tmp_path, "10/0.png", "2/0.png", "1/0.png", "01/0.png", "1²/0.png", "a/10.png", "a/2.png", "a/02.png")
     dataset = open_dataset(tmp_path)
     assert class_names(dataset) == ["01", "1", "1²", "2", "10", "a"]
@@ -229,7 +229,7 @@ def test_no_image_can_be_read(tmp_path):
 # ---- class maps
 
 
-def test_a_class_map_that_lacks_a_class_counts_nothing(tmp_path):
+def test_a_class_map_that_lacks_a_class_is_rejected(tmp_path):
     three(tmp_path / "data", 5)
     (tmp_path / "map.txt").write_text("blue\ngreen\n")
     with pytest.raises(DataError, match=r"lacks 1 of the 3 classes of '.*', with 5 images \(red\)"):
@@ -246,7 +246,7 @@ def test_a_class_map_that_lacks_a_class_counts_nothing(tmp_path):
         ("green\nred\n", "not in the model's order: 'green' is class 0 of the map and class 1"),
     ],
 )  # fmt: skip
-def test_class_maps_are_held_against_the_models_labels(tmp_path, lines, message):
+def test_class_maps_are_compared_with_the_models_labels(tmp_path, lines, message):
     write(tmp_path / "data", "red/0.png")
     (tmp_path / "map.txt").write_text(lines)
     message = message or "does not fit the model; the model does not know Green"
@@ -302,7 +302,7 @@ def test_class_maps_that_cannot_be_used(tmp_path, name, content, message):
         open_dataset(tmp_path / "data", class_map=tmp_path / name)
 
 
-def test_a_pickled_class_map_runs_nothing(tmp_path, monkeypatch):
+def test_a_pickled_class_map_runs_no_code(tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
@@ -315,7 +315,7 @@ def test_a_pickled_class_map_runs_nothing(tmp_path, monkeypatch):
         (tmp_path / "map.pkl").write_bytes(pickle.dumps({"red": 300, "blue": 0}, version))
         assert open_dataset(tmp_path / "data", class_map=tmp_path / "map.pkl").reader.samples[0][1] == 300
     assert not (tmp_path / "owned").exists()
-    (tmp_path / "map.pkl").write_bytes(b"(dp0\nS'red'\np1\nI2\ns.")  # as Python 2 wrote it
+    (tmp_path / "map.pkl").write_bytes(b"(dp0\nS'red'\np1\nI2\ns.")  # written by Python 2
     assert open_dataset(tmp_path / "data", class_map=tmp_path / "map.pkl").reader.samples[0][1] == 2
 
 
@@ -340,7 +340,7 @@ def test_lists_that_are_too_large_are_not_read(option, tmp_path, capsys, model, 
     assert f"list.txt' has more than 10 lines, so it is not a {what}" in command(capsys, "evaluate", *arguments)
 
 
-def test_class_maps_that_are_no_files(tmp_path, capsys, model):
+def test_class_maps_that_are_not_files(tmp_path, capsys, model):
     write(tmp_path / "data", "red/0.png")
     os.mkfifo(tmp_path / "pipe.txt")
     for path, message in (
@@ -352,7 +352,7 @@ def test_class_maps_that_are_no_files(tmp_path, capsys, model):
         assert message in line
 
 
-def test_other_classes_are_named_in_few_words(tmp_path):
+def test_many_other_classes_are_named_briefly(tmp_path):
     names = [f"class-{i:04d}" for i in range(900)]
     write(tmp_path, *(f"{name}/0.png" for name in names))
     other = ByColor([f"kind-{i:04d}" for i in range(900)])
@@ -365,7 +365,7 @@ def test_other_classes_are_named_in_few_words(tmp_path):
 # ---- labels
 
 
-def test_labels_that_are_no_text_or_ambiguous(tmp_path, capsys):
+def test_labels_that_are_not_text_or_ambiguous(tmp_path, capsys):
     write(tmp_path / "val", "a.png", "b.png")
     labels = tmp_path / "labels.txt"
     for text, message in (
@@ -389,10 +389,10 @@ def test_labels_that_are_no_text_or_ambiguous(tmp_path, capsys):
         open_labelled_folder(tmp_path / "val", "")
 
 
-def test_real_labels_that_are_none(tmp_path):
+def test_invalid_real_labels(tmp_path):
     dataset = open_dataset(write(tmp_path / "data", "n01440764/0.png", "n01443537/0.png"))
     model = ByColor([f"{i}" for i in range(1000)])
-    dataset.reader.class_to_idx = None  # as of a flat folder
+    dataset.reader.class_to_idx = None  # as for a flat folder
     for text in ("[1, 2]", "words", json.dumps([1] * 50000), "7", '{"a": 1}'):
         (tmp_path / "real.json").write_text(text)
         with pytest.raises(DataError, match="is not ReaL's list of 50000 labels"):
@@ -414,12 +414,12 @@ def test_options_that_would_be_ignored(tmp_path, capsys, model):
         assert message in command(capsys, "evaluate", *start, *more)
 
 
-# ---- odd images, whole commands
+# ---- unusual images, whole commands
 
 
 @pytest.fixture
-def odd_images(tmp_path):
-    """Each of the classes has images that once crashed or were read wrong."""
+def unusual_images(tmp_path):
+    """Each class has images that once crashed or were read incorrectly."""
     three(tmp_path, 1)
     Image.new("RGB", (1, 1), COLORS["red"]).save(tmp_path / "red" / "tiny.png")
     Image.new("RGB", (1, 600), COLORS["red"]).save(tmp_path / "red" / "tall.png")
@@ -435,12 +435,12 @@ def odd_images(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_odd_images_through_all_verbs(odd_images, tmp_path_factory, channels, capsys):
+def test_unusual_images_through_all_verbs(unusual_images, tmp_path_factory, channels, capsys):
     output = tmp_path_factory.mktemp("run") / "out"
-    os.mkdir(odd_images.parent / f"{channels}")
-    data = odd_images.parent / f"{channels}"
-    os.symlink(odd_images, data / "train")
-    os.symlink(odd_images, data / "val")
+    os.mkdir(unusual_images.parent / f"{channels}")
+    data = unusual_images.parent / f"{channels}"
+    os.symlink(unusual_images, data / "train")
+    os.symlink(unusual_images, data / "val")
     config = FinetuneConfig(
         data=str(data), output=str(output), model="internimage_atto", pretrained=False, img_size=32, in_chans=channels,
         epochs=1, warmup_epochs=0, batch_size=4, workers=0, device="cpu", report=False,
@@ -455,7 +455,7 @@ def test_odd_images_through_all_verbs(odd_images, tmp_path_factory, channels, ca
     assert json.loads((data / "report.json").read_text())["images"] == 10
     assert main([*arguments, "--strict"]) == 1
     capsys.readouterr()
-    assert main(["predict", str(odd_images), "--model", str(output), "--json"]) == 2
+    assert main(["predict", str(unusual_images), "--model", str(output), "--json"]) == 2
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 10 and captured.err.count("error:") == 2
 
@@ -465,7 +465,7 @@ def test_predict_prints_any_name(tmp_path, capsys, model):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     try:
         os.rename(tmp_path / "a.png", file)
-    except OSError:  # macOS takes no such names
+    except OSError:  # macOS allows no such names
         return
     assert main(["predict", str(tmp_path), "--model", str(model)]) == 0
     assert "\\udcff.png" in capsys.readouterr().out

@@ -27,7 +27,7 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
 def schema(arguments: dict) -> tuple:
-    """The arguments in the schema's order, for what has no defaults."""
+    """The arguments in the schema's order, for functions without defaults."""
     defaults = {
         "kernel_size": (3, 3),
         "stride": (1, 1),
@@ -48,7 +48,7 @@ def forward_and_gradients(tensors, grad_output, arguments) -> list[torch.Tensor]
 
 
 def reference_forward_and_gradients(tensors, grad_output, arguments, deterministic=False) -> list[torch.Tensor]:
-    """The specification itself, also where a compiled kernel serves the operator."""
+    """The reference itself, even where the operator has a compiled kernel."""
     arguments = schema(arguments)
     grads = reference.dcnv3_backward(grad_output, *tensors, *arguments, deterministic, [True] * 3)
     return [reference.dcnv3(*tensors, *arguments), *grads]
@@ -64,6 +64,16 @@ IMPLEMENTATIONS = {
     "deterministic": deterministic_forward_and_gradients,
     "reference": reference_forward_and_gradients,
 }
+
+
+def oracle_forward_and_gradients(tensors, grad_output, arguments) -> list[torch.Tensor]:
+    return [oracle.forward(*tensors, **arguments), *oracle.gradients(grad_output, *tensors, **arguments)]
+
+
+def assert_all_close(results, expected, names=("output", *NAMES), tolerance=None) -> None:
+    for name, result, right in zip(names, results, expected, strict=True):
+        assert_close(result, right, tolerance, name)
+
 
 # ---- goldens
 
@@ -111,6 +121,12 @@ def test_golden_inputs_are_drawn_alike(case):
         assert tensor.sum().item() == pytest.approx(fingerprint["sum"], rel=1e-11, abs=1e-9)
 
 
+def assert_golden(results, name: str, dtype: torch.dtype, device: str) -> None:
+    for which, result in zip(("output", "grad_input", "grad_offset", "grad_mask"), results, strict=True):
+        assert result.dtype == dtype and result.device.type == device
+        assert_close(result, golden.tensors("op")[f"{name}/{which}"], name=which)
+
+
 @on_devices
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -118,10 +134,7 @@ def test_golden_inputs_are_drawn_alike(case):
 def test_golden(name, dtype, implementation, device):
     tensors, arguments = golden_problem(golden.cases("op")[name])
     *tensors, grad_output = (t.to(device, dtype) for t in tensors)
-    results = IMPLEMENTATIONS[implementation](tensors, grad_output, arguments)
-    for which, result in zip(("output", "grad_input", "grad_offset", "grad_mask"), results):
-        assert result.dtype == dtype and result.device.type == device
-        assert_close(result, golden.tensors("op")[f"{name}/{which}"], name=which)
+    assert_golden(IMPLEMENTATIONS[implementation](tensors, grad_output, arguments), name, dtype, device)
 
 
 # ---- the formula
@@ -136,11 +149,10 @@ def test_formula(problem, implementation, device):
     arguments = problem[1]
     on_device = [t.to(device) for t in (*tensors, grad_output)]
     output, *grads = IMPLEMENTATIONS[implementation](on_device[:3], on_device[3], arguments)
-    # absolute, because a lucky draw may leave nothing but a corner of the image in sight
-    torch.testing.assert_close(output.detach().cpu(), oracle.forward(*tensors, **arguments), rtol=1e-11, atol=1e-11)
-    expected = oracle.gradients(grad_output, *tensors, **arguments)
-    for name, grad, right in zip(NAMES, grads, expected):
-        torch.testing.assert_close(grad.cpu(), right, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    expected = oracle_forward_and_gradients(tensors, grad_output, arguments)
+    # absolute, because in some draws nearly all points are outside the image
+    for name, result, right in zip(("output", *NAMES), (output.detach(), *grads), expected):
+        torch.testing.assert_close(result.cpu(), right, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_two_oracles_agree():
@@ -191,9 +203,9 @@ def test_torchvision(case, device):
         mask=mask.view(n, ho, wo, groups, kw, kh).permute(0, 3, 5, 4, 1, 2).reshape(n, groups * kh * kw, ho, wo),
     ).permute(0, 2, 3, 1)
     expected = [peer, *torch.autograd.grad(peer, (input, offset, mask), grad_output)]
-    results = forward_and_gradients([t.to(device) for t in tensors], grad_output.to(device), arguments)
-    for name, result, right in zip(("output", *NAMES), results, expected):
-        assert_close(result, right, name=name)
+    assert_all_close(
+        forward_and_gradients([t.to(device) for t in tensors], grad_output.to(device), arguments), expected
+    )
 
 
 # ---- half types
@@ -211,20 +223,18 @@ HALF_CASES = {
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", HALF_CASES)
 def test_half(case, dtype, implementation, device):
-    """Against float64 on the rounded inputs: only the result may be rounded, for sums are float32."""
+    """Against float64 on the rounded inputs: only the results are rounded, as sums are in float32."""
     arguments, group_channels = HALF_CASES[case]
     *tensors, grad_output = (t.to(dtype) for t in oracle.draw(5, 2, (8, 9), group_channels, **arguments))
     results = IMPLEMENTATIONS[implementation]([t.to(device) for t in tensors], grad_output.to(device), arguments)
-    expected = [oracle.forward(*tensors, **arguments), *oracle.gradients(grad_output, *tensors, **arguments)]
-    for name, result, right in zip(("output", *NAMES), results, expected):
-        assert result.dtype == dtype
-        assert_close(result, right, name=name)
+    assert {result.dtype for result in results} == {dtype}
+    assert_all_close(results, oracle_forward_and_gradients(tensors, grad_output, arguments))
 
 
 @on_devices
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_coordinates_are_float32(dtype, device):
-    """At column 600 a half type has no quarter pixels; what is asked for is in float32."""
+    """At column 600 a half type cannot represent quarter pixels; float32 can."""
     input = torch.arange(700, dtype=torch.float32).remainder(7).view(1, 1, 700, 1).to(device, dtype)
     offset = torch.tensor([0.25, 0.0]).repeat(700).view(1, 1, 700, 2).to(device, dtype)
     output = dcnv3(input, offset, torch.ones(1, 1, 700, 1, device=device, dtype=dtype), kernel_size=1)
@@ -276,16 +286,18 @@ def test_derivative_at_a_pixel_center_is_the_right_hand_one(device):
 
 
 @on_devices
-def test_derivative_at_the_last_pixel_leads_out_of_the_image(device):
+def test_derivative_at_the_last_pixel_is_toward_the_outside(device):
     assert one_sample(3.0, 2.0, device)[2] == [-2 * 8, -2 * 8]
+
+
+def assert_outside(output, grad_input, grad_offset, grad_mask) -> None:
+    assert (output, grad_offset, grad_mask) == (0.0, [0.0, 0.0], 0.0) and not grad_input.any()
 
 
 @on_devices
 @pytest.mark.parametrize("location", [(-1.0, 1.0), (1.0, -1.0), (4.0, 1.0), (1.0, 3.0), (-1.0, -1.0)])
 def test_the_border_itself_is_outside(location, device):
-    output, grad_input, grad_offset, grad_mask = one_sample(*location, device)
-    assert (output, grad_offset, grad_mask) == (0.0, [0.0, 0.0], 0.0)
-    assert not grad_input.any()
+    assert_outside(*one_sample(*location, device))
 
 
 @on_devices
@@ -302,9 +314,7 @@ def test_just_inside_the_border_counts(location, device):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
 def test_locations_that_are_nowhere(value, dtype, device):
     for location in ((value, 1.0), (1.0, value), (value, value)):
-        output, grad_input, grad_offset, grad_mask = one_sample(*location, device, dtype=dtype)
-        assert (output, grad_offset, grad_mask) == (0.0, [0.0, 0.0], 0.0)
-        assert not grad_input.any()
+        assert_outside(*one_sample(*location, device, dtype=dtype))
 
 
 @on_devices
@@ -316,11 +326,9 @@ def test_one_location_that_is_nowhere_leaves_the_others(value, dtype, device):
     tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
     tensors[1].view(-1)[::7] = value
     on_device = [t.to(device, dtype) for t in (*tensors, grad_output)]
-    output, *grads = forward_and_gradients(on_device[:3], on_device[3], arguments)
-    assert_close(output, oracle.forward(*tensors, **arguments))
-    for name, grad, right in zip(NAMES, grads, oracle.gradients(grad_output, *tensors, **arguments)):
-        assert_close(grad, right, name=name)
-    assert not grads[1].reshape(-1)[::7].any()
+    results = forward_and_gradients(on_device[:3], on_device[3], arguments)
+    assert_all_close(results, oracle_forward_and_gradients(tensors, grad_output, arguments))
+    assert not results[2].reshape(-1)[::7].any()
 
 
 @on_devices
@@ -330,15 +338,14 @@ def test_a_pixel_that_is_not_sampled_does_not_matter(value, device):
     image[:2, :2] = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
     output, _, grad_offset, grad_mask = one_sample(0.5, 0.5, device, image)
     assert (output, grad_mask, grad_offset) == (2 * 2.75, 2.75, [3.0, 5.0])
-    output, _, grad_offset, grad_mask = one_sample(-0.5, -0.5, device, image)  # three of the corners are not there
+    output, _, grad_offset, grad_mask = one_sample(-0.5, -0.5, device, image)  # three of the corners are outside
     assert (output, grad_mask, grad_offset) == (0.5, 0.25, [1.0, 1.0])
-    output, _, grad_offset, grad_mask = one_sample(-7.0, -7.0, device, image)
-    assert (output, grad_mask, grad_offset) == (0.0, 0.0, [0.0, 0.0])
+    assert_outside(*one_sample(-7.0, -7.0, device, image))
 
 
 @on_devices
 def test_softmax_is_over_the_points_also_outside(device):
-    """A point outside keeps its share of the softmax: the others do not take it over."""
+    """A point outside keeps its weight in the softmax; it is not distributed over the others."""
     input = torch.ones(1, 1, 1, 1, dtype=torch.float64, device=device)
     offset = torch.zeros(1, 1, 1, 18, dtype=torch.float64, device=device)
     mask = torch.zeros(1, 1, 1, 9, dtype=torch.float64, device=device)
@@ -363,19 +370,21 @@ def test_softmax_of_large_logits(dtype, device):
 
 
 @on_devices
-def test_one_pixel_images(device):
-    for size, arguments in (
+@pytest.mark.parametrize(
+    "size, arguments",
+    [
         ((1, 1), {"padding": (1, 1)}),
         ((1, 1), {"padding": (2, 3), "kernel_size": (5, 5), "groups": 2}),
         ((1, 1), {"kernel_size": (1, 1)}),
         ((1, 6), {"padding": (1, 1), "remove_center": True}),
         ((6, 1), {"padding": (1, 1), "softmax": True}),
-    ):
-        *tensors, grad_output = oracle.draw(9, 2, size, 3, 0.7, **arguments)
-        results = forward_and_gradients([t.to(device) for t in tensors], grad_output.to(device), arguments)
-        expected = [oracle.forward(*tensors, **arguments), *oracle.gradients(grad_output, *tensors, **arguments)]
-        for name, result, right in zip(("output", *NAMES), results, expected):
-            assert_close(result, right, name=name)
+    ],
+    ids=str,
+)
+def test_one_pixel_images(size, arguments, device):
+    *tensors, grad_output = oracle.draw(9, 2, size, 3, 0.7, **arguments)
+    results = forward_and_gradients([t.to(device) for t in tensors], grad_output.to(device), arguments)
+    assert_all_close(results, oracle_forward_and_gradients(tensors, grad_output, arguments))
 
 
 @on_devices
@@ -401,7 +410,7 @@ def test_image_without_pixels(device):
     assert grads[0].shape == (1, 0, 0, 4) and not grads[1].any() and not grads[2].any()
 
 
-# what a view makes of a tensor, and the tensor to make it of
+# a tensor to take a view of, and the view of it
 VIEWS = {
     "channels first in memory": (
         lambda t: t.permute(0, 3, 1, 2).contiguous(),
@@ -435,8 +444,7 @@ def test_strides(which, view, device):
         output = function(*views[:3], **arguments)
         return output, *torch.autograd.grad(output, bases[:3], views[3])
 
-    for name, result, right in zip(("output", *NAMES), run(dcnv3, device), run(oracle.differentiable, "cpu")):
-        assert_close(result, right, name=name)
+    assert_all_close(run(dcnv3, device), run(oracle.differentiable, "cpu"))
 
 
 @on_devices
@@ -447,8 +455,7 @@ def test_sum_backward(device):
     leaves = [t.to(device).requires_grad_() for t in tensors]
     dcnv3(*leaves, **arguments).sum().backward()
     expected = oracle.gradients(torch.ones_like(grad_output), *tensors, **arguments)
-    for name, leaf, right in zip(NAMES, leaves, expected):
-        assert_close(leaf.grad, right, name=name)
+    assert_all_close([leaf.grad for leaf in leaves], expected, NAMES)
 
 
 @on_devices
@@ -483,20 +490,15 @@ def smooth_problem(case: str, device: str, n: int = 1):
 
 
 @on_devices
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("case", DERIVATIVE_CASES)
-def test_gradcheck(case, device):
-    tensors, _, arguments = smooth_problem(case, device)
-    leaves = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *t: dcnv3(*t, **arguments), leaves, fast_mode=True)
-
-
-@on_devices
-@pytest.mark.parametrize("case", DERIVATIVE_CASES)
-def test_gradgradcheck(case, device):
+def test_gradcheck(case, order, device):
     tensors, grad_output, arguments = smooth_problem(case, device)
+    check, more = torch.autograd.gradcheck, ()
+    if order == 2:
+        check, more = torch.autograd.gradgradcheck, ([grad_output.requires_grad_()],)
     leaves = [t.requires_grad_() for t in tensors]
-    grad_outputs = [grad_output.requires_grad_()]
-    assert torch.autograd.gradgradcheck(lambda *t: dcnv3(*t, **arguments), leaves, grad_outputs, fast_mode=True)
+    assert check(lambda *t: dcnv3(*t, **arguments), leaves, *more, fast_mode=True)
 
 
 def derivatives(function, tensors, grad_output, directions, orders: int) -> list[torch.Tensor]:
@@ -521,9 +523,8 @@ def test_higher_derivatives(case, orders, device):
     result = derivatives(
         lambda *t: dcnv3(*t, **arguments), [t.to(device) for t in tensors], grad_output.to(device), directions, orders
     )
-    for name, value, right in zip((*NAMES, "grad_output"), result, expected):
-        assert right.abs().max() > 1e-3  # else nothing would be compared
-        assert_close(value, right, name=name)
+    assert all(right.abs().max() > 1e-3 for right in expected)  # else nothing would be compared
+    assert_all_close(result, expected, (*NAMES, "grad_output"))
 
 
 @on_devices
@@ -535,7 +536,7 @@ def test_double_backward_of_part_of_the_gradients(case, wanted, device):
 
     def second(gradients, place):
         leaves = [t.detach().to(place).requires_grad_() for t in (grad_output, *tensors)]
-        # what was not asked for is empty and takes part, as in a loop over all gradients
+        # gradients that were not requested are empty and included, as in a loop over all of them
         weights = [d.to(place) if w else 0.0 for d, w in zip(directions, wanted)]
         value = sum((g * w).sum() for g, w in zip(gradients(*leaves), weights))
         return torch.autograd.grad(value, leaves, materialize_grads=True)
@@ -544,8 +545,7 @@ def test_double_backward_of_part_of_the_gradients(case, wanted, device):
         return torch.autograd.grad(oracle.differentiable(*leaves, **arguments), leaves, grad, create_graph=True)
 
     result = second(lambda *t: OP_BACKWARD(*t, *schema(arguments), False, list(wanted)), device)
-    for name, value, right in zip(("grad_output", *NAMES), result, second(by_oracle, "cpu")):
-        assert_close(value, right, name=name)
+    assert_all_close(result, second(by_oracle, "cpu"), ("grad_output", *NAMES))
 
 
 @on_devices
@@ -561,8 +561,7 @@ def test_double_backward_of_the_reference(case, deterministic, device):
     expected = torch.autograd.grad(first, leaves, directions)
     on_device = [t.detach().to(device) for t in (*directions, *leaves)]
     result = reference.dcnv3_double_backward(*on_device, *schema(arguments), deterministic)
-    for name, value, right in zip(("grad_output", *NAMES), result, expected):
-        assert_close(value, right, name=name)
+    assert_all_close(result, expected, ("grad_output", *NAMES))
 
 
 @on_devices
@@ -609,7 +608,7 @@ class Calls(TorchDispatchMode):
 
 @on_devices
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_deterministic_algorithms_are_asked_of_the_kernel(deterministic, device):
+def test_deterministic_algorithms_are_requested_of_the_kernel(deterministic, device):
     *tensors, _ = (t.to(device).requires_grad_() for t in oracle.draw(0, 1, (3, 4), 2))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
@@ -668,10 +667,8 @@ def test_opcheck_backward(case, wanted, requires_grad, device):
 def compiled_matches(compiled, tensors, grad_output, arguments, device) -> None:
     leaves = [t.to(device).requires_grad_() for t in tensors]
     output = compiled(*leaves)
-    grads = torch.autograd.grad(output, leaves, grad_output.to(device))
-    assert_close(output, oracle.forward(*tensors, **arguments), name="output")
-    for name, grad, right in zip(NAMES, grads, oracle.gradients(grad_output, *tensors, **arguments)):
-        assert_close(grad, right, name=name)
+    results = [output, *torch.autograd.grad(output, leaves, grad_output.to(device))]
+    assert_all_close(results, oracle_forward_and_gradients(tensors, grad_output, arguments))
 
 
 @on_devices
@@ -696,7 +693,7 @@ def test_compile_dynamic(arguments, device):
     """One graph for all batch and image sizes."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: dcnv3(*t, **arguments), fullgraph=True, dynamic=True, backend="aot_eager")
-    # no two sizes alike in the first, for dynamo takes equal ones for one
+    # no two sizes are equal in the first, as dynamo would treat them as one
     for n, size, stance in (
         (2, (6, 9), "default"),
         (3, (10, 8), "fail_on_recompile"),
@@ -808,8 +805,8 @@ def test_autocast(dtypes, dtype, device):
     rounded = [leaf.detach().to(dtype).cpu() for leaf in leaves]
     assert_close(output, oracle.forward(*rounded, **arguments))
     tolerance = max(TOLERANCE[d] for d in (dtype, *dtypes))
-    for name, leaf, right in zip(NAMES, leaves, oracle.gradients(grad_output.to(dtype), *rounded, **arguments)):
-        assert_close(leaf.grad, right, tolerance, name)
+    expected = oracle.gradients(grad_output.to(dtype), *rounded, **arguments)
+    assert_all_close([leaf.grad for leaf in leaves], expected, NAMES, tolerance)
 
 
 @on_devices
@@ -820,9 +817,7 @@ def test_autocast_leaves_float64(dtype, device):
     *leaves, grad_output = (t.to(device) for t in tensors)
     with torch.autocast(device, dtype=dtype):
         results = forward_and_gradients(leaves, grad_output, arguments)
-    for which, result in zip(("output", "grad_input", "grad_offset", "grad_mask"), results):
-        assert result.dtype == torch.float64
-        assert_close(result, golden.tensors("op")[f"{case}/{which}"], name=which)
+    assert_golden(results, case, torch.float64, device)
 
 
 @on_devices
@@ -840,8 +835,7 @@ def test_backward_under_autocast_does_not_round(orders, device):
     leaves = [t.to(device, torch.float32) for t in (*tensors, grad_output)]
     with torch.autocast(device, dtype=torch.bfloat16):
         result = derivatives(forward, leaves[:3], leaves[3], directions, orders)
-    for name, value, right in zip(NAMES, result, expected):
-        assert_close(value, right, name=name)
+    assert_all_close(result, expected, (*NAMES, "grad_output"))
 
 
 # ---- shapes without data
@@ -914,7 +908,7 @@ def test_kernel_grid():
         [0, -1], [0, 0], [0, 1],
         [1, -1], [1, 0], [1, 1],
     ]  # fmt: skip
-    # the even side's center is its first middle point
+    # the center of an even side is the first of its two middle points
     assert grid((1, 2), (1, 1)) == [[0, 0], [1, 0]]
     assert grid((2, 1), (3, 1)) == [[0, -1], [0, 2]]
     assert grid((1, 4), (1, 3)) == [[-4, 0], [-1, 0], [2, 0], [5, 0]]

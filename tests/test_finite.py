@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Outputs that are not finite are neither counted nor predicted from."""
+"""Outputs that are not finite: neither accuracy nor predictions are computed from them."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from internimage.tasks.classification.predict import predict
 
 @pytest.fixture(autouse=True)
 def no_handlers(monkeypatch):
-    """The command line's handler keeps the stderr of the test in which it was made."""
+    """The command line's log handler keeps the stderr of the test that created it."""
     monkeypatch.setattr(logging.getLogger("internimage"), "handlers", [])
 
 
@@ -55,7 +55,7 @@ def test_outputs_that_are_not_finite_are_not_counted(tmp_path):
         count(dataset, large, dtype=torch.float16)
 
 
-def test_a_flipped_image_of_no_probability_has_a_finite_loss(tmp_path):
+def test_a_probability_of_0_has_a_finite_loss_with_flips(tmp_path):
     three(tmp_path)
     model = ByColor()
     model.weight.data *= 100
@@ -65,7 +65,7 @@ def test_a_flipped_image_of_no_probability_has_a_finite_loss(tmp_path):
 
 
 def test_a_validation_that_is_not_finite_ends_a_run_at_its_end(tmp_path, capsys, monkeypatch):
-    """Before that it is told, and its row of the log has no accuracy: later steps may mend it."""
+    """Earlier ones are reported, and their rows of the log have no accuracy: later steps may recover."""
     three(tmp_path / "train")
     three(tmp_path / "val", 1)
     outcomes = []
@@ -76,9 +76,9 @@ def test_a_validation_that_is_not_finite_ends_a_run_at_its_end(tmp_path, capsys,
             raise outcomes[-1]
         return evaluate(model, *arguments, **more)
 
-    told = []
+    messages = []
     monkeypatch.setattr("internimage.tasks.classification.task.evaluate", infinite_but_in_the_second)
-    monkeypatch.setattr("internimage.engine.trainer.message", told.append)
+    monkeypatch.setattr("internimage.engine.trainer.message", messages.append)
     arguments = [
         "img_size=32",
         "batch_size=6",
@@ -91,19 +91,19 @@ def test_a_validation_that_is_not_finite_ends_a_run_at_its_end(tmp_path, capsys,
     line = command(
         capsys, "finetune", f"data={tmp_path}", f"output={tmp_path}/out", "model=internimage_atto", *arguments, status=2
     )
-    assert "training diverged: infinite after epoch 3" in line and told == ["epoch 1 has no validation: infinite"]
+    assert "training diverged: infinite after epoch 3" in line and messages == ["epoch 1 has no validation: infinite"]
     with (tmp_path / "out" / "log.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
     assert not first.get("val_top1") and float(first["train_loss"]) > 0 and float(second["val_top1"]) >= 0
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_predict_goes_on_after_an_image_that_overflows():
+def test_predict_continues_after_an_image_that_overflows():
     images = [(name, Image.new("RGB", (8, 8), color)) for name, color in {**COLORS, "white": (255,) * 3}.items()]
     images = [images[0], images[3], images[1]]
     failed = []
-    answers = list(predict(Overflowing(), images, CONFIG, failed=lambda name, problem: failed.append(name)))
-    assert [answer.labels[0] for answer in answers] == ["blue", "green"] and failed == ["white"]
+    predictions = list(predict(Overflowing(), images, CONFIG, failed=lambda name, problem: failed.append(name)))
+    assert [prediction.labels[0] for prediction in predictions] == ["blue", "green"] and failed == ["white"]
     with pytest.raises(NotFiniteError):
         list(predict(Overflowing(), images, CONFIG))
 
@@ -115,13 +115,13 @@ def test_the_command_predicts_the_others_and_ends_with_1(tmp_path, capsys, monke
     monkeypatch.setattr("internimage.cli.predict.load_model", lambda arguments: loaded)
     assert main(["predict", str(tmp_path), "--model", "any", "--json"]) == 1
     captured = capsys.readouterr()
-    answers = [json.loads(line) for line in captured.out.splitlines()]
-    assert [answer["classes"][0]["label"] for answer in answers] == ["blue", "green", "red"]
+    predictions = [json.loads(line) for line in captured.out.splitlines()]
+    assert [prediction["classes"][0]["label"] for prediction in predictions] == ["blue", "green", "red"]
     problem = "the model's outputs are not finite, though its weights are"
     assert captured.err == f"internimage predict: error: '{tmp_path}/green/white.png': {problem}\n"
 
 
-def test_commands_refuse_weights_that_are_not_finite(tmp_path, capsys, model):
+def test_commands_reject_weights_that_are_not_finite(tmp_path, capsys, model):
     three(tmp_path / "data", 1)
     state = timm.create_model(f"local-dir:{model}", pretrained=True).state_dict()
     state["head.bias"][1] = float("nan")

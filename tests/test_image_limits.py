@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How large images may be: a limit of pixels that can be set, and small files that become large in memory."""
+"""How large images may be: a configurable limit of pixels, and small files that become large in memory."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def png(width, height, *chunks, pixels=b""):
 
 
 def test_a_limit_of_pixels(monkeypatch, recwarn):
-    """By default Pillow's own; it warns of half of it, in two lines for each image."""
+    """By default Pillow's own; Pillow also warns at half of it, with two lines per image."""
     assert pixel_limit() == 2 * Image.MAX_IMAGE_PIXELS == 178956970
     with pytest.raises(ImageError, match=f"more than the limit of 178956970; .* {MAX_PIXELS} sets another"):
         read_image(io.BytesIO(png(20000, 20000, pixels=b"\0")))
@@ -40,12 +40,12 @@ def test_a_limit_of_pixels(monkeypatch, recwarn):
     icon = io.BytesIO()
     Image.new("RGB", (32, 32)).save(icon, "ICO", sizes=[(32, 32)])
     data = bytearray(icon.getvalue())
-    data[6:8] = 4, 4  # what the list of pictures says of the one in the file
+    data[6:8] = 4, 4  # the size of the picture, in the list of pictures
     with pytest.raises(ImageError, match="^32 x 32 pixels are more than the limit of 100"):
         read_image(io.BytesIO(data))
 
 
-def test_a_limit_of_pixels_beyond_pillows(monkeypatch):
+def test_a_limit_of_pixels_above_pillows(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(ImageError, match="more than the limit of 100"):
         read_image(io.BytesIO(png(11, 10)))
@@ -54,12 +54,12 @@ def test_a_limit_of_pixels_beyond_pillows(monkeypatch):
     with pytest.raises(ImageError, match="more than the limit of 111"):
         read_image(io.BytesIO(png(14, 8)))
     monkeypatch.delenv(MAX_PIXELS)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as programs do that trust their images
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as in programs that trust their images
     assert pixel_limit() is None and read_image(io.BytesIO(png(14, 8))).size == (14, 8)
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "many", "1e6", "1" * 5000])
-def test_a_limit_that_is_none_is_said_once(value, monkeypatch, tmp_path, capsys):
+def test_an_invalid_limit_is_reported_once(value, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(MAX_PIXELS, value)
     three(tmp_path / "data", 1)
     with pytest.raises(DataError.__base__, match=f"{MAX_PIXELS} must be a whole number from 1") as error:
@@ -102,8 +102,8 @@ def test_a_long_image_that_fits_is_read():
 
 
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
-def test_text_that_unpacks_to_more_than_the_image(name):
-    """100 MB of zeros pack to 0.4 MB."""
+def test_text_that_decompresses_to_more_than_the_image(name):
+    """100 MB of zeros are compressed to 0.4 MB."""
     packer = zlib.compressobj(1)
     packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(100)) + packer.flush()
     start = b"a\0\x01\0\0\0" if name == b"iTXt" else b"a\0\0"

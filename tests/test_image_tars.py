@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tars of images: splits, classes, damage."""
+"""Tar files of images: splits, classes, damage."""
 
 import io
 import os
@@ -57,8 +57,8 @@ def test_tars_of_class_folders(tmp_path, prefix, capsys):
 
 
 @pytest.mark.parametrize("inside", ["", "{color}/"])
-def test_a_tar_of_a_tar_for_each_class(tmp_path, inside):
-    """As ImageNet's training images come."""
+def test_a_tar_of_one_tar_per_class(tmp_path, inside):
+    """As ImageNet's training images are distributed."""
     tars = []
     for color in COLORS:
         members = [(f"{inside.format(color=color)}{i}.png", picture(color)) for i in range(2)]
@@ -69,14 +69,14 @@ def test_a_tar_of_a_tar_for_each_class(tmp_path, inside):
 
 
 def test_workers_forked_from_a_process_that_has_read_the_tar(tmp_path):
-    """With one open file the workers would share its position and read each other's images."""
+    """With one open file, the workers would share its position and read the wrong bytes."""
     dataset = open_dataset(pack(tmp_path / "a.tar", *pictures("", count=8)))
     assert count(dataset).top1 == 100.0
     result = evaluate(ByColor(), dataset, CONFIG, 1, 2, progress=False)
     assert (result.images, result.top1, result.skipped) == (24, 100.0, [])
 
 
-def test_the_later_of_two_members_of_one_name_counts(tmp_path):
+def test_the_later_of_two_members_with_the_same_name_counts(tmp_path):
     """As when a tar that was appended to is unpacked."""
     dataset = open_dataset(pack(tmp_path / "a.tar", ("red/0.png", picture("blue")), *pictures("")))
     result = count(dataset)
@@ -134,7 +134,7 @@ def test_tars_that_cannot_be_used(tmp_path, make, message, capsys, model):
     command(capsys, "evaluate", "--model", model, "--data", tmp_path / "a.tar", "--workers", 0)
 
 
-def test_other_archives_are_said_to_be(tmp_path):
+def test_other_archives_get_a_hint(tmp_path):
     for name in ("a.tar.gz", "a.tgz", "a.zip"):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(DataError, match="unpack it, or convert it to an uncompressed .tar"):
@@ -144,7 +144,7 @@ def test_other_archives_are_said_to_be(tmp_path):
         open_dataset(tmp_path / "a.csv")
 
 
-def test_a_tar_of_other_classes_is_refused(tmp_path):
+def test_a_tar_of_other_classes_is_rejected(tmp_path):
     with pytest.raises(DataError, match="not those that the model was trained on"):
         count(open_dataset(pack(tmp_path / "a.tar", *pictures(""))), ByColor(("green", "blue", "red")))
 
@@ -153,7 +153,7 @@ def test_a_tar_of_other_classes_is_refused(tmp_path):
 
 
 def with_long_names(path, form):
-    """Three classes, with names that take extended headers; what the images show does not matter."""
+    """Three classes, with names that need extended headers; the contents are not images."""
     with tarfile.open(path, "w", format=form) as archive:
         for color in COLORS:
             for i in range(3):
@@ -169,7 +169,7 @@ def found(path):
 
 
 def damages(data):
-    """Bytes that are lost in the usual ways: pages and blocks of zeros, an end that is missing or was never written."""
+    """Typical losses: pages and blocks of zeros, an end that is missing or was never written."""
     for size in (512, 4096):
         for at in range(0, len(data), size):
             yield f"{size} zeros at {at}", data[:at] + bytes(min(size, len(data) - at)) + data[at + size :]
@@ -181,11 +181,11 @@ def damages(data):
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
-def test_no_member_is_lost_in_silence(tmp_path, form, capsys):
-    """Of a damaged tar all members are found, or a line says that some are not."""
+def test_no_member_is_lost_silently(tmp_path, form, capsys):
+    """All members of a damaged tar are found, or a message says that some are not."""
     path = tmp_path / "a.tar"
     good = with_long_names(path, form)
-    whole, refused, intact = found(path), 0, 0
+    whole, rejected, intact = found(path), 0, 0
     assert len(whole) == 9 and any("-long" in name for name in whole) and any("ü" in name for name in whole)
     for what, data in damages(good):
         path.write_bytes(data)
@@ -193,21 +193,21 @@ def test_no_member_is_lost_in_silence(tmp_path, form, capsys):
         try:
             names = found(path)
         except DataError:
-            refused += 1
+            rejected += 1
             continue
         last = max(member.offset + -(-member.size // 512) * 512 for member, _ in names.values())
         if names == whole:
             intact += 1
-        elif last + 1024 <= len(data) - 10240:  # else it looks like a shorter tar, whose last record is filled up
+        elif last + 1024 <= len(data) - 10240:  # otherwise it looks like a shorter tar with padding
             assert "ignoring" in capsys.readouterr().err, f"{what}: {len(names)} members"
-    assert refused > 150 and intact > 30
+    assert rejected > 150 and intact > 30
 
 
 # ---- what no tar program writes
 
 
 def header(name=b"red/0.png", size=0, kind=b"0", magic=b"ustar\x0000"):
-    """A member's header, with a checksum that is right."""
+    """A member's header, with the correct checksum."""
     sizes = b"%011o\0" % size if 0 <= size < 8**11 else b"\xff" + (size % 256**11).to_bytes(11, "big")
     block = bytearray(struct.pack("100s8s8s8s12s12s8sc100s8s247x", name, b"", b"", b"", sizes, b"", b" " * 8, kind, b"",
                                   magic))  # fmt: skip
@@ -256,15 +256,15 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_headers_are_one_line(tmp_path, what):
-    """Neither endless, nor in need of memory, nor a traceback; tarfile itself goes on forever with some of these."""
+    """No endless loop, no large allocation, no traceback; tarfile itself would loop forever on some of these."""
     (tmp_path / "a.tar").write_bytes(HOSTILE[what])
     with pytest.raises(DataError, match="a.tar' cannot be read as an uncompressed tar: .") as error:
         open_dataset(tmp_path / "a.tar")
     assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
-def odd_tar(draw):
-    """Members of any kind, with sizes and extended headers that may lie and checksums that are right."""
+def unusual_tar(draw):
+    """Members of any kind, with sizes and extended headers that may be wrong and correct checksums."""
     data = b""
     for _ in range(draw.randrange(1, 8)):
         if draw.random() < 0.6:
@@ -288,10 +288,10 @@ def odd_tar(draw):
 
 
 @pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_odd_tars_are_read_or_refused(tmp_path, cases):
+def test_unusual_tars_are_read_or_rejected(tmp_path, cases):
     draw, good = random.Random(0), 0
     for _ in range(cases):
-        (tmp_path / "a.tar").write_bytes(odd_tar(draw))
+        (tmp_path / "a.tar").write_bytes(unusual_tar(draw))
         try:
             dataset = open_dataset(tmp_path / "a.tar")
         except DataError:
@@ -300,12 +300,12 @@ def test_odd_tars_are_read_or_refused(tmp_path, cases):
     assert good > cases // 20
 
 
-def test_members_that_are_no_images_are_told_and_not_followed(tmp_path, capsys):
-    """Links, devices, sparse files, places outside; and of several members of one name all but the last."""
+def test_members_that_are_not_images_are_reported_and_not_followed(tmp_path, capsys):
+    """Links, devices, sparse files, paths outside; and of several members of the same name all but the last."""
     image = picture("red")
-    odd = [(b"red/hard.png", b"1"), (b"red/soft.png", b"2"), (b"red/tty.png", b"3"), (b"red/disk.png", b"4"),
+    special = [(b"red/hard.png", b"1"), (b"red/soft.png", b"2"), (b"red/tty.png", b"3"), (b"red/disk.png", b"4"),
            (b"red/pipe.png", b"6"), (b"red/odd.png", b"Z")]  # fmt: skip
-    data = b"".join(header(name, kind=kind) for name, kind in odd)
+    data = b"".join(header(name, kind=kind) for name, kind in special)
     data += (
         pax(GNU__sparse__major=0, GNU__sparse__minor=1, GNU__sparse__map="0,4")
         + header(b"red/holes.png", 4)
@@ -316,15 +316,15 @@ def test_members_that_are_no_images_are_told_and_not_followed(tmp_path, capsys):
     (tmp_path / "a.tar").write_bytes(data + END)
     dataset = open_dataset(tmp_path / "a.tar")
     assert [dataset.filename(i) for i in range(len(dataset))] == ["red/0.png", "red/1.png"]
-    told = capsys.readouterr().err
-    assert told.startswith(f"'{tmp_path}/a.tar': ignoring 9 files that are not images: ")
-    assert "red/../../red/2.png (outside the tar)" in told and "red/0.png (replaced by a later one)" in told
-    assert "red/disk.png (not a regular file)" in told and "red/hard.png (not a regular file)" in told
+    err = capsys.readouterr().err
+    assert err.startswith(f"'{tmp_path}/a.tar': ignoring 9 files that are not images: ")
+    assert "red/../../red/2.png (outside the tar)" in err and "red/0.png (replaced by a later one)" in err
+    assert "red/disk.png (not a regular file)" in err and "red/hard.png (not a regular file)" in err
     assert count(dataset, ByColor(("red",))).top1 == 100.0
 
 
 def test_tars_of_other_programs(tmp_path):
-    """What stands behind the last member: two blocks, or a record of any size filled up, as by tar -b."""
+    """What follows the last member: two blocks of zeros, or padding to a record of any size, as by tar -b."""
     members = b"".join(
         header(f"{color}/0.png".encode(), len(picture(color))) + picture(color) + bytes(-len(picture(color)) % 512)
         for color in COLORS
@@ -344,12 +344,12 @@ def test_tars_of_other_programs(tmp_path):
         with pytest.raises(DataError, match=message):
             open_dataset(tmp_path / "a.tar")
     with (tmp_path / "a.tar").open("r+b") as file:
-        file.truncate(1 << 40)  # a download whose room was taken before; its zeros are not read
+        file.truncate(1 << 40)  # a download into a preallocated file; its zeros are not read
     with pytest.raises(DataError, match="bytes of zeros, more than tar writes"):
         open_dataset(tmp_path / "a.tar")
 
 
-def test_a_tar_that_changes_while_it_is_read(tmp_path, capsys):
+def test_a_tar_that_changes_after_it_was_opened(tmp_path, capsys):
     path = pack(tmp_path / "a.tar", *pictures(""))
     dataset = open_dataset(path)
     with path.open("r+b") as file:
@@ -366,7 +366,7 @@ def test_a_tar_that_changes_while_it_is_read(tmp_path, capsys):
 
 
 def test_nothing_is_written_beside_the_data(tmp_path, model, capsys):
-    """timm's own reader keeps what it has found in a file of its own."""
+    """timm's own reader caches its listing in a file."""
     pack(tmp_path / "a.tar", *pictures(""))
     three(tmp_path / "folder")
     before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ImageNet's layouts and variants, on made-up images, against counts by hand."""
+"""ImageNet's layouts and variants on synthetic images, against counts by hand."""
 
 import json
 
@@ -20,7 +20,7 @@ CONFIG = dict(input_size=(3, 8, 8), interpolation="bicubic", crop_pct=1.0, mean=
 
 
 class ByColor(torch.nn.Module):
-    """Predicts class 4 * red level + green level: what an image should give is known from how it was painted."""
+    """Predicts class 4 * red level + green level, so that the color of an image determines its class."""
 
     num_classes = 1000
 
@@ -40,7 +40,7 @@ class ByColor(torch.nn.Module):
 
 def paint(path, index):
     path.parent.mkdir(parents=True, exist_ok=True)
-    # lossless whatever it is called, so that a color is a class; Pillow looks at the content
+    # lossless under any name, so that a color is a class; Pillow goes by the content
     Image.new("RGB", (10, 9), (index // 4, index % 4 * 64, 0)).save(path, "PNG")
 
 
@@ -50,7 +50,7 @@ def name(i):
 
 @pytest.fixture
 def flat(tmp_path):
-    """Six images without class folders; as they are painted they are of classes 5, 7, 7, 999, 0, 12."""
+    """Six images without class folders, with the colors of classes 5, 7, 7, 999, 0, 12."""
     for i, index in enumerate((5, 7, 7, 999, 0, 12), start=1):
         paint(tmp_path / "val" / name(i), index)
     return tmp_path / "val"
@@ -58,7 +58,7 @@ def flat(tmp_path):
 
 @pytest.mark.parametrize("kind", ["caffe", "kaggle", "synsets", "synsets of files", "indices"])
 def test_flat_folder_with_labels(flat, tmp_path, kind):
-    labels = [5, 7, 8, 999, 0, 13]  # the third and the last differ from the painting
+    labels = [5, 7, 8, 999, 0, 13]  # the third and the last differ from the colors
     text = {
         "caffe": [f"{name(i)} {label}" for i, label in reversed(list(enumerate(labels, 1)))],
         "kaggle": ["ImageId,PredictionString"]
@@ -104,19 +104,19 @@ def test_labels_that_cannot_be_used(flat, tmp_path):
 
 
 def test_real_labels(flat, tmp_path):
-    """Any of an image's labels is right; images without one do not count."""
+    """Any of an image's labels is correct; images without one do not count."""
     real = [[] for _ in range(50000)]
     real[:6] = [[3, 5], [9], [7], [], [1], [300]]
     (tmp_path / "real.json").write_text(json.dumps(real))
     for path in flat.iterdir():
-        path.rename(path.with_suffix(".JPEG"))  # Pillow looks at the content
+        path.rename(path.with_suffix(".JPEG"))  # Pillow goes by the content
     (tmp_path / "labels.txt").write_text("5\n7\n7\n999\n0\n12\n")
     dataset = open_labelled_folder(flat, tmp_path / "labels.txt")
     model = ByColor(second=300)
     counting = protocol("real", model, dataset, tmp_path / "real.json")
     result = evaluate(model, dataset, CONFIG, 4, 0, progress=False, protocol=counting)
     assert result.top1 == 100.0
-    # right are the first and the third; 300 is the second guess of the last one, 1 is among five by the order of ties
+    # correct are the first and the third; 300 is the second guess for the last one, 1 is in the top 5 by ties
     assert result.real_images == 5 and result.real_top1 == pytest.approx(40.0)
     assert result.real_top5 >= 60.0
     packaged = protocol("real", model, dataset).real
@@ -125,7 +125,7 @@ def test_real_labels(flat, tmp_path):
 
 @pytest.mark.parametrize("variant", ["a", "r"])
 def test_variants_of_200_classes(tmp_path, variant):
-    """Outputs outside the 200 classes cannot win: here they are the highest of all."""
+    """Outputs outside the 200 classes do not count, although they are the highest here."""
     probe = timm.create_model("internimage_atto", device="meta")
     for synset in SYNSETS[::5]:
         paint(tmp_path / "wrong" / synset / "0.png", 0)
@@ -151,7 +151,7 @@ def test_variants_of_200_classes(tmp_path, variant):
     assert (result.images, result.top1) == (200, 75.0)
 
 
-def test_v2_has_its_folders_in_the_order_of_numbers(tmp_path):
+def test_v2_sorts_its_folders_by_number(tmp_path):
     for index in range(1000):
         paint(tmp_path / str(index) / "0.png", index if index != 17 else 18)
     dataset = open_dataset(tmp_path)
@@ -165,7 +165,7 @@ def test_v2_has_its_folders_in_the_order_of_numbers(tmp_path):
 
 
 def test_sketch_and_v2_with_folders_of_all_synsets(tmp_path, capsys):
-    """As the archive of ImageNet-Sketch unpacks: a folder a synset, two drawings in some; and through the command."""
+    """As in the archive of ImageNet-Sketch: a folder per synset, some with two drawings; and through the command."""
     for index, synset in enumerate(SYNSETS):
         paint(tmp_path / "sketch" / synset / "sketch_0.JPEG", index)
         if index % 100 == 3:
@@ -189,7 +189,7 @@ def test_sketch_and_v2_with_folders_of_all_synsets(tmp_path, capsys):
 
 
 def test_folders_below_class_folders_are_not_taken_for_classes(tmp_path):
-    """timm names a class after the folder that an image stands in, however deep."""
+    """timm names a class after the folder that an image is in, at any depth."""
     for path in ("cat/0.png", "cat/2023/1.png", "dog/0.png"):
         paint(tmp_path / path, 0)
     with pytest.raises(DataError, match=r"classes of their own \(2023, beside cat, dog\)"):
@@ -219,7 +219,7 @@ def test_flips_average_the_two_sides(tmp_path):
 
 
 def test_variants_are_read_as_published_and_other_images_upright(tmp_path):
-    """A head-down photo of something dark on the left, which stands on the right then; upstream did not turn images."""
+    """Upside-down photos that are dark on the left, and on the right when upright; upstream ignored the orientation."""
 
     class DarkSide(torch.nn.Module):
         num_classes = 2

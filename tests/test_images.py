@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which files are images and how one is read: formats, pixels of more than 8 bits, Exif, damage, odd files."""
+"""Which files are images and how one is read: formats, pixels of more than 8 bits, Exif, damage, unusual files."""
 
 import io
 import os
@@ -44,7 +44,7 @@ def test_formats_are_images_and_read(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ["pdf", "eps", "ps", "mpg", "wmf", "h5", "pcd", "txt", "json"])
-def test_what_other_programs_would_have_to_decode_is_no_image(ending):
+def test_formats_that_other_programs_would_decode_are_not_images(ending):
     assert f".{ending}" not in image_extensions()
 
 
@@ -63,17 +63,17 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_formats_that_are_not_named_are_not_read_by_another_name(tmp_path, kind):
-    """Pillow looks at the content alone, and starts Ghostscript for EPS."""
+def test_other_formats_are_not_read_under_another_extension(tmp_path, kind):
+    """Pillow goes by the content alone, and starts Ghostscript for EPS."""
     file = tmp_path / "image.jpg"
     file.write_bytes(OTHERS[kind])
     with pytest.raises(ImageError, match="^not an image$"):
         read_image(file)
 
 
-def test_no_reader_of_another_format_is_asked(monkeypatch):
+def test_no_reader_of_another_format_is_called(monkeypatch):
     def fail(*_):
-        raise AssertionError("a format that is not named")
+        raise AssertionError("a format that is not allowed")
 
     Image.init()
     ours = formats()
@@ -86,7 +86,7 @@ def test_no_reader_of_another_format_is_asked(monkeypatch):
         read_image(io.BytesIO(b"%!PS nothing"))
 
 
-def test_a_plugin_for_heif_is_used_where_a_program_has_registered_it(monkeypatch):
+def test_a_plugin_for_heif_is_used_if_a_program_has_registered_it(monkeypatch):
     def decode(file, name):
         return PngImagePlugin.PngImageFile(io.BytesIO(file.read()[4:]))
 
@@ -99,7 +99,7 @@ def test_a_plugin_for_heif_is_used_where_a_program_has_registered_it(monkeypatch
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm"])
 def test_16_bit_gray_keeps_its_range(name):
-    """Pillow cuts at 255: everything from 0.4 % of the range on would be white."""
+    """Pillow clips at 255: everything above 0.4 % of the range would be white."""
     values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
     for mode in ("RGB", "L"):
         image = read_image(saved(Image.fromarray(values), name), mode)
@@ -117,12 +117,12 @@ def test_float_pixels(name):
         return read_image(saved(Image.fromarray(np.array([values], dtype=np.float32)), name), "RGB")
 
     assert np.asarray(read(0.0, 0.25, 0.5, 1.0))[0, :, 0].tolist() == [0, 64, 128, 255]
-    for odd in (1.5, -0.1, 255.0, float("nan"), float("inf")):
+    for invalid in (1.5, -0.1, 255.0, float("nan"), float("inf")):
         with pytest.raises(ImageError, match="32-bit float pixels outside 0 to 1"):
-            read(0.0, odd)
+            read(0.0, invalid)
 
 
-def test_32_bit_integers_are_refused():
+def test_32_bit_integers_are_rejected():
     with pytest.raises(ImageError, match="32-bit integer pixels, whose range is unknown"):
         read_image(saved(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "a.tiff"))
 
@@ -150,7 +150,7 @@ def test_transparency_is_dropped_without_a_warning(image, options, mode, recwarn
 
 
 def test_cmyk_jpeg_has_its_colors():
-    """Adobe's programs write these inverted, and Pillow as they do."""
+    """Adobe's programs write these inverted, and so does Pillow."""
     red = Image.new("RGB", (16, 16), (255, 0, 0))
     pixel = np.asarray(read_image(saved(red.convert("CMYK"), "a.jpg")))[8, 8]
     assert pixel[0] > 240 and pixel[1] < 15 and pixel[2] < 15
@@ -160,7 +160,7 @@ def test_cmyk_jpeg_has_its_colors():
 
 
 def corner(turn):
-    """A white image with a black left upper corner, stored as a camera does that was held another way."""
+    """A white image with a black upper left corner, stored as by a camera that was held in another orientation."""
     image = Image.new("L", (32, 16), 255)
     image.paste(0, (0, 0, 8, 8))
     if turn is not None:
@@ -168,7 +168,7 @@ def corner(turn):
     return image
 
 
-UNDONE_BY = {  # orientation -> how the upright image is turned to be stored
+UNDONE_BY = {  # orientation -> how the upright image is transposed for storage
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -190,12 +190,12 @@ def test_exif_orientation(orientation, name):
         pixels = np.asarray(read_image(saved(stored, name, exif=exif), mode).convert("L")).astype(int)
         assert pixels.shape == (16, 32)
         assert np.abs(pixels - np.asarray(corner(None)).astype(int)).max() < 100, "another corner is black"
-    if name != "a.tiff":  # which Pillow itself turns
+    if name != "a.tiff":  # which Pillow itself rotates
         left = read_image(saved(stored, name, exif=exif), upright=False)
         assert left.size == stored.size
 
 
-def test_damaged_exif_data_are_no_damaged_picture(monkeypatch):
+def test_images_with_damaged_exif_data_are_read(monkeypatch):
     image = Image.new("RGB", (8, 4), (9, 9, 9))
     for data in (b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\0" * 9, b"Exif\0\0"):
         assert read_image(saved(image, "a.jpg", exif=data)).size == (8, 4)
@@ -207,7 +207,7 @@ def test_damaged_exif_data_are_no_damaged_picture(monkeypatch):
     assert read_image(saved(image, "a.bmp")).size == (8, 4)
 
 
-def test_a_dataset_reads_upright_and_says_if_not(tmp_path):
+def test_datasets_are_read_upright_unless_their_classes_are_synsets(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     for folder in ("photos", "n01440764"):
@@ -233,14 +233,14 @@ EXIF = {
 
 
 @pytest.mark.parametrize("kind", EXIF)
-def test_odd_orientations_turn_nothing_or_once(kind):
+def test_invalid_orientations_rotate_once_or_not_at_all(kind):
     data = b"Exif\0\0II*\0\x08\0\0\0" + EXIF[kind]
     image = Image.new("RGB", (8, 4), (9, 9, 9))
     sizes = {read_image(saved(image, name, exif=data)).size for name in ("a.jpg", "a.png", "a.webp")}
     assert sizes <= {(8, 4), (4, 8)}
 
 
-# ---- damage and odd files
+# ---- damage and unusual files
 
 
 def broken():
@@ -255,7 +255,7 @@ def broken():
 
 
 @pytest.mark.parametrize("kind", broken())
-def test_damaged_images_are_said_to_be(tmp_path, kind):
+def test_damaged_images_are_reported(tmp_path, kind):
     data, reason = broken()[kind]
     file = tmp_path / "x.png"
     file.write_bytes(data)
@@ -268,7 +268,7 @@ def test_damaged_images_are_said_to_be(tmp_path, kind):
 
 @pytest.mark.parametrize("where", ["PIL.ImageFile.ImageFile.load", "PIL.PngImagePlugin.PngImageFile._open"])
 @pytest.mark.parametrize("error", [RuntimeError("avif"), struct.error("short"), MemoryError(), KeyError("tag")])
-def test_whatever_a_decoder_raises_is_of_that_image(monkeypatch, error, where):
+def test_any_exception_of_a_decoder_is_an_image_error(monkeypatch, error, where):
     def fail(*_, **__):
         raise error
 
@@ -278,7 +278,7 @@ def test_whatever_a_decoder_raises_is_of_that_image(monkeypatch, error, where):
         read_for_predict(good, "good")
 
 
-def test_an_error_of_ours_is_not_taken_for_an_unreadable_image(tmp_path):
+def test_an_error_in_a_transform_is_not_taken_for_an_unreadable_image(tmp_path):
     def wrong(image):
         raise RuntimeError("a mistake in a transform")
 
@@ -291,8 +291,8 @@ def test_an_error_of_ours_is_not_taken_for_an_unreadable_image(tmp_path):
 @pytest.mark.parametrize(
     "ending", ["png", "jpg", "gif", "tiff", "webp", "avif", "jp2", "bmp", "dds", "ico", "ppm", "tga"]
 )
-def test_mutated_images_are_read_or_refused(ending, cases, recwarn, capfd):
-    """A larger number of them, by hand, let RuntimeError, struct.error and others pass."""
+def test_mutated_images_are_read_or_rejected(ending, cases, recwarn, capfd):
+    """Larger numbers of them raised RuntimeError, struct.error and others from Pillow."""
     if ending in ("avif", "jp2") and not features.check({"jp2": "jpg_2000"}.get(ending, ending)):
         return
     draw = random.Random(ending)
@@ -311,7 +311,7 @@ def test_mutated_images_are_read_or_refused(ending, cases, recwarn, capfd):
     assert not [str(warning.message) for warning in recwarn] and capfd.readouterr().out == ""
 
 
-def test_ctrl_c_in_a_decoder_passes(monkeypatch):
+def test_ctrl_c_in_a_decoder_is_passed_on(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -328,9 +328,9 @@ def test_the_first_frame_of_an_animation(name):
     assert pixel[2] > 230 and pixel[0] < 20 and pixel[1] < 20
 
 
-def test_of_many_frames_one_is_read(monkeypatch):
+def test_only_one_of_many_frames_is_read(monkeypatch):
     file = saved(Image.new("1", (8, 8)), "a.gif").getvalue()
-    start = 13 + 3 * 2 ** ((file[10] & 7) + 1)  # behind the size and the palette
+    start = 13 + 3 * 2 ** ((file[10] & 7) + 1)  # after the size and the palette
     head, frame = file[:start], file[start:-1]
     seeks, seek = [], GifImagePlugin.GifImageFile._seek
     monkeypatch.setattr(
@@ -363,7 +363,7 @@ def test_an_image_that_torchvision_cannot_read_is_reported():
 
 
 def test_torchvisions_datasets_of_files_are_read_by_the_same_rules(tmp_path, monkeypatch):
-    """Their own loader would start Ghostscript, and wait for a pipe's writer; that of iNaturalist decodes later."""
+    """Their own loader would start Ghostscript and wait for a pipe's writer; that of iNaturalist decodes lazily."""
     folder = three(tmp_path, 3)
     (folder / "blue" / "0.png").write_bytes(OTHERS["EPS"])
     (folder / "green" / "0.png").unlink()
@@ -377,7 +377,7 @@ def test_torchvisions_datasets_of_files_are_read_by_the_same_rules(tmp_path, mon
     assert [reason for _, reason in result.skipped][::2] == ["not an image", "not a regular file"]
 
 
-def test_what_takes_the_place_of_an_image_later_is_not_waited_for(tmp_path):
+def test_an_image_that_is_replaced_by_a_pipe_is_not_waited_for(tmp_path):
     dataset = open_dataset(three(tmp_path, 1))
     (tmp_path / "blue" / "0.png").unlink()
     os.mkfifo(tmp_path / "blue" / "0.png")

@@ -57,12 +57,17 @@ def kind(request) -> dict:
     return KINDS[request.param]
 
 
-# ---- shorter ways in inference
+# ---- fast paths of inference
 
 
-def test_inference_computes_what_training_mode_differentiates(kind, monkeypatch):
-    """Without gradients, norms scale and add in one call if the kernels are there; with them every step is torch's."""
+@pytest.fixture
+def fused_norms(monkeypatch):
+    """Norms scale and add in one call at any size, if the kernels are there."""
     monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
+
+
+def test_inference_computes_what_training_mode_differentiates(kind, fused_norms):
+    """Without gradients norms are fused; with gradients every step is one of torch's operators."""
     model, x = build(kind).double(), image(64, 96).double()
     recorded = model(x)
     assert recorded.requires_grad
@@ -72,9 +77,8 @@ def test_inference_computes_what_training_mode_differentiates(kind, monkeypatch)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @torch.inference_mode()
-def test_timms_graph_has_the_bits_of_the_model(kind, dtype, monkeypatch):
+def test_timms_graph_has_the_bits_of_the_model(kind, dtype, fused_norms, monkeypatch):
     """timm compares its FX graphs with the model: fused norms, linear layers and MLPs in chunks round alike in both."""
-    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
     monkeypatch.setattr(layer_linear, "_MIN_ROWS", dict.fromkeys(layer_linear._MIN_ROWS, 1))
     monkeypatch.setattr(layer_mlp, "_HIDDEN_BYTES", 1 << 12)
     model, x = build(kind).to(dtype), image(64, 96).to(dtype)
@@ -96,9 +100,8 @@ def test_a_released_model_as_timm_tests_it(name):
 
 
 @torch.inference_mode()
-def test_a_watched_model_has_the_bits_of_the_model(kind, monkeypatch):
-    """Whoever looks on by a hook makes blocks scale and add step by step."""
-    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
+def test_a_model_with_hooks_has_the_bits_of_the_model(kind, fused_norms):
+    """Hooks make blocks scale and add step by step."""
     model, x = build(kind), image(64, 96)
     expected, seen = model(x), []
     for module in model.modules():
@@ -186,20 +189,22 @@ def test_pooling(pool, width):
     torch.testing.assert_close(model(image(64, 96)), expected)
 
 
+@pytest.mark.parametrize(
+    "arguments, shape", [(SMALL, (2, 192, 2, 3)), (ATTENTIVE, (2, 1024, 4, 6))], ids=["plain", "attentive"]
+)
 @torch.no_grad()
-def test_no_pooling():
-    for arguments, shape in ((SMALL, (2, 192, 2, 3)), (ATTENTIVE, (2, 1024, 4, 6))):
-        model = build(arguments, num_classes=0, global_pool="")
-        assert model(image(64, 96)).shape == shape
-        assert model.head_hidden_size == shape[1]
-        model.reset_classifier(5)  # which needs a pooled vector
-        assert model(image(64, 96)).shape == (2, 5)
-        with pytest.raises(ValueError, match="num_classes=0"):
-            model.reset_classifier(5, "")
+def test_no_pooling(arguments, shape):
+    model = build(arguments, num_classes=0, global_pool="")
+    assert model(image(64, 96)).shape == shape
+    assert model.head_hidden_size == shape[1]
+    model.reset_classifier(5)  # which needs a pooled vector
+    assert model(image(64, 96)).shape == (2, 5)
+    with pytest.raises(ValueError, match="num_classes=0"):
+        model.reset_classifier(5, "")
 
 
 @torch.no_grad()
-def test_attentive_pooling_goes_and_comes_back():
+def test_attentive_pooling_is_removed_and_restored():
     model = build(ATTENTIVE)
     pooled = model.forward_head(model.forward_features(image(64, 64)), pre_logits=True)
     model.reset_classifier(0, "")
@@ -359,7 +364,7 @@ def test_forward_intermediates_refuses_an_unknown_layout():
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
 def test_pruning(kind, last):
     model, x = build(kind), image(64, 96)
-    # with gradients, as below: inference may take another way to the same numbers
+    # with gradients, as below: the fast path of inference may round differently
     expected = model.forward_intermediates(x, intermediates_only=True)[last].detach()
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([last], prune_norm=True) == [last]
@@ -380,7 +385,7 @@ def test_pruning_nothing_changes_nothing(kind):
     model.prune_intermediate_layers(4, prune_head=False)
     assert torch.equal(model(x), expected)
     features = model.forward_features(x)
-    model.prune_intermediate_layers(4)  # the head goes; what forward_features gives stays
+    model.prune_intermediate_layers(4)  # removes the head; forward_features is unchanged
     assert torch.equal(model.forward_features(x), features)
     assert torch.equal(model(x), features)
 
@@ -398,7 +403,7 @@ def test_drop_path_rises_linearly_over_all_blocks():
 
 
 def test_layers_are_upstreams():
-    """Upstream's `lr_decay_keywards`: each block a layer; what stands between stages goes with the block after it."""
+    """Upstream's `lr_decay_keywards`: each block is a layer; what is between stages belongs to the block after it."""
     model = InternImage(**ATTENTIVE)
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     assert set(layers) == {name for name, _ in model.named_parameters()}
@@ -529,7 +534,9 @@ def test_bfloat16(kind):
     assert_close(half, expected, 0.1, "bfloat16")
 
 
-def compiled_equals_eager(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph(backend):
+    """The code of inductor takes a minute of C++ compilation."""
     model = timm.create_model("internimage_atto", num_classes=10).eval()
     model.load_state_dict(golden.fill_state_dict({key: value.shape for key, value in model.state_dict().items()}))
     compiled, results = torch.compile(model, fullgraph=True, backend=backend), []
@@ -542,19 +549,10 @@ def compiled_equals_eager(backend: str) -> None:
         assert_close(actual, expected, 1e-3)
 
 
-def test_compiles_to_one_graph():
-    compiled_equals_eager("aot_eager")
-
-
-@pytest.mark.slow  # a minute of C++ compilation
-def test_compiles_to_one_graph_and_code():
-    compiled_equals_eager("inductor")
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # timm's models keep to it all the same
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # timm's models still support it
 @torch.no_grad()
 def test_script_and_trace(kind):
-    """timm's tests script and trace no model with the attentive head: those are too big."""
+    """timm's tests script and trace no model with the attentive head, as these are too big."""
     model, x = build(kind), image(64, 96)
     expected = model(x)
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
@@ -582,8 +580,8 @@ def test_script_and_trace(kind):
         ("internimage_giant", True, None, 1.0, [5, 11, 17, 23, 29, 35, 41, 47]),
     ],
 )
-def test_settings_that_no_key_shows(name, post_norm, layer_scale, offset_scale, extra_norms):
-    """The outputs of the big ones are only compared in the slow tests."""
+def test_arguments_that_no_key_shows(name, post_norm, layer_scale, offset_scale, extra_norms):
+    """The outputs of the large models are compared in the slow tests only."""
     model = timm.create_model(name, device="meta")
     blocks = [block for stage in model.levels for block in stage.blocks]
     assert {block.post_norm for block in blocks} == {post_norm}
@@ -616,7 +614,7 @@ TAGGED = timm.list_models("internimage_*", include_tags=True)
 
 
 @pytest.mark.parametrize("name", TAGGED)
-def test_cfg_tells_the_truth(name):
+def test_pretrained_cfg(name):
     cfg = timm.get_pretrained_cfg(name)
     architecture, tag = name.split(".")
     side = int((re.search(r"_(\d+)$", tag) or ["", 224])[1])
@@ -659,7 +657,7 @@ def test_asking_for_weights_that_were_never_released(name, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["fixed", "dynamic"])
 def test_exported_model_gives_the_same(kind):
-    """What docs/models.md says of torch.export."""
+    """As docs/models.md says about torch.export."""
     model, x = build(SMALL).eval(), image(64, 64)
     auto = torch.export.Dim.AUTO
     shapes = None if kind == "fixed" else {"x": {2: auto, 3: auto}}

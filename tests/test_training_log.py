@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tables of a run, read again after whatever happened to them."""
+"""The tables of a run, read after damage and edits."""
 
 import itertools
 import math
@@ -34,14 +34,14 @@ def test_a_table_as_it_was_written(tmp_path, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("half", [b"4", b"4,2", b"4,2,1.2,0.0", b"4,2,1.2,0.003,2.0,", b"\n", b""])
-def test_a_half_written_last_line_is_nothing_to_warn_of(tmp_path, caplog, half):
-    assert read(tmp_path, HEADER, *ROWS, half) == [1, 2, 3]
+@pytest.mark.parametrize("incomplete", [b"4", b"4,2", b"4,2,1.2,0.0", b"4,2,1.2,0.003,2.0,", b"\n", b""])
+def test_an_incomplete_last_line_is_ignored_without_a_warning(tmp_path, caplog, incomplete):
+    assert read(tmp_path, HEADER, *ROWS, incomplete) == [1, 2, 3]
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "invalid",
     [
         b"\xff\xfe\x00binary\x80\n",
         b"4,2,about one,0.003,2.0,790\n",
@@ -59,32 +59,32 @@ def test_a_half_written_last_line_is_nothing_to_warn_of(tmp_path, caplog, half):
         "٤,2,1.2,0.003,2.0,790\n".encode(),
         b"4,2,1.2,1e999,2.0,790\n",
         b"4,2,1.\x002,0.003,2.0,790\n",
-        b"x" * 200_000 + b"\n",  # more than the csv module takes in a field
+        b"x" * 200_000 + b"\n",  # more than the csv module allows in a field
     ],
-    ids=lambda odd: odd[:12].decode("latin-1"),
+    ids=lambda line: line[:12].decode("latin-1"),
 )
-def test_lines_that_are_not_ours_are_left_out_with_one_warning(tmp_path, caplog, odd):
-    assert read(tmp_path, HEADER, ROWS[0], odd, ROWS[1], odd, ROWS[2]) == [1, 2, 3]
+def test_invalid_lines_are_ignored_with_one_warning(tmp_path, caplog, invalid):
+    assert read(tmp_path, HEADER, ROWS[0], invalid, ROWS[1], invalid, ROWS[2]) == [1, 2, 3]
     assert [record.message for record in caplog.records] == [
         f"'{tmp_path / 'steps.csv'}': ignoring 2 lines that are not rows of the table"
     ]
 
 
 @pytest.mark.parametrize(
-    "text, odd",
+    "text, invalid",
     [
         (b"", 0),
         (b"\n", 1),
-        (b"\x00\x01\xff", 0),  # a half written line
+        (b"\x00\x01\xff", 0),  # an incomplete line
         (b"PK\x03\x04\n\xde\xad\n", 2),
         (HEADER.replace(b"lr,", b""), 1),
         (HEADER.replace(b"lr,", b"") + b"1,1,1.5,2.5,800\n", 2),
         (b"".join(ROWS), 3),
     ],
 )
-def test_a_file_without_our_columns_has_no_rows(tmp_path, caplog, text, odd):
+def test_a_file_without_our_columns_has_no_rows(tmp_path, caplog, text, invalid):
     assert read(tmp_path, text) == []
-    assert [f"ignoring {odd} line" in record.message for record in caplog.records] == [True] * bool(odd)
+    assert [f"ignoring {invalid} line" in record.message for record in caplog.records] == [True] * bool(invalid)
 
 
 def test_a_table_that_a_spreadsheet_has_saved(tmp_path, caplog):
@@ -126,7 +126,7 @@ EXTREME = [0.0, -0.0, 1.0, 5e-324, 1e-320, -1e-300, 1e308, -1e308, 1.7e308, 3.4e
 
 @pytest.mark.parametrize("most", [math.inf, 100.0])
 def test_any_numbers_make_a_curve_or_none(most):
-    """A diverged run, or a table that was edited, costs no report."""
+    """A diverged run or an edited table does not prevent the report."""
     for values in itertools.product(EXTREME, repeat=2):
         for points in (list(zip((1.0, 2.0), values)), list(zip(values, (1.0, 2.0))), [values]):
             drawn = curve("loss", "step", "nats", [("", "main", points)], most=most)
@@ -134,7 +134,7 @@ def test_any_numbers_make_a_curve_or_none(most):
 
 
 @pytest.mark.parametrize("name", ["log.csv", "steps.csv"])
-def test_a_folder_in_a_tables_place_is_told_before_anything_is_trained(tmp_path, name):
+def test_a_folder_in_a_tables_place_is_reported_before_training(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(WriteError, match=f"{name}' is a folder.*move the folder away"):
         TrainingLog(tmp_path, [], 0, 4, 8, progress=False)
@@ -145,7 +145,7 @@ def data(tmp_path_factory):
     return write_noise(tmp_path_factory.mktemp("noise"), train=(9, 9, 9), val=(4, 4, 4))
 
 
-def test_a_run_with_damaged_tables_goes_on_and_writes_them_anew(data, tmp_path, caplog, capsys):
+def test_a_run_with_damaged_tables_resumes_and_rewrites_them(data, tmp_path, caplog, capsys):
     finetune(settings(data, tmp_path / "whole"), progress=False)
     config = settings(data, tmp_path / "run", report=True)
     stop_at(config, 5)

@@ -16,7 +16,7 @@ from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import one_line, some
+from ..errors import list_some, one_line
 from ..progress import message
 from .image_sets import FileReader, choose_folder, open_folder, read_class_map, split_names
 from .image_tars import TarReader, open_tar
@@ -148,7 +148,7 @@ def _open_named(name: str, root: str, split: str, class_map: dict[str, int] | No
         raise DataError(f"cannot open '{name}' in '{root}': {reason}") from error
     lacking = set(getattr(getattr(dataset, "reader", None), "_source_names", {}).values()) - set(class_map or ())
     if class_map is not None and lacking:
-        raise DataError(f"the class map lacks {len(lacking)} of the classes of '{name}': {some(lacking, 5)}")
+        raise DataError(f"the class map lacks {len(lacking)} of the classes of '{name}': {list_some(lacking, 5)}")
     if hasattr(dataset, "loader"):  # of torchvision's datasets of files, whose own opens every format of Pillow
         dataset.loader = _load
     return dataset
@@ -173,7 +173,7 @@ def class_difference(here: list[str], there: list[str]) -> str:
     if not only_here and not only_there:
         first = next((i for i, (a, b) in enumerate(zip(here, there)) if a != b), 0)
         return f"the same in another order: class {first} is '{here[first]}' here, '{there[first]}' there"
-    return f"only here: {some(only_here, 3)}; only there: {some(only_there, 3)}"
+    return f"only here: {list_some(only_here, 3)}; only there: {list_some(only_there, 3)}"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from timm.data.readers.reader import Reader
 
-from ..errors import one_line, some
+from ..errors import list_some, one_line
 from .images import COMMON_EXTENSIONS, DataError, ImageError, list_images, open_regular, reason_of
 
 _MOST_BYTES, _MOST_LINES = 1 << 27, 4_000_000  # of class maps and labels; ImageNet-1k's training list has 42 MB
@@ -84,9 +84,9 @@ def choose_folder(root: str | Path, split: str) -> Path:
         return folder
     splits = _splits(folder, _folders(folder))
     if splits and not split:
-        raise DataError(f"'{root}' has the splits {some(splits)} and no class folders: give one of these folders")
+        raise DataError(f"'{root}' has the splits {list_some(splits)} and no class folders: give one of these folders")
     if splits:
-        raise DataError(f"'{root}' has no split '{split}'; it has {some(splits)}")
+        raise DataError(f"'{root}' has no split '{split}'; it has {list_some(splits)}")
     if split and split not in ALL_SPLIT_NAMES:
         raise DataError(f"'{root}' has no split '{split}': it has no folder of that name, and no other splits")
     return folder
@@ -179,7 +179,7 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         if invalid or not mapping:
             raise DataError(
                 f"the class map '{path}' has no index from 0 to {_MOST_LINES - 1} for "
-                f"{some(invalid) if mapping else 'any class'}"
+                f"{list_some(invalid) if mapping else 'any class'}"
             )
         return mapping
     names = read_lines(path, "class map")
@@ -192,7 +192,7 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         raise DataError(f"line {line} of the class map '{path}' is empty, which would shift the classes after it")
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
-        raise DataError(f"the class map '{path}' names a class twice: {some(duplicates, 5)}")
+        raise DataError(f"the class map '{path}' names a class twice: {list_some(duplicates, 5)}")
     return {name: index for index, name in enumerate(names)}
 
 
@@ -269,7 +269,7 @@ def _index_classes(
         images = sum(label in lacking for label in labels)
         raise DataError(
             f"the class map lacks {len(lacking)} of the {len(classes)} classes of '{where}', with {images} images "
-            f"({some(lacking, 5)}): add them to the map, or remove their folders"
+            f"({list_some(lacking, 5)}): add them to the map, or remove their folders"
         )
     return class_map
 
@@ -293,12 +293,12 @@ def _check_depth(where: Path, images: list[str], classes: list[str]) -> None:
     if deep:
         raise DataError(
             f"'{where}' has images in folders below its class folders, and these would become classes of their own "
-            f"({some(deep, 3)}, beside {some(classes, 3)}): give the folder that contains the class folders, and keep "
-            f"the images of a class in one folder"
+            f"({list_some(deep, 3)}, beside {list_some(classes, 3)}): give the folder that contains the class folders, "
+            f"and keep the images of a class in one folder"
         )
     beside = [name for name in images if "/" not in name]
     if beside:
-        raise DataError(f"'{where}' has images beside its class folders, which have no class: {some(beside, 3)}")
+        raise DataError(f"'{where}' has images beside its class folders, which have no class: {list_some(beside, 3)}")
 
 
 def _check_empty(where: Path, images: list[str], ignored: list[str], classes: list[str]) -> None:
@@ -307,7 +307,7 @@ def _check_empty(where: Path, images: list[str], ignored: list[str], classes: li
     for name in classes:
         if name not in full:
             others = [file.split("/", 1)[1] for file in ignored if file.startswith(f"{name}/")]
-            found = f"only {some(others, 3)}" if others else "it is empty"
+            found = f"only {list_some(others, 3)}" if others else "it is empty"
             raise DataError(
                 f"the class folder '{where}/{name}' contains no image ({found}); image files end in "
                 f"{COMMON_EXTENSIONS}. Add some or remove the folder"

@@ -13,7 +13,7 @@ from typing import IO, BinaryIO, cast
 
 from timm.data.readers.reader import Reader
 
-from ..errors import some
+from ..errors import list_some
 from .image_sets import ALL_SPLIT_NAMES, index_images, natural_key, no_class_folders, split_names
 from .images import (
     COMMON_EXTENSIONS,
@@ -255,12 +255,12 @@ def _prefix_of_classes(path: Path, images: list[str], split: str) -> str:
             return found[0] + "/"
     if splits and split:
         there = {place.rsplit("/", 1)[-1] for place in splits}
-        raise DataError(f"'{path}' has no split '{split}'; it has {some(there)}")
+        raise DataError(f"'{path}' has no split '{split}'; it has {list_some(there)}")
     if split and split not in ALL_SPLIT_NAMES:
         raise DataError(f"'{path}' has no split '{split}', and no other splits")
     if len(above) == 1:
         (place,) = above
         return place + "/" if place else ""
     if len(splits) == len(above):
-        raise DataError(f"'{path}' has the splits {some(splits)}: name one")
+        raise DataError(f"'{path}' has the splits {list_some(splits)}: name one")
     return ""

@@ -10,7 +10,8 @@ from pathlib import Path
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
-from ..errors import one_line, some
+from ..errors import list_some, one_line
+from ..models.attributes import num_classes
 from ..values import shown
 from .datasets import FolderDataset, MapDataset, class_names, report_ignored
 from .image_sets import FileReader, open_list, read_lines
@@ -78,7 +79,7 @@ def _list_flat(root: Path, labels: Path) -> list[Path]:
     duplicates = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
     if duplicates:
         raise DataError(
-            f"'{root}' has several images of the same name, which labels cannot tell apart: {some(duplicates, 3)}"
+            f"'{root}' has several images of the same name, which labels cannot tell apart: {list_some(duplicates, 3)}"
         )
     return files
 
@@ -142,7 +143,7 @@ def protocol(
     """
     if variant is None:
         return EvaluationProtocol()
-    count = getattr(model, "num_classes", None)
+    count = num_classes(model)
     if count != 1000:
         raise DataError(f"--variant {variant} is for models with ImageNet-1k's 1000 classes; this one has {count}")
     names, synsets = class_names(dataset), ImageNetInfo().label_names()

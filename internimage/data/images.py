@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..errors import UserError, one_line, some
+from ..errors import UserError, list_some, one_line
 from ..values import BadValue, Whole, shown
 
 # Pillow recognizes a file by its content, whatever its name. Allowed are only formats that hold pixels and that Pillow
@@ -128,7 +128,7 @@ def list_images(folder: str | Path) -> Listing:
 def ignored_message(where: str | Path, ignored: list[str]) -> str:
     """One line about the files in a folder or tar that are ignored."""
     files = f"{len(ignored)} files that are not images" if len(ignored) > 1 else "1 file that is not an image"
-    return f"'{where}': ignoring {files}: {some(ignored, 5)}"
+    return f"'{where}': ignoring {files}: {list_some(ignored, 5)}"
 
 
 def pixel_limit() -> int | None:

@@ -15,7 +15,7 @@ from timm.models import clean_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import CheckpointError, UserError, one_line, some
+from ..errors import CheckpointError, UserError, list_some, one_line
 from ..models.arguments import check_num_classes, check_whole_number, is_number
 from ..models.attributes import num_classes, pretrained_cfg
 from ..models.families import families, family_of, known_models, list_models
@@ -307,7 +307,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "cpu:0":  # what torch takes too, and then calls another device than cpu
         name = "cpu"
     if name not in there:
-        raise ModelError(f"there is no device '{name}' here; there {'is' if len(there) == 1 else 'are'} {some(there)}")
+        raise ModelError(
+            f"there is no device '{name}' here; there {'is' if len(there) == 1 else 'are'} {list_some(there)}"
+        )
     device = torch.device(name)
     try:
         torch.empty(0, device=device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import UserError, some
+from ..errors import UserError, list_some
 from .world import World
 
 
@@ -47,7 +47,9 @@ def output_problem(logits: Tensor, model: nn.Module, dtype: torch.dtype) -> NotF
             nan = nan or bool(torch.isnan(tensor).any())
     if bad:
         # a conversion to float16 makes infinities of large weights, and no NaN
-        return NotFiniteError(f"the model's weights are not finite ({some(bad, 3)}){'' if nan else hint}", weights=True)
+        return NotFiniteError(
+            f"the model's weights are not finite ({list_some(bad, 3)}){'' if nan else hint}", weights=True
+        )
     return NotFiniteError(f"the model's outputs are not finite, though its weights are{hint}")
 
 

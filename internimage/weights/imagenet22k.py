@@ -6,7 +6,7 @@ from functools import cache
 
 from timm.data import ImageNetInfo
 
-from ..errors import CheckpointError, some
+from ..errors import CheckpointError, list_some
 
 NUM_CLASSES = 21841
 # ImageNet-1k's class 850, a teddy, is not one of the 22k; upstream takes the row that class 849, a teapot, has too
@@ -35,6 +35,6 @@ def rows(synsets: Sequence[str]) -> list[int]:
     if odd:
         raise CheckpointError(
             f"a head can be taken from ImageNet-22k for classes named by its synsets, such as n01440764; "
-            f"{len(odd)} of {len(synsets)} are not: {some(odd, 5)}"
+            f"{len(odd)} of {len(synsets)} are not: {list_some(odd, 5)}"
         )
     return [row_of[synset] for synset in synsets]

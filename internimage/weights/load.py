@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import name_of, problem_of, same_kind
-from ..errors import CheckpointError, some
+from ..errors import CheckpointError, list_some
 from . import imagenet22k
 from .comparison import Comparison, check_plain, find_model, problem_with, shapes
 from .key_maps import KeyMap, Shape
@@ -140,11 +140,11 @@ def load_pretrained(
             for key, tensor in tensors:
                 target[key].copy_(tensor)
     if nonfinite:
-        _logger.warning("%s: NaN or infinity in %d tensors: %s", weights.origin, len(nonfinite), some(nonfinite))
+        _logger.warning("%s: NaN or infinity in %d tensors: %s", weights.origin, len(nonfinite), list_some(nonfinite))
     for name, keys in overflowed.items():
         _logger.warning(
             "%s: %d tensors have values that %s cannot hold, which are infinite now: %s",
-            weights.origin, len(keys), name, some(keys),
+            weights.origin, len(keys), name, list_some(keys),
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import CheckpointError, one_line, some
+from ..errors import CheckpointError, list_some, one_line
 from .file_names import INDEX_SUFFIX, WEIGHTS, WEIGHTS_INDEX
 from .safetensors_io import DTYPES, check_length, nbytes, read_header, read_tensor
 from .shard_index import weight_map
@@ -163,7 +163,7 @@ def _find_in_folder(folder: Path) -> Path:
             return found[0]
         if found:
             raise CheckpointError(
-                f"'{folder}' holds several weight files ({some(file.name for file in found)}) and no "
+                f"'{folder}' holds several weight files ({list_some(file.name for file in found)}) and no "
                 f"'{WEIGHTS_INDEX}' that says how they belong together; name one file"
             )
     raise CheckpointError(f"'{folder}' holds no weights: no .safetensors, {', '.join(p[1:] for p in _PICKLES)} file")
@@ -177,14 +177,14 @@ def _open_shards(index: Path, use_ema: bool) -> tuple[dict[str, Entry], list[Pat
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        raise CheckpointError(f"'{index}' names {len(shards)} shards; {len(missing)} are missing: {some(missing)}")
+        raise CheckpointError(f"'{index}' names {len(shards)} shards; {len(missing)} are missing: {list_some(missing)}")
     entries: dict[str, Entry] = {}
     for shard in shards:
         found = _open_file(index.parent / shard, use_ema)
         mismatched = set(found) ^ {key for key, name in shard_of.items() if name == shard}
         if mismatched:
             raise CheckpointError(
-                f"'{index}' and its shard '{shard}' disagree about {len(mismatched)} tensors: {some(mismatched)}"
+                f"'{index}' and its shard '{shard}' disagree about {len(mismatched)} tensors: {list_some(mismatched)}"
             )
         entries.update(found)
     return entries, [index.parent / shard for shard in shards]
@@ -237,7 +237,7 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"'{path}' is damaged or truncated: {one_line(error)}") from error
     unknown = {item["dtype"] for item in header.values()} - set(DTYPES)
     if unknown:
-        raise CheckpointError(f"'{path}' has tensors of {some(unknown)}, which are no weights of this package")
+        raise CheckpointError(f"'{path}' has tensors of {list_some(unknown)}, which are no weights of this package")
     unchanged = _Unchanged(path)
 
     def entry(key: str, item: Mapping[str, Any]) -> Entry:
@@ -279,7 +279,7 @@ def _tensors(data: object, origin: str, use_ema: bool, kind: type[_T]) -> dict[s
     state_dict = _unwrap(data, origin, use_ema)
     tensors = {k: v for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, kind)}
     if not tensors:
-        raise CheckpointError(f"{origin} holds no tensors; it has {some(state_dict)}")
+        raise CheckpointError(f"{origin} holds no tensors; it has {list_some(state_dict)}")
     return tensors
 
 
@@ -291,7 +291,7 @@ def _unwrap(data: object, origin: str, use_ema: bool) -> Mapping[Any, Any]:
     averaged = [name for name in _AVERAGED if isinstance(data.get(name), Mapping)]
     if use_ema and not averaged:
         if plain:
-            raise CheckpointError(f"{origin} has no averaged weights ('model_ema'); it has {some(data)}")
+            raise CheckpointError(f"{origin} has no averaged weights ('model_ema'); it has {list_some(data)}")
         _logger.warning("%s holds one set of weights; use_ema has no choice", origin)
     wrappers = averaged + plain if use_ema else plain + averaged
     if plain and averaged:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import some
+from ..errors import list_some
 from .stored import (
     Made,
     Named,
@@ -270,7 +270,7 @@ def refusal(error: RefusedError, data: bytes, starts: tuple[int, ...] = (0,)) ->
     odd = [shown(name) for name in found if not _HARMLESS.fullmatch(name)]
     if odd:
         return (
-            f"was refused: unpickling it would call {some(odd)}, and this package unpickles nothing but data. "
+            f"was refused: unpickling it would call {list_some(odd)}, and this package unpickles nothing but data. "
             f"Nothing of it was run. If you trust its source, save its weights alone: "
             f"safetensors.torch.save_file(state_dict, PATH)"
         )

@@ -1,19 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Whether the classes of a dataset are those of a model, in the same order."""
 
-from typing import Any
-
 from torch import nn
 
 from ...data.datasets import MapDataset, class_difference, class_names
 from ...data.images import DataError
-from ...errors import some
-
-
-def class_count(model: nn.Module) -> int:
-    """timm's `model.num_classes`, which `nn.Module` does not declare."""
-    count: Any = model.num_classes
-    return count
+from ...errors import list_some
+from ...models.attributes import num_classes, pretrained_cfg
 
 
 def check_classes(model: nn.Module, dataset: MapDataset) -> list[str]:
@@ -22,7 +15,7 @@ def check_classes(model: nn.Module, dataset: MapDataset) -> list[str]:
     Raises:
         DataError: The dataset's classes are not the model's.
     """
-    names, count = class_names(dataset), class_count(model)
+    names, count = class_names(dataset), num_classes(model)
     if names is None:
         return [str(i) for i in range(count)]
     trained = _trained_classes(model)
@@ -45,7 +38,7 @@ def check_classes(model: nn.Module, dataset: MapDataset) -> list[str]:
 
 def check_class_map(model: nn.Module, dataset: MapDataset) -> list[str]:
     """As `check_classes`, for indices that come from a class map, which may lack some of the model's classes."""
-    names, trained, count = class_names(dataset), _trained_classes(model), class_count(model)
+    names, trained, count = class_names(dataset), _trained_classes(model), num_classes(model)
     if names is None:
         return [str(i) for i in range(count)]
     if len(names) > count:
@@ -65,13 +58,13 @@ def check_class_map(model: nn.Module, dataset: MapDataset) -> list[str]:
 
 def _trained_classes(model: nn.Module) -> list[str] | None:
     """The classes that were stored with the weights, in the order of the outputs."""
-    trained = getattr(model, "pretrained_cfg", {}).get("label_names")
-    return list(trained) if trained and len(trained) == class_count(model) else None
+    trained = pretrained_cfg(model).get("label_names")
+    return list(trained) if trained and len(trained) == num_classes(model) else None
 
 
 def _unknown(names: list[str], trained: list[str] | None) -> str:
     unknown = set(names) - set(trained or names)
-    return f"; the model does not know {some(unknown, 5)}" if unknown else ""
+    return f"; the model does not know {list_some(unknown, 5)}" if unknown else ""
 
 
 def _describe(trained: list[str]) -> str:

@@ -15,7 +15,7 @@ from ...data.datasets import EvaluationTransform
 from ...data.images import COMMON_EXTENSIONS, DataError, ImageError, ignored_message, list_images, pixel_limit
 from ...engine.create import label_names
 from ...engine.finite import NotFiniteError, output_problem
-from ...errors import some
+from ...errors import list_some
 from ...progress import message
 
 
@@ -44,7 +44,7 @@ def find_images(paths: Iterable[str]) -> list[Path]:
         if path.is_dir():
             listing = list_images(path)
             if not listing.images:
-                only = f" (only {some(listing.ignored, 5)})" if listing.ignored else ""
+                only = f" (only {list_some(listing.ignored, 5)})" if listing.ignored else ""
                 raise DataError(f"'{path}' contains no image{only}; image files end in {COMMON_EXTENSIONS}")
             if listing.ignored:
                 message(ignored_message(path, listing.ignored))

@@ -26,7 +26,7 @@ from ...engine.rng import PlanSampler
 from ...engine.samples import SeededDataset, sample_loader
 from ...engine.task import Task
 from ...engine.world import World
-from ...errors import some
+from ...errors import list_some
 from ...models.timm_folder import save_model
 from .augment import Mixing, training_transform
 from .config import FinetuneConfig
@@ -107,7 +107,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
             return None
         names, here = now["classes"], now["images"]
         changed = [name for i, name in enumerate(names) if images[i : i + 1] != here[i : i + 1]] or names
-        return f"other images: as many, with other names or sizes, in {len(changed)} classes ({some(changed, 3)})"
+        return f"other images: as many, with other names or sizes, in {len(changed)} classes ({list_some(changed, 3)})"
 
     def train_loader(self, sampler: PlanSampler, pin_memory: bool) -> DataLoader:
         placeholder = (torch.zeros(self.data_config["input_size"]), 0)
@@ -160,7 +160,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
 
 
 def _describe_images(data: dict[str, Any]) -> str:
-    return f"{data['samples']} images of {len(data['classes'])} classes ({some(data['classes'], 3)})"
+    return f"{data['samples']} images of {len(data['classes'])} classes ({list_some(data['classes'], 3)})"
 
 
 def open_data(config: FinetuneConfig) -> tuple[MapDataset, MapDataset | None, list[str]]:
@@ -175,7 +175,7 @@ def open_data(config: FinetuneConfig) -> tuple[MapDataset, MapDataset | None, li
     train_set = open_dataset(split, split="")
     names = class_names(train_set) or []
     if len(names) < 2:
-        raise DataError(f"'{split}' has one class ({some(names)}); two are needed")
+        raise DataError(f"'{split}' has one class ({list_some(names)}); two are needed")
     if len(train_set) < config.batch_size:
         part = config.accumulate * (2 if config.mixes else 1)
         fitting = len(train_set) // part * part
