@@ -84,7 +84,7 @@ class InternImage(Backbone):
 =======
         center_feature_scale: DCNv3's mixing of its input.
         remove_center: DCNv3 without the kernel's center point.
-        stage3_post_norm_blocks: Blocks of the third stage after which an extra norm stands.
+        stage3_post_norm_blocks: Blocks of the third stage that are followed by an extra norm.
         attentive_head: The head of huge and giant instead of that of tiny to xlarge.
         cls_scale: Widening of the head's 1x1 convolution.
 >>>>>>> main
