@@ -39,13 +39,8 @@ def model_card(
         model: The model; its `pretrained_cfg` has the image size.
         name: Architecture, with the tag of released weights.
         source: Where the weights came from.
-<<<<<<< HEAD
         published: What upstream published about them; None for other weights, for which the card states no license,
             data or accuracy.
-=======
-        published: What upstream published about them; None for weights of one's own, of which the card states neither
-            license nor data nor accuracy.
->>>>>>> main
         parameters: Their number.
         dtypes: Of the tensors.
         head_from_22k: The classifier has ImageNet-1k's rows of an ImageNet-22k one.

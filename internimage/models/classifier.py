@@ -54,11 +54,7 @@ class InternImage(Backbone):
 
     The head of tiny to xlarge is a 1x1 convolution to `cls_scale` * 8C channels with batch norm and GELU, pooling and a
     linear layer. The attentive head of huge and giant joins stages 3 and 4 to 1024 channels at stride 16, pools them by
-<<<<<<< HEAD
     attention to 768 and normalizes them: `forward_features` returns that joint map, and the image's sides must fit
-=======
-    attention to 768 and normalizes: `forward_features` gives that joint map, and the image's sides must fit
->>>>>>> main
     (`check_fusable`).
 
     Args:
@@ -75,19 +71,11 @@ class InternImage(Backbone):
         post_norm: Norm after instead of before each branch.
         res_post_norm: A norm on both sides of each branch.
         dw_kernel_size: Kernel of DCNv3's depthwise convolution, None for 3.
-<<<<<<< HEAD
         center_feature_scale: Whether DCNv3 mixes its input in.
         remove_center: DCNv3 without the kernel's center point.
         stage3_post_norm_blocks: Blocks of the third stage that are followed by an extra norm.
         attentive_head: Use the head of huge and giant.
         cls_scale: Ratio of output to input channels of the head's 1x1 convolution.
-=======
-        center_feature_scale: DCNv3's mixing of its input.
-        remove_center: DCNv3 without the kernel's center point.
-        stage3_post_norm_blocks: Blocks of the third stage that are followed by an extra norm.
-        attentive_head: The head of huge and giant instead of that of tiny to xlarge.
-        cls_scale: Widening of the head's 1x1 convolution.
->>>>>>> main
         act_layer: Activation, by timm's name.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
