@@ -37,21 +37,21 @@ class Kind:
 
 @dataclass(frozen=True)
 class Whole(Kind):
-    """A whole number from `least` to `most`."""
+    """A whole number from `at_least` to `at_most`."""
 
-    least: int
-    most: int | None = None
+    at_least: int
+    at_most: int | None = None
 
     @property
     def words(self) -> str:
-        if self.most is None:
-            return f"a whole number of at least {self.least}"
-        return f"a whole number from {self.least} to {self.most}"
+        if self.at_most is None:
+            return f"a whole number of at least {self.at_least}"
+        return f"a whole number from {self.at_least} to {self.at_most}"
 
     def check(self, value: Any) -> int:
-        if type(value) is not int or value < self.least or (self.most is not None and value > self.most):
+        if type(value) is not int or value < self.at_least or (self.at_most is not None and value > self.at_most):
             raise BadValue(self.words)
-        if value > _LARGEST and self.most is None:
+        if value > _LARGEST and self.at_most is None:
             raise BadValue(f"a whole number of at most {_LARGEST}")
         return value
 
@@ -66,20 +66,20 @@ class Whole(Kind):
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number. `least` and `most` are inclusive limits, `above` and `below` exclusive ones."""
+    """A finite number. `at_least` and `at_most` are inclusive limits, `above` and `below` exclusive ones."""
 
-    least: float | None = None
-    most: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
     above: float | None = None
     below: float | None = None
 
     @property
     def words(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f"a number from {self.least:g} to {self.most:g}"
-        limits = (("of at least", self.least), ("above", self.above), ("of at most", self.most), ("below", self.below))
-        said = [f"{word} {limit:g}" for word, limit in limits if limit is not None]
-        return " ".join(["a number", " and ".join(said)]).replace("and of at most", "and at most").strip()
+        if self.at_least is not None and self.at_most is not None:
+            return f"a number from {self.at_least:g} to {self.at_most:g}"
+        limits = {"of at least": self.at_least, "above": self.above, "of at most": self.at_most, "below": self.below}
+        parts = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
+        return " ".join(["a number", " and ".join(parts)]).replace("and of at most", "and at most").strip()
 
     def check(self, value: Any) -> float:
         if type(value) not in (int, float):
@@ -90,8 +90,8 @@ class Number(Kind):
             value = math.inf
         inside = (
             math.isfinite(value)
-            and (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )

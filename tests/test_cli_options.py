@@ -46,7 +46,7 @@ def sample(option) -> str:
     """A value that the option takes."""
     kind = option.kind.kind if isinstance(option.kind, WordOr) else option.kind
     if isinstance(kind, Whole):
-        return str(max(kind.least, 1))
+        return str(max(kind.at_least, 1))
     if isinstance(kind, Choice):
         return str(kind.allowed[0])
     if isinstance(kind, PictureFile):
@@ -60,10 +60,10 @@ def wrong(kind) -> list[str]:
     if isinstance(kind, WordOr):
         return [text for text in wrong(kind.kind)]
     if isinstance(kind, Whole):
-        limits = [kind.least - 1] + ([kind.most + 1] if kind.most is not None else [10**9 + 1])
+        limits = [kind.at_least - 1] + ([kind.at_most + 1] if kind.at_most is not None else [10**9 + 1])
         return [*GARBAGE, "1.5", *map(str, limits)]
     if isinstance(kind, Number):
-        ends = [(kind.least, -1e-9), (kind.above, 0), (kind.most, 1e-9), (kind.below, 0)]
+        ends = [(kind.at_least, -1e-9), (kind.above, 0), (kind.at_most, 1e-9), (kind.below, 0)]
         return [*GARBAGE, *(str(limit + step) for limit, step in ends if limit is not None)]
     if isinstance(kind, Size):
         return [

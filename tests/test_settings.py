@@ -32,7 +32,7 @@ def wrong(field) -> list[str]:
     """What a setting must refuse, by its type."""
     kind = field.metadata["kind"]
     if isinstance(kind, Whole):
-        limits = [str(kind.least - 1)] + ([str(kind.most + 1)] if kind.most is not None else [])
+        limits = [str(kind.at_least - 1)] + ([str(kind.at_most + 1)] if kind.at_most is not None else [])
         return [
             HUGE,
             f"-{HUGE}",

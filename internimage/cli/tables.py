@@ -27,7 +27,7 @@ MODEL = Group(
         Option(
             "--crop-pct",
             "center crop as a fraction of the resized image; overrides the model's",
-            Number(above=0, most=1),
+            Number(above=0, at_most=1),
             metavar="FRACTION",
         ),
         Option(
@@ -110,7 +110,7 @@ EVALUATE = (
             Option(
                 "--expect",
                 "exit with 1 unless top-1 is within 0.1 of a number, or of the published one for these weights",
-                WordOr("published", Number(least=0, most=100)),
+                WordOr("published", Number(at_least=0, at_most=100)),
                 metavar="published | TOP1",
             ),
             Option("--strict", "exit with 1 if an image could not be read"),

@@ -66,13 +66,13 @@ class RunConfig:
         Flag(), False, "recompute activations in the backward pass: less memory, more time", free=True
     )
     opt: str = setting(Text(), "adamw", "optimizer, by timm's name")
-    lr: float = setting(Number(least=0), 1e-3, "highest learning rate of the schedule")
-    weight_decay: float = setting(Number(least=0), 0.05, "weight decay, on weights but not on biases and norms")
+    lr: float = setting(Number(at_least=0), 1e-3, "highest learning rate of the schedule")
+    weight_decay: float = setting(Number(at_least=0), 0.05, "weight decay, on weights but not on biases and norms")
     layer_decay: float | None = setting(
-        Number(above=0, most=1), None, "learning rate factor from each layer to the one below it"
+        Number(above=0, at_most=1), None, "learning rate factor from each layer to the one below it"
     )
     offset_lr_factor: float = setting(
-        Number(least=0), 1.0, "learning rate factor of DCNv3's offset projections and center feature scales"
+        Number(at_least=0), 1.0, "learning rate factor of DCNv3's offset projections and center feature scales"
     )
     clip_grad: float | None = setting(
         Number(above=0), 5.0, "largest norm of the gradient; null does not clip", optional=True
@@ -81,10 +81,10 @@ class RunConfig:
     warmup_epochs: int = setting(
         Whole(0), 2, "epochs in which the learning rate rises to `lr`; below `epochs`, 0 is no warmup"
     )
-    warmup_lr: float = setting(Number(least=0), 1e-6, "learning rate at the start of the warmup")
-    min_lr: float = setting(Number(least=0), 1e-6, "learning rate at the end of the schedule")
+    warmup_lr: float = setting(Number(at_least=0), 1e-6, "learning rate at the start of the warmup")
+    min_lr: float = setting(Number(at_least=0), 1e-6, "learning rate at the end of the schedule")
     ema_decay: float | None = setting(
-        Number(above=0, most=1), None, "decay of a moving average of the weights; the average is what is saved then"
+        Number(above=0, at_most=1), None, "decay of a moving average of the weights; the average is what is saved then"
     )
     nan_limit: int = setting(
         Whole(1), 10, "steps with a non-finite loss or gradient are skipped; training stops after this many", free=True

@@ -32,18 +32,18 @@ class FinetuneConfig(RunConfig):
     in_chans: int | None = setting(
         Choice((1, 3)), None, "image channels; 1 reads images as grayscale; null: the model's own"
     )
-    drop_path: float = setting(Number(least=0, below=1), 0.1, "rate of stochastic depth")
-    smoothing: float = setting(Number(least=0, below=1), 0.1, "label smoothing")
-    mixup: float = setting(Number(least=0), 0.0, "alpha of mixup; 0 is off")
-    cutmix: float = setting(Number(least=0), 0.0, "alpha of cutmix; 0 is off")
+    drop_path: float = setting(Number(at_least=0, below=1), 0.1, "rate of stochastic depth")
+    smoothing: float = setting(Number(at_least=0, below=1), 0.1, "label smoothing")
+    mixup: float = setting(Number(at_least=0), 0.0, "alpha of mixup; 0 is off")
+    cutmix: float = setting(Number(at_least=0), 0.0, "alpha of cutmix; 0 is off")
     scale_min: float = setting(
-        Number(above=0, most=1), 0.35, "smallest share of the image's area that a random crop keeps"
+        Number(above=0, at_most=1), 0.35, "smallest share of the image's area that a random crop keeps"
     )
-    ratio_max: float = setting(Number(least=1), 1.3333, "largest aspect ratio of a random crop")
-    hflip: float = setting(Number(least=0, most=1), 0.5, "probability of a horizontal flip")
-    color_jitter: float = setting(Number(least=0), 0.3, "strength of random brightness, contrast and saturation")
+    ratio_max: float = setting(Number(at_least=1), 1.3333, "largest aspect ratio of a random crop")
+    hflip: float = setting(Number(at_least=0, at_most=1), 0.5, "probability of a horizontal flip")
+    color_jitter: float = setting(Number(at_least=0), 0.3, "strength of random brightness, contrast and saturation")
     auto_augment: str | None = setting(Text(), None, "timm's policy, such as rand-m9-mstd0.5-inc1")
-    random_erasing: float = setting(Number(least=0, most=1), 0.0, "probability that a part of an image is erased")
+    random_erasing: float = setting(Number(at_least=0, at_most=1), 0.0, "probability that a part of an image is erased")
 
     def __post_init__(self) -> None:
         super().__post_init__()
