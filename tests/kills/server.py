@@ -88,7 +88,8 @@ def run_shards(folder: Path) -> int:
     model = Tiny(2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     data = {"samples": 8, "classes": ["0", "1"], "images": None}
-    state = RunState(World(), model, None, optimizer, None, torch.amp.GradScaler("cpu", enabled=False), True, data)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = RunState(World(), model, None, optimizer, None, scaler, True, data, lambda before, now: None)
     checkpoint.recover(folder, state.load(folder))
     while state.progress.step < 4:
         optimizer.zero_grad()
