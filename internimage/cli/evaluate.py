@@ -11,6 +11,7 @@ from ..data.imagenet import open_labelled_folder, protocol
 from ..engine.create import pick_device
 from ..engine.world import World, join, leave
 from ..errors import UserError
+from ..models.attributes import pretrained_cfg
 from ..tasks.classification.evaluate import evaluate
 from ..terminal import say
 from ..weights.released import PUBLISHED
@@ -73,6 +74,6 @@ def _published_top1(model: nn.Module, arguments: argparse.Namespace) -> float | 
         return None
     if arguments.variant not in (None, "imagenet", "real"):  # the others are other images
         return None
-    cfg = getattr(model, "pretrained_cfg", {})
+    cfg = pretrained_cfg(model)
     published = PUBLISHED.get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
     return None if published is None or cfg.get("source") else published.top1

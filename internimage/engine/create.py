@@ -10,14 +10,14 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CheckpointError, UserError, list_some, one_line
 from ..models.arguments import check_num_classes, check_whole_number, is_number
-from ..models.attributes import num_classes, pretrained_cfg
+from ..models.attributes import pretrained_cfg
 from ..models.families import families, family_of, known_models, list_models
 from ..models.model_config import LARGEST_SIDE, ModelConfig, ModelConfigError, find_model_config, read_model_config
 from ..models.parts import check_image_size
@@ -325,18 +325,3 @@ def _devices() -> list[str]:
     accelerator = torch.accelerator.current_accelerator()
     kind = "cpu" if accelerator is None else accelerator.type
     return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
-
-
-def label_names(model: nn.Module) -> list[str]:
-    """Readable names of the classes: those saved with the weights, ImageNet's, or the indices."""
-    cfg, count = pretrained_cfg(model), num_classes(model)
-    names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
-    if isinstance(names, dict):  # index -> name, as timm takes it where some classes have none
-        names = [names.get(i, names.get(str(i), str(i))) for i in range(count)]
-    if names and len(names) == count:
-        return [descriptions.get(name, name) for name in names]
-    subset = infer_imagenet_subset(model)
-    if subset is not None:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(count)]
-    return [str(i) for i in range(count)]

@@ -12,7 +12,7 @@ from timm.models import register_model
 from torch import nn
 
 from ..weights.key_maps import KeyMap, Shape
-from ..weights.load import Source, load_pretrained
+from ..weights.load import WeightsSource, load_pretrained
 
 _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
 
@@ -28,7 +28,7 @@ class FamilyModel(nn.Module):
         pretrained_cfg: dict[str, Any]
 
     @torch.jit.ignore
-    def load_pretrained(self, checkpoint_path: Source, prefix: str = "", **options: Any) -> None:
+    def load_pretrained(self, checkpoint_path: WeightsSource, prefix: str = "", **options: Any) -> None:
         """timm's hook for weights in a format of the model's own: any format that the family's weights exist in.
 
         Args:

@@ -30,12 +30,12 @@ from .comparison import Comparison, check_plain, find_model, problem_with, shape
 from .key_maps import KeyMap, Shape
 from .readers import Entry, Weights, from_state_dict, open_weights
 
-__all__ = ["CheckpointError", "Model", "Source", "count_classes", "load_pretrained", "match", "shapes_of"]
+__all__ = ["CheckpointError", "Model", "WeightsSource", "count_classes", "load_pretrained", "match", "shapes_of"]
 
 _logger = logging.getLogger(__name__)
 
 
-Source = str | Path | Mapping[str, Tensor] | Weights
+WeightsSource = str | Path | Mapping[str, Tensor] | Weights
 
 
 class Model(Protocol):
@@ -77,7 +77,7 @@ def count_classes(weights: Weights, key_map: KeyMap) -> int:
 
 def load_pretrained(
     model: Model,
-    source: Source,
+    source: WeightsSource,
     backbone_only: bool = False,
     use_ema: bool = False,
     pretrained_cfg: dict[str, Any] | None = None,
@@ -148,7 +148,7 @@ def load_pretrained(
         )  # fmt: skip
 
 
-def _opened(source: Source, use_ema: bool) -> Weights:
+def _opened(source: WeightsSource, use_ema: bool) -> Weights:
     if isinstance(source, Weights):
         return source
     if isinstance(source, Mapping):

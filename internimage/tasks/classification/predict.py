@@ -13,10 +13,10 @@ from torch import nn
 from ...data import images as image_files
 from ...data.datasets import EvaluationTransform
 from ...data.images import COMMON_EXTENSIONS, DataError, ImageError, ignored_message, list_images, pixel_limit
-from ...engine.create import label_names
 from ...engine.finite import NotFiniteError, output_problem
 from ...errors import list_some
 from ...progress import message
+from .labels import label_names
 
 
 @dataclass
