@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "layers": {"ops"},
     "weights": set(),  # knows no model class
     "models": {"ops", "layers", "weights"},
-    "data": set(),
+    "data": {"models"},
     "engine": {"layers", "weights", "models", "data"},
     "analysis": {"ops", "layers", "models"},
     "benchmark": {"ops", "models"},
