@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Files and folders that are there whole or not at all, whenever their writer is killed.
+"""Atomic files and folders: complete or absent, even if the writer is killed at any point.
 
-A process can be killed between any two system calls. One rule mends what it leaves, whoever the writer was:
+A process can be killed between any two system calls. The protocol, for all writers:
 
-1. What is half written stands under a name of `beside`, on the same disk, and is held by a lock of `locks` that ends
-   with its process. It gets its own name by a rename, after its bytes have reached the disk.
-2. Files that go together are exchanged by `exchange`: what it is going to do is written down before it begins.
-3. `recover` comes first wherever something is written to a folder: it ends an exchange that was begun, and removes what
-   is half written and held by nobody. It is safe beside living writers, and may be killed itself.
+1. A partial file has a temporary name from `beside`, on the same disk, and is held by a lock from `locks` that the
+   system releases with its process. It gets its final name by a rename, after its bytes have reached the disk.
+2. Files that belong together are replaced by `exchange`, which first writes a journal of what it is about to do.
+3. `recover` runs before anything is written to a folder: it completes an interrupted exchange, and removes partial
+   files that no process holds. It is safe beside running writers, and may be killed itself.
 
-Readers look at none of these names. On a file system without locks nobody can tell a dead writer from a living one:
-there half written files stay, unless the folder is known to be the writer's own.
+Readers ignore these names. On a file system without locks a dead writer cannot be told from a running one: partial
+files are kept there, unless the folder is known to belong to this writer.
 """
 
 import errno
@@ -32,22 +32,22 @@ from .errors import is_write_protected
 
 _logger = logging.getLogger(__name__)
 
-PARTIAL = ".partial-"  # begins the names of what is half written; no reader looks at these
-JOURNAL = ".internimage-replacing"  # is there while files are exchanged
+PARTIAL = ".partial-"  # prefix of partial files and folders, which readers ignore
+JOURNAL = ".internimage-replacing"  # exists while files are exchanged
 
 _PARTIAL_NAME = re.compile(re.escape(PARTIAL) + r"(.+-)?[0-9a-f]{8}")
 
 
 @contextmanager
 def replacing(target: Path, mode: int | None = None) -> Iterator[BinaryIO]:
-    """A file to write to that gets its name, and the place of a regular file of that name, once it is whole.
+    """A file to write to that gets its name, replacing a regular file of that name, once it is complete.
 
     Args:
-        target: Its name; its folder is made.
-        mode: Of the file that is there, which the new one gets; None where there is none.
+        target: The path; its folder is created.
+        mode: Of the existing file, to be kept; None if there is none.
 
     Raises:
-        OSError: The disk is full, or the like; what was there is as it was.
+        OSError: The disk is full, for example; an existing file is unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target.parent)
@@ -57,19 +57,19 @@ def replacing(target: Path, mode: int | None = None) -> Iterator[BinaryIO]:
     except OSError as error:
         if mode is None or not is_write_protected(error):
             raise
-        with target.open("wb") as file:  # of this folder, this file alone may be written to
+        with target.open("wb") as file:  # the folder is read-only, the file is not
             yield file
         return
     try:
         with stack:
             if mode is not None:
-                os.chmod(half, stat.S_IMODE(mode))  # what its owner gave it
+                os.chmod(half, stat.S_IMODE(mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "posix":  # while it is held
+            if os.name == "posix":  # while the lock is held
                 _rename(half, target)
-        if os.name != "posix":  # Windows renames no open file
+        if os.name != "posix":  # Windows cannot rename an open file
             _rename(half, target)
     except BaseException:
         half.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def _partial_file(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
     while True:
         half = beside(target)
         with half.open("xb") as file, locks.hold_file(file.fileno(), half) as ours:
-            if ours:  # else another process has removed it, before it was held
+            if ours:  # else another process removed it before the lock was taken
                 yield file, half
                 return
 
@@ -92,25 +92,25 @@ def _rename(half: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        shutil.copyfile(half, target)  # mounted on its own, as a single file of a container is
+        shutil.copyfile(half, target)  # a bind mount of a single file, as in containers
         half.unlink()
 
 
 def beside(path: Path) -> Path:
-    """A name in the same folder that nobody has and no reader looks for."""
+    """A unique temporary name in the same folder, which readers ignore."""
     return path.with_name(f"{PARTIAL}{path.name[:40]}-{secrets.token_hex(4)}")
 
 
 def is_partial(name: str) -> bool:
-    """Whether a name is one of those of `beside` and `partial_folder`, which only a killed process leaves."""
+    """Whether a name is one of `beside` or `partial_folder`; only a killed process leaves such a file."""
     return _PARTIAL_NAME.fullmatch(name) is not None
 
 
 @contextmanager
 def partial_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in another, to write files in before they get their names; is removed at the end.
+    """A new folder in another, to write files to before they get their names; removed at the end.
 
-    Its lock is a file in it: who hands on all that is in it hands on a folder in it.
+    Its lock is a file in it, so its content is passed on in a subfolder.
     """
     recover(parent)
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ def partial_folder(parent: Path) -> Iterator[Path]:
             try:
                 stack.enter_context(locks.hold(folder, warn=False))
                 break
-            except FileNotFoundError:  # another process has removed it, before it was held
+            except FileNotFoundError:  # another process removed it before the lock was taken
                 continue
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -136,12 +136,12 @@ def partial_folder(parent: Path) -> Iterator[Path]:
 def _quietly(remove: Callable[[Path], None], path: Path) -> None:
     try:
         remove(path)
-    except OSError as error:  # somebody else's, gone already
+    except OSError as error:  # not ours, or gone already
         _logger.debug("'%s' stays: %s", path, error)
 
 
 def sync_folder(folder: Path) -> None:
-    """What was renamed in a folder has reached the disk."""
+    """Flush the renames in a folder to the disk."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -155,21 +155,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a name in a folder says nothing of what is in it: a killed process can leave it there."""
+    """Whether a file is no content of its folder, but something that a killed process may have left."""
     return name == locks.LOCK_FILE or is_partial(name)
 
 
 def recover(folder: Path, ours: bool = False) -> None:
-    """Mend what killed processes left in a folder, as the rule at the top of this file says; never fails.
+    """Clean up what killed processes left in a folder, by the protocol at the top of this file; never fails.
 
     Args:
-        folder: Where something is going to be written. Need not be there.
-        ours: This process has it by `locks.hold`, and nobody but its holders makes such names in it: remove what does
-            not tell its writer, too.
+        folder: Where something is about to be written. Need not exist.
+        ours: This process holds it by `locks.hold`, and only holders create partial files in it: also remove those
+            whose writer cannot be determined.
     """
     try:
         names = os.listdir(folder)
-    except OSError:  # who writes will say what is wrong
+    except OSError:  # the write that follows reports it
         return
     if JOURNAL in names and not _end_exchange(folder, ours):
         return
@@ -192,15 +192,15 @@ def _remove_abandoned(path: Path, ours: bool) -> None:
             if not dead and (dead is not None or not ours):
                 return
             _remove_content(path)
-            (path / locks.LOCK_FILE).unlink()  # last: without it nothing says that the folder is of ours
-    except FileNotFoundError:  # not locked yet, or no longer, or of an older version
+            (path / locks.LOCK_FILE).unlink()  # last: without it nothing shows that the folder is ours
+    except FileNotFoundError:  # not locked yet, not any more, or written by an older version
         if ours:
             _remove_content(path)
     path.rmdir()
 
 
 def _remove_content(folder: Path) -> None:
-    """Remove what is in a partial folder but its lock."""
+    """Empty a partial folder, except for its lock."""
     for path in list(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -208,21 +208,21 @@ def _remove_content(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-# ---- files that go together
+# ---- files that belong together
 
 
 @contextmanager
 def replacing_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder to write files to that get their names in another folder, in this order, once all are whole.
+    """A folder to write files to that are moved to another folder, in this order, once all are complete.
 
-    After a kill in between, the first of them are there: what readers look for goes last.
+    A kill in between leaves the first ones moved: put last what readers look for.
 
     Args:
-        folder: Where they go; is there.
+        folder: Where they go; exists.
         names: Of the files.
 
     Raises:
-        OSError: The disk is full, or the like; what was there is as it was, unless it was renaming that failed.
+        OSError: The disk is full, for example; existing files are unchanged, unless a rename failed.
     """
     with partial_folder(folder) as partial:
         yield partial
@@ -235,17 +235,17 @@ def replacing_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def exchange(folder: Path, staged: Path, old: list[str], new: list[str], **notes: Any) -> None:
-    """Put new files in the place of old ones: all of them, or after an error none. `recover` ends it after a kill.
+    """Replace old files by new ones: all of them, or after an error none. `recover` completes it after a kill.
 
     Args:
-        folder: Is held by `locks.hold`.
-        staged: The folder of the new files, on the disk to their end, in a `partial_folder` of `folder`.
-        old: Names of the files that go, in this order; all there.
-        new: Names of the files that come then, in this order.
-        notes: Are kept while it lasts, see `noted`.
+        folder: Held by `locks.hold`.
+        staged: The folder with the new files, flushed to disk, in a `partial_folder` of `folder`.
+        old: Names of the files to remove, in this order; they exist.
+        new: Names of the files to add then, in this order.
+        notes: Kept in the journal meanwhile, see `noted`.
 
     Raises:
-        OSError: A file cannot be moved; everything is where it was.
+        OSError: A file cannot be moved; all files are back in place.
     """
     with partial_folder(folder) as away:
         names = {"staged": staged.relative_to(folder).as_posix(), "away": away.name, "old": old, "new": new}
@@ -263,14 +263,14 @@ def exchange(folder: Path, staged: Path, old: list[str], new: list[str], **notes
                     os.replace(target, source)
             if before is None:
                 (folder / JOURNAL).unlink(missing_ok=True)
-            else:  # after a kill: nothing else says that the folder is ours
+            else:  # of an interrupted exchange: nothing else shows that the folder is ours
                 _write_journal(folder, before)
             raise
         (folder / JOURNAL).unlink()
 
 
 def noted(folder: Path) -> dict[str, Any] | None:
-    """What `exchange` keeps in a folder while it lasts; None where none was begun, or what is there is not ours."""
+    """The journal of an exchange in progress or interrupted; None without one, or if it is not ours."""
     try:
         found = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -291,26 +291,26 @@ def _moves(folder: Path, names: dict[str, Any]) -> list[tuple[Path, Path]]:
 
 
 def _end_exchange(folder: Path, ours: bool) -> bool:
-    """End an exchange that a killed process has begun; returns whether none is under way any longer."""
+    """Complete an exchange that was interrupted; returns whether none is in progress any more."""
     try:
         with nullcontext() if ours else locks.hold(folder, warn=False):
             names = noted(folder)
-            if names is None or not _is_exchange(folder, names):  # older versions noted less, and moved nothing back
+            if names is None or not _is_exchange(folder, names):  # older versions wrote less, and moved nothing back
                 return True
             for source, target in _moves(folder, names):
-                # an old file is away already, or a new one would be taken for it
+                # if an old file is away already, what has its name is a new one
                 if source.exists() and not (target.exists() and target.parent != folder):
                     os.replace(source, target)
             sync_folder(folder)
             (folder / JOURNAL).unlink()
             return True
-    except OSError as error:  # its process lives, or the folder may not be written to
-        _logger.debug("the exchange in '%s' stays as it is: %s", folder, error)
+    except OSError as error:  # its process is running, or the folder is read-only
+        _logger.debug("the exchange in '%s' is left as it is: %s", folder, error)
         return False
 
 
 def _is_exchange(folder: Path, names: dict[str, Any]) -> bool:
-    """Whether it moves files in the folder alone, as all that `exchange` has written does."""
+    """Whether a journal moves files within the folder only, as those of `exchange` do."""
     staged, away, old, new = (names.get(key) for key in ("staged", "away", "old", "new"))
     if not (isinstance(staged, str) and isinstance(away, str) and isinstance(old, list) and isinstance(new, list)):
         return False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Where everything that is written passes: files are there whole or not at all, and nobody else's file is replaced.
+"""All writing of files: a file appears complete or not at all, and nobody else's file is replaced.
 
-Names are made by the system's own calls, so that a file's and a folder's mode is what the umask says; tempfile and
-safetensors would make files that their owner alone can read.
+Files and folders are created by the system's own calls, so that their mode follows the umask; tempfile and safetensors
+would create files that only their owner can read.
 """
 
 import os
@@ -21,12 +21,12 @@ STDOUT = "-"  # as the name of a file
 
 
 class WriteError(UserError, OSError):
-    """A file could not be written; what was there before is as it was."""
+    """A file could not be written; what was there before is unchanged."""
 
 
 @contextmanager
 def archive_errors() -> Iterator[None]:
-    """Context of a `torch.save`, whose archive writer makes a RuntimeError of a full disk and of Ctrl-C; not here."""
+    """Context for `torch.save`, whose archive writer turns a full disk and Ctrl-C into RuntimeError: raise those."""
     try:
         yield
     except RuntimeError as error:
@@ -46,14 +46,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to. A regular one appears under its name only once it is whole; makes its folder.
+    """A file to write to. A regular file appears under its name only once it is complete; creates its folder.
 
-    A link stays a link, and its target is replaced. A device, a pipe, `/dev/fd/N` and `-` (standard output) are written
-    to as they are, since a rename would put a regular file in their place.
+    A symbolic link is kept, and its target is replaced. A device, a pipe, `/dev/fd/N` and `-` (standard output) are
+    written to directly, since a rename would put a regular file in their place.
 
     Raises:
-        WriteError: It is a folder, a block device or a socket, or the reader of the pipe has gone.
-        OSError: The disk is full, or the like.
+        WriteError: The path is a folder, a block device or a socket, or the reader of the pipe has closed it.
+        OSError: The disk is full, for example.
     """
     if str(path) == STDOUT:
         sys.stdout.flush()
@@ -71,7 +71,7 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
     try:
         if descriptor is None:
             file = target.open("wb")
-        else:  # a second descriptor of the same open file: opened by its name, a file would be written from its start
+        else:  # a duplicate of the descriptor: opened by name, a file would be overwritten from its start
             sys.stdout.flush()
             file = os.fdopen(os.dup(descriptor), "wb")
         with file:
@@ -84,9 +84,9 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def appending(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to append lines to, which others may do at the same time: all of them appear at once, or none.
+    """A file to append lines to, also concurrently: all lines of a caller appear at once, or none.
 
-    It stands at its end, after the end of a line. What is not a regular file is written to as by `writing`.
+    It is positioned at its end, on a new line. What is not a regular file is written to as by `writing`.
     """
     mode = _mode(path)
     if str(path) == STDOUT or _descriptor(path) is not None or (mode is not None and not stat.S_ISREG(mode)):
@@ -95,7 +95,7 @@ def appending(path: str | Path) -> Iterator[BinaryIO]:
         return
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK | os.X_OK):  # of this folder, this file alone may be written to
+    if not os.access(target.parent, os.W_OK | os.X_OK):  # the folder is read-only, the file is not
         with target.open("ab") as file:
             yield file
         return
@@ -112,7 +112,7 @@ def appending(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Whether `writing` can write to a name. Opens nothing, since that could wait for a pipe's reader; makes nothing.
+    """Check that `writing` can write to a path. Opens nothing, which could block on a pipe, and creates nothing.
 
     Raises:
         UserError: It cannot.
@@ -123,7 +123,7 @@ def check_writable(path: str | Path) -> None:
         raise UserError("a file to write to has no name: got ''")
     descriptor = _descriptor(path)
     if descriptor is not None:
-        import fcntl  # where there are names of descriptors, there is this
+        import fcntl  # available wherever descriptors have names
 
         try:
             flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -150,12 +150,12 @@ def check_writable(path: str | Path) -> None:
 
 
 def is_stdout(path: str | Path | None) -> bool:
-    """Whether a name is that of standard output, so that nothing else should go there."""
+    """Whether a path is standard output, so that nothing else should be printed there."""
     return path is not None and (str(path) == STDOUT or _descriptor(path) == 1)
 
 
 def _mode(path: str | Path) -> int | None:
-    """Kind and permissions of what a name leads to; None where there is nothing yet."""
+    """File type and permissions of what a path leads to; None if there is nothing yet."""
     try:
         return os.stat(path).st_mode
     except FileNotFoundError:
@@ -172,12 +172,12 @@ def _check_kind(path: str | Path, mode: int | None) -> None:
 
 
 def _descriptor(path: str | Path) -> int | None:
-    """N where a path is a name of this process's descriptor N, such as /dev/stdout and the /dev/fd/63 of `>(...)`.
+    """N if a path names this process's descriptor N, such as /dev/stdout or the /dev/fd/63 of `>(...)`; else None.
 
-    What it leads to need not have a name, and if it has one, others write to it through the same descriptor.
+    The open file need not have a name, and if it has one, others may write through the same descriptor.
     """
     path = os.fspath(path)
-    for _ in range(40):  # links; the system follows as many
+    for _ in range(40):  # links; the kernel's own limit
         folder, name = os.path.split(path)
         folder = os.path.realpath(folder)
         if name.isdecimal() and folder in ("/dev/fd", f"/proc/{os.getpid()}/fd"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One writer to a folder or a file: locks that die with their process, and so tell what a killed one left."""
+"""One writer for a folder or a file: locks that end with their process, and so identify what a killed one left."""
 
 import datetime
 import errno
@@ -26,28 +26,28 @@ _logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".internimage.lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-_FAR = 1 << 30  # on Windows a locked byte cannot be read, so it is one behind the text
+_FAR = 1 << 30  # on Windows a locked byte cannot be read, so it is one beyond the text
 
-# Folders of `hold` and files of `hold_file`. The system's locks are of a process: it would give this one the same lock
-# again, and take it away as soon as this process closes the file anywhere. So these are not even opened.
+# Folders of `hold` and files of `hold_file`. The system's locks belong to a process: it would grant this one the same
+# lock again, and release it as soon as this process closes the file anywhere. So these are not even opened.
 _held: set[str] = set()
 _held_lock = threading.Lock()
 
 
 class LockedError(UserError, OSError):
-    """Another run writes to the folder."""
+    """Another run is writing to the folder."""
 
 
 @contextmanager
 def hold(folder: Path, warn: bool = True) -> Iterator[None]:
-    """Be the only one that writes to a folder, which is there. Elsewhere than in `hold` the folder is free to all.
+    """Be the only writer to a folder, among all that use `hold`.
 
-    The lock is a POSIX record lock (not flock, which a loader's workers inherit, and would keep after a kill), so the
+    The lock is a POSIX record lock (not flock, which a loader's workers inherit and would keep after a kill), so the
     system releases it however the process ends.
 
     Args:
-        folder: The folder.
-        warn: Where the file system has no locks; another run could write there too.
+        folder: The folder; exists.
+        warn: Warn if the file system has no locks, so that another run could write there too.
 
     Raises:
         LockedError: Another run holds it; the message says which.
@@ -66,10 +66,10 @@ def hold(folder: Path, warn: bool = True) -> Iterator[None]:
 
 @contextmanager
 def hold_file(file: int, path: Path) -> Iterator[bool]:
-    """Hold an open file while it is written to, under the name that it has; closing it anywhere ends that.
+    """Hold an open file while it is written to; closing it anywhere releases the lock.
 
     Yields:
-        Whether the name is still this file's: another process may have taken it for one that a killed process left.
+        Whether the path is still this file: another process may have removed it as one that a killed process left.
     """
     with _noted(path):
         yield _try_lock(file) is not False and _is_at(file, path)
@@ -77,13 +77,13 @@ def hold_file(file: int, path: Path) -> Iterator[bool]:
 
 @contextmanager
 def taken_over(path: Path) -> Iterator[bool | None]:
-    """Hold a file that another process has made, unless that one lives.
+    """Hold a file that another process created, unless that process is still running.
 
     Yields:
-        Whether the file's writer is dead. None where that cannot be known, since the file system has no locks.
+        Whether the file's writer is dead; None if that cannot be known, as the file system has no locks.
 
     Raises:
-        OSError: The file is not there, or may not be written to.
+        OSError: The file does not exist, or is read-only.
     """
     with _looking(path.parent if path.name == LOCK_FILE else path) as free:
         if not free:
@@ -99,10 +99,10 @@ def taken_over(path: Path) -> Iterator[bool | None]:
 
 @contextmanager
 def turn(path: Path) -> Iterator[BinaryIO]:
-    """Wait for the turn to replace a file, which is made if there is none. Elsewhere than in `turn` it is free to all.
+    """Wait for the turn to replace a file, among all that use `turn`; creates it if there is none.
 
     Yields:
-        The file, to read: opened once more, it would be free as soon as that is closed.
+        The file, for reading: opening it once more, and closing that, would release the lock.
 
     Raises:
         OSError: The file cannot be opened.
@@ -111,19 +111,19 @@ def turn(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
             while _try_lock(file.fileno()) is False:
                 time.sleep(0.01)
-            if _is_at(file.fileno(), path):  # else another one was put in its place meanwhile
+            if _is_at(file.fileno(), path):  # else it was replaced meanwhile
                 yield file
                 return
 
 
 def check_free(folder: Path) -> None:
-    """A look at the lock, which makes nothing: LockedError where another run holds it."""
+    """Raise LockedError if another run holds the folder; creates nothing."""
     with _looking(folder) as free:
         if not free:
             raise LockedError(_refusal(folder, f"this process ({os.getpid()})"))
         try:
             file = _open(folder / LOCK_FILE, os.O_RDWR)
-        except OSError:  # there is none, or `hold` will say what is wrong
+        except OSError:  # there is none, or `hold` reports what is wrong
             return
         try:
             if _try_lock(file) is False:
@@ -134,7 +134,7 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def _noted(path: Path) -> Iterator[bool]:
-    """Note what this process holds; yields whether it was free, as far as this process goes."""
+    """Record what this process holds; yields whether it was free, as far as this process is concerned."""
     key = os.path.realpath(path)
     with _held_lock:
         free = key not in _held
@@ -149,13 +149,13 @@ def _noted(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def _looking(path: Path) -> Iterator[bool]:
-    """Yields whether it is free, as far as this process goes, and keeps it so: no other thread begins to hold it."""
+    """Yield whether this process does not hold it; meanwhile no other thread can begin to hold it."""
     with _held_lock:
         yield os.path.realpath(path) not in _held
 
 
 def _open(path: Path, flags: int) -> int:
-    """A link of that name leads to somebody's file, which is not to be emptied; a pipe would be waited for."""
+    """Open a regular file: a link could lead to someone's file, and opening a pipe would block."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -165,15 +165,15 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _acquire(folder: Path, warn: bool) -> int | None:
-    """The locked file's descriptor; None where the file system has no locks."""
+    """The locked file's descriptor; None if the file system has no locks."""
     path, owner = folder / LOCK_FILE, ""
     for attempt in range(20):
-        if attempt:  # it may be a look of `check_free`, or a killed process that is not gone yet
+        if attempt:  # it may be a `check_free`, or a killed process that has not exited yet
             time.sleep(0.05)
         file = _open(path, os.O_RDWR | os.O_CREAT)
         try:
             locked = _try_lock(file)
-            # whoever held it may have removed it meanwhile: the next one would lock another file of this name
+            # its last holder may have removed it meanwhile: the next process would lock another file of this name
             if locked and _is_at(file, path):
                 since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
                 os.ftruncate(file, 0)
@@ -196,13 +196,13 @@ def _acquire(folder: Path, warn: bool) -> int | None:
 
 def _release(path: Path, file: int) -> None:
     try:
-        if fcntl is not None:  # removed while it is held: no other's file can stand there
+        if fcntl is not None:  # removed while it is held, so it cannot be another's file
             path.unlink(missing_ok=True)
-    except OSError:  # it says nothing once it is not locked
+    except OSError:  # without a lock the file has no meaning
         pass
     finally:
         os.close(file)
-    if fcntl is None:  # Windows removes no open file, thus none that another process has locked since
+    if fcntl is None:  # Windows cannot remove an open file, so not one that another process has locked since
         try:
             path.unlink(missing_ok=True)
         except OSError:
@@ -210,7 +210,7 @@ def _release(path: Path, file: int) -> None:
 
 
 def _try_lock(file: int) -> bool | None:
-    """Whether the lock was free; None where the file system has none."""
+    """Whether the lock was free; None if the file system has none."""
     try:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,5 +242,5 @@ def _owner(file: int) -> str:
 
 
 def _refusal(folder: Path, owner: str) -> str:
-    owner = next(iter(owner.splitlines()), "") or "a process that has not said its name yet"
+    owner = next(iter(owner.splitlines()), "") or "a process that has not written its name yet"
     return f"another run is writing to '{folder}': {owner}. Wait for its end, or name another folder"

@@ -273,7 +273,7 @@ BROKEN = {
     "shorter than it says": (Fault("/blobs/", short=100), "another size than announced and has been deleted"),
     "longer than it says": (Fault("/resolve/", "HEAD", size=3000), "another size than announced"),
     "damaged": (Fault("/blobs/", damage=5000, times=2), "'model.safetensors' was corrupted again and has been deleted"),
-    "damaged header": (Fault("/blobs/", damage=30, times=2), "was corrupted again and has been deleted.*announced was"),
+    "damaged header": (Fault("/blobs/", damage=30, times=2), "corrupted again.*the expected checksum is"),
     "forbidden": (Fault("/blobs/", status=403), "403"),
     "bad token": (
         Fault("/resolve/", "HEAD", 99, 401, {"X-Error-Message": "Invalid credentials in Authorization header"}),

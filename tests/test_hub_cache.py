@@ -431,7 +431,7 @@ def test_cache_without_links(offline, local_hub, cache, content, monkeypatch, ca
             load(cache)
         subprocess.run(["rm", "-r", *map(str, cache.rglob(verify.MARKERS))], check=True)
         load(cache)
-        assert "cannot be checked: the cache does not keep its checksum, and the Hub does not tell it" in caplog.text
+        assert "cannot be checked: the cache does not keep its checksum, and the Hub did not provide it" in caplog.text
     else:
         assert load(cache) == content
         assert "cannot be checked" not in caplog.text

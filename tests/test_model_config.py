@@ -134,7 +134,7 @@ VALUES = {
     "interpolation a list": (dict(pretrained_cfg=dict(interpolation=[1])), "interpolation must be such as 'bicubic'"),
     "classifier a number": (dict(pretrained_cfg=dict(classifier=5)), "classifier must be a layer's name, got 5"),
     "classifier a list of numbers": (dict(pretrained_cfg=dict(classifier=[5])), "classifier must be a layer's name"),
-    "size null": (dict(pretrained_cfg=dict(input_size=None)), "input_size must not be null; it may be left out"),
+    "size null": (dict(pretrained_cfg=dict(input_size=None)), "input_size must not be null; omit it"),
     "pooling size": (dict(pretrained_cfg=dict(pool_size=["a", 1])), "height and width of pool_size must be"),
     "license a list": (dict(pretrained_cfg=dict(license=["mit"])), "license must be text"),
     "tag a number": (dict(pretrained_cfg=dict(tag=3)), "tag must be text, got 3"),

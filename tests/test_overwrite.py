@@ -103,7 +103,7 @@ def test_a_run_is_not_a_conversion(source, tmp_path):
     before = contents(tmp_path)
     with pytest.raises(ConvertError, match="is not empty, and its config.json does not say"):
         overwrite(source / "a.pth", tmp_path)
-    with pytest.raises(ConvertError, match=rf"the source '{tmp_path}' stands in '{tmp_path}', which the result would"):
+    with pytest.raises(ConvertError, match=rf"the source '{tmp_path}' is in '{tmp_path}', which the result would"):
         overwrite(tmp_path, tmp_path)
     assert contents(tmp_path) == before
 

@@ -73,8 +73,8 @@ def test_all_but_the_classifier_is_frozen(name):
     ("name", "freeze", "reason"),
     [
         ("vit_tiny_patch16_224", 1, "'vit_tiny_patch16_224' has no stages of several resolutions; 5 works"),
-        ("pit_ti_224", 2, "'pit_ti_224' does not tell its layers apart"),
-        ("rdnet_tiny", 1, "'rdnet_tiny' does not tell its layers apart"),  # timm raises AssertionError
+        ("pit_ti_224", 2, "'pit_ti_224' does not group its parameters into layers"),
+        ("rdnet_tiny", 1, "'rdnet_tiny' does not group its parameters into layers"),  # timm raises AssertionError
         ("hiera_tiny_224", 1, "'hiera_tiny_224' cannot be split into stages: 'pos_embed' is in no module of one"),
         ("levit_128s", 4, "'freeze' cannot be 4: 'levit_128s' has 3 stages"),
     ],
@@ -82,7 +82,7 @@ def test_all_but_the_classifier_is_frozen(name):
 def test_freezing_is_refused_by_name(name, freeze, reason):
     with pytest.raises(ConfigError, match=reason):
         frozen_parts(create(name), freeze)
-    with pytest.raises(ConfigError, match="'Linear' does not tell its layers apart"):
+    with pytest.raises(ConfigError, match="'Linear' does not group its parameters into layers"):
         frozen_parts(nn.Linear(2, 2), freeze)
 
 
@@ -126,8 +126,11 @@ def test_blocks_are_sharded_one_by_one(name, first, count, world):
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (partial(create, "pit_ti_224"), "'parallel' cannot be fsdp: 'pit_ti_224' does not tell its layers apart"),
-        (partial(nn.Linear, 2, 2), "'Linear' does not tell its layers apart"),
+        (
+            partial(create, "pit_ti_224"),
+            "'parallel' cannot be fsdp: 'pit_ti_224' does not group its parameters into layers",
+        ),
+        (partial(nn.Linear, 2, 2), "'Linear' does not group its parameters into layers"),
     ],
 )
 def test_a_model_is_never_sharded_as_one_piece(build, reason, world):

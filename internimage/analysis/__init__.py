@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Looking into a model: where its layers sample."""
+"""Analysis of a model: where its layers sample."""
 
 from .points import draw_points, sampled_points
 

@@ -18,7 +18,7 @@ from ..models.parts import NoSuchParts, sampling_layers, sampling_layers_of_stag
 from ..terminal import printable
 
 _TILE = 224  # longest side of one drawn image in pixels
-_FINE = 3  # drawn so many times as large and reduced, for smooth edges
+_FINE = 3  # drawn this many times as large and reduced, for smooth edges
 _GAP, _TEXT, _LINE = 16, 13, 19  # between tiles; size of letters; height of a line
 _INK, _PALE, _PAPER = "#1a1a1a", "#5f6368", "#ffffff"
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45")
@@ -66,9 +66,9 @@ def sampled_points(model: nn.Module, images: Tensor, layer: str | None = None) -
 def point_tiles(
     model: nn.Module, images: list[Image.Image], config: dict[str, Any], layer: str | None = None
 ) -> tuple[str, list[Image.Image]]:
-    """A picture of each image, at most 224 pixels a side, with the points that its middle output pixel is made from.
+    """A picture of each image, at most 224 pixels per side, with the points that its middle output pixel depends on.
 
-    A cross marks the output pixel, a dot each sampled point: its color tells the group, its size the weight.
+    A cross marks the output pixel, a dot each sampled point: its color shows the group, its size the weight.
 
     Args:
         model: As in `sampled_points`; is left in eval mode.
@@ -120,7 +120,7 @@ def _dot(draw: ImageDraw.ImageDraw, at: tuple[float, float], radius: float, colo
 
 def _cross(draw: ImageDraw.ImageDraw, at: tuple[float, float], fine: int) -> None:
     x, y = at
-    for color, arm, thickness in (("black", 9, 5), ("yellow", 7, 2)):  # seen on any background
+    for color, arm, thickness in (("black", 9, 5), ("yellow", 7, 2)):  # visible on any background
         draw.line([x - arm * fine, y, x + arm * fine, y], fill=color, width=thickness * fine)
         draw.line([x, y - arm * fine, x, y + arm * fine], fill=color, width=thickness * fine)
 
@@ -132,13 +132,13 @@ def draw_points(
     path: str | Path,
     layer: str | None = None,
 ) -> str:
-    """Draw the points that the output pixel in the middle of each image is computed from, as one picture with a legend.
+    """Draw the points that the middle output pixel of each image is computed from, as one picture with a legend.
 
     Args:
         model: As in `sampled_points`; is left in eval mode.
-        images: (name, image) pairs, at least one; the end of the name stands below the image.
+        images: (name, image) pairs, at least one; the end of the name is shown below the image.
         config: timm's preprocessing.
-        path: File to write; its ending tells the format, such as `.png`. A pipe gets PNG.
+        path: File to write; its suffix determines the format, such as `.png`. A pipe gets PNG.
         layer: As in `sampled_points`.
 
     Returns:
@@ -146,12 +146,12 @@ def draw_points(
 
     Raises:
         UserError: The model has no such layer, or Pillow knows no format by that ending.
-        WriteError: The file cannot be written; one that was there is as it was.
+        WriteError: The file cannot be written; an existing one is unchanged.
     """
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE and path.exists() and not path.is_file() and not path.is_dir():
-        kind = "PNG"  # a pipe or a device, whose name says nothing
+        kind = "PNG"  # a pipe or a device, whose name has no suffix
     if kind not in Image.SAVE:
         raise UserError(f"'{path}' cannot be written as a picture: its name must end in .png, .jpg or .webp")
     layer, tiles = point_tiles(model, [image for _, image in images], config, layer)
@@ -192,7 +192,7 @@ def _sheet(names: list[str], tiles: list[Image.Image], layer: str) -> Image.Imag
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, keep_end: bool = False) -> str:
-    """The text, shortened where it is wider; of a path the end tells more. What is no text is written out."""
+    """The text, shortened to a width; a path keeps its end. Unprintable characters are escaped."""
     text = printable(text)
     if font.getlength(text) <= width:
         return text

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Released weights to a folder that timm, transformers and the Hub take, and from there to the Hub."""
+"""Weights of any format to a folder for timm, transformers and the Hub, and its upload."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Weights in any format to a folder that timm, transformers and the Hub take.
+"""Converting weights of any format to a folder for timm, transformers and the Hub.
 
-The folder has `model.safetensors` (or shards and their index) under our names, timm's `config.json`, and a model card.
-Weights are read, cast and written a tensor at a time.
+The folder has `model.safetensors` (or shards and their index) with our names, timm's `config.json`, and a model card.
+Weights are read, cast and written one tensor at a time.
 """
 
 import json
@@ -41,7 +41,7 @@ HEAD_22K_TO_1K = "22k-to-1k"
 
 @dataclass
 class Conversion:
-    """What was written."""
+    """What a conversion has written."""
 
     folder: Path  #: where it is
     model: str  #: architecture, with the tag of released weights
@@ -66,26 +66,25 @@ def convert(
     cache_dir: str | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Conversion:
-    """Convert weights to a folder, which appears under its name only when it is whole.
+    """Convert weights to a folder, which appears under its name only once it is complete.
 
     Args:
         source: See `find_source`.
-        destination: Folder to make.
-        model: timm's name of the model, with or without a tag; found out if None.
+        destination: Folder to create.
+        model: timm's name of the model, with or without a tag; detected if None.
         model_kwargs: Arguments of the model where it differs from that name.
-        dtype: Of all floating-point tensors, as models have them: float64, float32, bfloat16 or float16; None keeps
-            each as it is.
-        shard_size: Largest file of weights, in bytes or as in "5GB"; more are split, with an index.
+        dtype: Of all floating-point tensors: float64, float32, bfloat16 or float16; None keeps their own.
+        shard_size: Largest file of weights, in bytes or such as "5GB"; beyond, they are split, with an index.
         head: "22k-to-1k" keeps ImageNet-1k's rows of an ImageNet-22k classifier.
         use_ema: Take the averaged weights of a source that has both.
-        verify: Read the result and compare every tensor, bit by bit, before it gets its name.
-        overwrite: Replace the model in a folder that an earlier conversion has written. Other files there stay, and so
-            does a card that was edited.
+        verify: Read the result back and compare every tensor, bit by bit, before it gets its name.
+        overwrite: Replace the model in a folder that an earlier conversion has written. Other files are kept, and so is
+            a card that was edited.
         cache_dir: For downloads.
-        progress: Called with the bytes of each tensor written.
+        progress: Called with the number of bytes of each tensor written.
 
     Raises:
-        ConvertError: See there; or `dtype` is another, or cannot hold a value of the weights.
+        ConvertError: The weights cannot be converted, or the folder cannot be written; the message says why.
         CheckpointError: The weights cannot be read, or do not fit the model.
     """
     if dtype is not None and not is_weights(dtype):
@@ -104,7 +103,7 @@ def convert(
     if headless:
         _logger.warning("%s has no head: the folder is for features_only=True and num_classes=0", weights.origin)
     entries = {key: _cast(key, entry, dtype) for key, entry in found.items()}
-    # other classes under a released name are somebody's own weights, of which nothing is known
+    # with other classes than released they are someone's own weights, about which nothing is known
     own = built.num_classes != built.pretrained_cfg["num_classes"] and not reduce_head
     published = None if own else found_source.published
     name = f"{built.pretrained_cfg['architecture']}"
@@ -218,7 +217,7 @@ def _verify(folder: Path, entries: dict[str, Entry]) -> None:
         raise ConvertError(f"the result has other tensors than the source: {sorted(set(written) ^ set(entries))[:10]}")
     for key, entry in entries.items():
         expected, actual = entry.read(), written[key].read()
-        # as bytes: NaN equals nothing, and -0 is not 0
+        # as bytes: NaN equals nothing, and -0 equals 0
         same = (expected.shape, expected.dtype) == (actual.shape, actual.dtype) and torch.equal(
             expected.reshape(-1).view(torch.uint8), actual.reshape(-1).view(torch.uint8)
         )
@@ -230,10 +229,10 @@ def _verify(folder: Path, entries: dict[str, Entry]) -> None:
 
 
 def check_folder(folder: str | Path) -> list[str]:
-    """The files of a converted folder that belong on the Hub, after a look at whether it is whole.
+    """The files of a converted folder to upload to the Hub, after a check that it is complete.
 
     Raises:
-        CheckpointError: Its configuration and its weights do not belong together, or some of them are missing.
+        CheckpointError: Its configuration and weights do not fit together, or some of them are missing.
     """
     folder = Path(folder).expanduser()
     config = find_model_config(folder) if folder.is_dir() else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which model weights belong to."""
+"""Detecting the model that weights belong to."""
 
 import logging
 from functools import cache
@@ -28,17 +28,17 @@ class ConvertError(UserError, RuntimeError):
 def model_of(
     source: Source, weights: Weights, name: str | None, model_kwargs: dict[str, Any], reduce_head: bool
 ) -> tuple[FamilyModel, bool]:
-    """The model that weights belong to, on the meta device, and whether they lack a head.
+    """The model that weights belong to, on the meta device, and whether the weights lack a head.
 
     Args:
         source: Where the weights are.
         weights: The same, opened.
-        name: timm's name of the model; found out if None.
+        name: timm's name of the model; detected if None.
         model_kwargs: Arguments of the model where it differs from that name.
         reduce_head: The model gets ImageNet-1k's classes.
 
     Raises:
-        ConvertError: It is of no released size and no name was given, or cannot be built.
+        ConvertError: It has no released size and no name was given, or it cannot be built.
         CheckpointError: The weights hold no model of this package.
     """
     unknown = [key for key in model_kwargs if key in NOT_OF_A_MODEL]
@@ -70,7 +70,7 @@ def model_of(
 
 
 def _family_of(weights: Weights) -> tuple[Family, dict[str, Shape]]:
-    """The family that weights are of, and the shapes of its model's tensors in them."""
+    """The family of weights, and the shapes of their tensors under its names."""
     known = families()
     possible = [family for family in known if family.key_map.prefixes(weights)]
     for family in [family for family in possible if family.key_map.is_in(weights)] or possible:
@@ -89,7 +89,7 @@ def _build(name: str, family: Family, **kwargs: Any) -> FamilyModel:
 
 
 def _described(source: Path) -> tuple[Path, ModelConfig] | None:
-    """The folder with a timm config.json that a source is, or is in, and what that says; transformers' is ignored.
+    """The folder that a source is, or is in, and its config.json if that is timm's.
 
     Raises:
         ModelConfigError: The source is a folder whose config.json is damaged.
@@ -106,7 +106,7 @@ def _described(source: Path) -> tuple[Path, ModelConfig] | None:
 
 
 def _guess(family: Family, shapes: dict[str, Shape], path: Path) -> str:
-    """The released model with these channels, depths and classes; without its tag if the classes are others."""
+    """The released model with these channels, depths and classes; without a tag if the number of classes differs."""
     size, classes = family.key_map.size(shapes), family.key_map.num_classes(shapes)
     tagged = [name for name in PUBLISHED if family_of(name) is family]
     names = list(dict.fromkeys(name.partition(".")[0] for name in tagged))

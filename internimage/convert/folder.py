@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The folder that `convert` writes: how it is known as ours, and how a new model takes the place of an old one in it.
+"""The folder that `convert` writes: how it is recognized as ours, and how a new model replaces an old one in it.
 
-Only files that `convert` writes are replaced, by their names, and only in a folder whose config.json says that
-`convert` made it. All else that is there stays.
+Only files with the names that `convert` writes are replaced, and only in a folder whose config.json says that `convert`
+wrote it. Everything else is kept.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ from .detect import ConvertError
 _logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-MARK = "internimage"  # key of config.json; timm and transformers pass it over
+MARK = "internimage"  # key of config.json; timm and transformers ignore it
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def mark(config: dict[str, Any], card: str) -> None:
-    """Note in a config.json that `convert` wrote the folder, and the card: one that was edited later is not ours."""
+    """Record in a config.json that `convert` wrote the folder, and the card's digest, which shows later edits."""
     config[MARK] = {"written_by": "internimage convert", "card": _digest(card.encode())}
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Whether a model may be written to a folder, once what a killed conversion left there is mended.
+    """Check that a model may be written to a folder, after cleaning up what a killed conversion left there.
 
     Raises:
-        ConvertError: It is no folder; it holds a model, and `overwrite` is false; or it holds what is not ours.
+        ConvertError: It is not a folder; it contains a model, and `overwrite` is false; or it contains other files.
     """
     if folder.exists() and not folder.is_dir():
         raise ConvertError(f"'{folder}' is not a folder; the result is one")
@@ -55,25 +55,25 @@ def check_destination(folder: Path, overwrite: bool) -> None:
 
 
 def check_source(source: Path, folder: Path) -> None:
-    """ConvertError where weights stand in the folder that they would be written to."""
+    """Raise ConvertError if weights are in the folder that the result would replace."""
     if not source.exists() or not folder.is_dir():
         return
     real = Path(os.path.realpath(folder))
     files = list(source.iterdir()) if source.is_dir() else []
     sources = [Path(os.path.realpath(path)) for path in (source, *files)]
     if any(real == path or (real == path.parent and _is_ours(path.name)) for path in sources):
-        raise ConvertError(f"the source '{source}' stands in '{folder}', which the result would replace: name another")
+        raise ConvertError(f"the source '{source}' is in '{folder}', which the result would replace: name another")
 
 
 @contextmanager
 def staging(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder on the same disk to write a model to, for `place`; is removed at the end.
+    """A new folder on the same disk to write a model to, for `place`; removed at the end.
 
     Raises:
         ConvertError: As `check_destination`.
         internimage.locks.LockedError: Another conversion writes to the folder.
     """
-    real = Path(os.path.realpath(folder))  # a link stays a link
+    real = Path(os.path.realpath(folder))  # keeps a symbolic link
     if not real.exists():
         real.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(real.parent) as partial:
@@ -93,10 +93,10 @@ def _new(partial: Path) -> Path:
 
 
 def place(staged: Path, folder: Path) -> list[str]:
-    """Give a staged model its name, in place of an older one if there is one.
+    """Move a staged model to its place, replacing an older one if there is one.
 
-    Whenever this ends, the folder holds the old model, the new one, or none that loads: config.json goes first and
-    comes last. After a kill the next command that writes there ends it; until then nothing loads.
+    At any time the folder has the old model, the new one, or none that loads: config.json is removed first and added
+    last. After a kill, the next command that writes there completes it; until then nothing loads.
 
     Returns:
         The names of the files that were placed.
@@ -105,7 +105,7 @@ def place(staged: Path, folder: Path) -> list[str]:
     new = sorted(os.listdir(staged), key=_order)
     sync_folder(staged)
     if real not in staged.parents:
-        os.rename(staged, real)  # refuses a folder that somebody has put something into meanwhile
+        os.rename(staged, real)  # fails if something was put into the folder meanwhile
         sync_folder(real.parent)
         return sorted(new)
     cards = _cards(real) or []
@@ -126,17 +126,17 @@ def _is_ours(name: str) -> bool:
 
 
 def _order(name: str) -> int:
-    """In which files appear; they go in the reverse order. An index without all of its shards is refused by readers."""
+    """The order in which files are added; they are removed in reverse. Readers refuse an index with missing shards."""
     return 3 if name == CONFIG else 1 if name.endswith(INDEX_SUFFIX) else 2 if _WEIGHTS.fullmatch(name) else 0
 
 
 def _entries(folder: Path) -> list[str]:
-    """Names in a folder, without what a killed process can leave."""
+    """Names in a folder, except for what a killed process may have left."""
     return [name for name in os.listdir(folder) if not is_leftover(name)]
 
 
 def _cards(folder: Path) -> list[str] | None:
-    """Digests of the cards that `convert` has written to a folder; None where nothing proves that it is ours."""
+    """Digests of the cards that `convert` has written to a folder; None if nothing shows that the folder is ours."""
     for read in (_cards_in_journal, _cards_in_config):
         try:
             return [str(card) for card in read(folder)]

@@ -36,15 +36,15 @@ def model_card(
     """The text of README.md.
 
     Args:
-        model: The model; its `pretrained_cfg` tells the image size.
+        model: The model; its `pretrained_cfg` has the image size.
         name: Architecture, with the tag of released weights.
         source: Where the weights came from.
-        published: What upstream published about them; None for weights of one's own, of which the card states neither
-            license nor data nor accuracy.
+        published: What upstream published about them; None for other weights, for which the card states no license,
+            data or accuracy.
         parameters: Their number.
         dtypes: Of the tensors.
         head_from_22k: The classifier has ImageNet-1k's rows of an ImageNet-22k one.
-        headless: There is a backbone only.
+        headless: The weights are of a backbone only.
     """
     size = model.pretrained_cfg["input_size"][-1]
     data = ModelCardData(
@@ -61,7 +61,7 @@ def model_card(
         f"- Converted from: `{source}`",
     ]
     if published is not None:
-        # a head of selected rows is not what the published accuracy was measured with
+        # the published accuracy was not measured with a head of selected rows
         measured = published.top1 is not None and not head_from_22k
         data.license = "mit"
         data.datasets = ["imagenet-1k"] if published.pretrain == "ImageNet-1k" else ["imagenet-22k"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model for a command: by name, from a folder, or with a file of weights."""
+"""Creating the model of a command: by name, from a folder, or with a file of weights."""
 
 import difflib
 import logging
@@ -29,13 +29,13 @@ from ..weights.readers import existing_path, open_weights
 
 _logger = logging.getLogger(__name__)
 
-# how building a model fails for a user's mistake; others of timm's have no checks of their own, and fail in any way
+# how building a model fails on a user's mistake; timm's other models have no checks, and fail in any way
 _FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 _FOREIGN_FAILURES = (*_FAILURES, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError)
 
 
 class ModelError(UserError, ValueError):
-    """A model that does not exist, or that cannot do what it was asked."""
+    """A model that does not exist, or that cannot do what was asked."""
 
 
 def create_model(
@@ -52,18 +52,18 @@ def create_model(
     Args:
         name: `internimage_SIZE[.TAG]`, any other timm name, `hf-hub:REPO`, `local-dir:FOLDER`, or a folder that
             `finetune` or `convert` has written.
-        checkpoint: Weights for the architecture `name`. Of a folder with timm's config.json, everything is taken: the
-            arguments of the model, image size, labels and preprocessing, as if `name` were that folder. Of a file, the
-            weights alone and their number of classes, unless `num_classes` says otherwise.
-        pretrained: Load the weights that `name` stands for.
+        checkpoint: Weights for the architecture `name`. From a folder with timm's config.json everything is taken: the
+            arguments of the model, image size, labels and preprocessing, as if `name` were that folder. From a file,
+            only the weights and their number of classes, unless `num_classes` is given.
+        pretrained: Load the weights that `name` refers to.
         num_classes: Instead of the weights' own.
-        use_ema: Of a checkpoint that has averaged weights beside the others, take those.
-        img_size: Image side, for models that are built for one size, such as ViTs. Others do without;
+        use_ema: Take the averaged weights of a checkpoint that has both.
+        img_size: Image side, for models that are built for one size, such as ViTs. Others ignore it;
             `data_config(model, img_size)` checks both.
         kwargs: For `timm.create_model`.
 
     Raises:
-        ModelError: There is no such model, the message has the nearest names; or it cannot be built.
+        ModelError: There is no such model, and the message has the nearest names; or it cannot be built.
         internimage.CheckpointError: The weights, or the config.json beside them, cannot be read or do not fit.
     """
     name, config = _find(name, kwargs.get("cache_dir"))
@@ -97,7 +97,7 @@ def create_model(
         if use_ema:
             kwargs["use_ema"] = True
         if checkpoint is not None:
-            weights = open_weights(checkpoint, use_ema)  # here and nowhere else: an old pickle is read whole
+            weights = open_weights(checkpoint, use_ema)  # only here: an old pickle is read whole
             overlay: dict[str, Any] = dict(file=str(checkpoint), source="", state_dict=weights)
             if num_classes is None:
                 kwargs["num_classes"] = overlay["num_classes"] = count_classes(weights, family.key_map)
@@ -115,7 +115,7 @@ def create_model(
 
 
 def _find(name: str, cache_dir: str | None) -> tuple[str, ModelConfig | None]:
-    """timm's name for what a user names, and the config.json that comes with it; None without one."""
+    """timm's name of what a user names, and its config.json; None without one."""
     if not name:
         raise ModelError(f"the name of the model is empty; ours are {', '.join(list_models())}")
     source, colon, rest = name.partition(":")
@@ -137,7 +137,7 @@ def _find(name: str, cache_dir: str | None) -> tuple[str, ModelConfig | None]:
 
 
 def _instead_of(name: str) -> str:
-    """What a misspelled name may have been, for a message; ours alone if the nearest is one of ours."""
+    """Suggestions for a misspelled name, for a message; only our models if the nearest one is ours."""
     ours = known_models()
     near = difflib.get_close_matches(name, [*ours, *timm.list_models(include_tags=True)], n=3, cutoff=0.5)
     if near and near[0] in ours:
@@ -152,7 +152,7 @@ def _existing_checkpoint(checkpoint: str | Path) -> Path:
 
 
 def _config_beside(file: Path) -> ModelConfig | None:
-    """What the config.json says that belongs to a file of weights; None without a usable one."""
+    """The config.json that belongs to a file of weights; None without a usable one."""
     if file.name not in WEIGHT_FILES:
         return None
     try:
@@ -163,9 +163,9 @@ def _config_beside(file: Path) -> ModelConfig | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Why timm could not build a model, in a user's terms."""
+    """Why timm could not build a model, in the user's terms."""
     text = one_line(error)
-    if "weights_only" in text:  # advice for programmers, and to let the file run code
+    if "weights_only" in text:  # torch advises programmers to let the file run code
         return "its weights are a pickle that holds something else than data, and nothing else is unpickled"
     if isinstance(error, LocalEntryNotFoundError):
         where = f"from {constants.ENDPOINT}, nor found in the cache"
@@ -188,7 +188,7 @@ def _create_foreign(
     img_size: int | None,
     kwargs: dict[str, Any],
 ) -> nn.Module:
-    """A timm model that is not ours, with local weights read by our reader: timm's would pass on torch's advice."""
+    """A timm model that is not ours. Local weights are read by our reader, since timm's would show torch's advice."""
     registered = timm.get_pretrained_cfg(name) if config is None else None
     cfg = config.pretrained_cfg if config is not None else registered.to_dict() if registered is not None else {}
     if img_size is not None and (cfg.get("fixed_input_size") or "img_size" in getattr(config, "model_args", {})):
@@ -199,7 +199,7 @@ def _create_foreign(
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     opened = open_weights(weights, use_ema)
     check_plain(opened, opened, opened.origin)
-    entries = clean_state_dict(dict(opened))  # of the prefixes that parallel and compiled training leaves
+    entries = clean_state_dict(dict(opened))  # removes the prefixes of parallel and compiled training
     overlay = dict(state_dict={key: entry.read() for key, entry in entries.items()}, source="", custom_load=False)
     classifier = cfg.get("classifier")
     first = classifier[0] if isinstance(classifier, (list, tuple)) and classifier else classifier
@@ -207,7 +207,7 @@ def _create_foreign(
     asked = kwargs.pop("num_classes", None)
     in_file = head.shape[0] if head is not None and head.shape else asked
     if in_file is not None:
-        # the weights' own number first, as timm compares nothing at all where another is asked for
+        # first with the weights' own number, since timm compares nothing if another is asked for
         kwargs["num_classes"] = overlay["num_classes"] = in_file
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
@@ -239,7 +239,7 @@ def _check_img_size(img_size: int | None) -> None:
 
 
 def _check_takes(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Run a model on an image of a size that it may not take; on tensors without numbers, which cost nothing.
+    """Run a model on an image of a size that it may not take; on fake tensors, which cost nothing.
 
     Raises:
         ModelError: It does not take the size.
@@ -252,7 +252,7 @@ def _check_takes(model: nn.Module, input_size: tuple[int, int, int]) -> None:
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     model(torch.zeros(1, *input_size))
                 return
-            except Exception as error:  # of the model, or because it does what cannot be done without numbers
+            except Exception as error:  # of the model, or because fake tensors cannot do what it does
                 _logger.debug("%s: %s", type(model).__name__, error)
             model(torch.zeros(1, *input_size))
     except _FOREIGN_FAILURES as error:
@@ -271,7 +271,7 @@ def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float |
     A model of one channel reads gray images, normalized by the mean of the three channels' means.
 
     Raises:
-        ModelError: It does not, or takes neither one channel nor three, or an override is out of range.
+        ModelError: It does not, or takes neither one channel nor three; or an override is out of range.
     """
     _check_img_size(img_size)
     if crop_pct is not None and not (is_number(crop_pct) and 0 < crop_pct <= 2):  # timm takes 0 as not given
@@ -304,7 +304,7 @@ def pick_device(name: str = "auto") -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     there = _devices()
-    if name == "cpu:0":  # what torch takes too, and then calls another device than cpu
+    if name == "cpu:0":  # torch accepts it, and treats it as a device other than cpu
         name = "cpu"
     if name not in there:
         raise ModelError(
@@ -319,7 +319,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _devices() -> list[str]:
-    """The names of all devices that can be asked for."""
+    """The names of all available devices."""
     if not torch.accelerator.is_available():
         return ["cpu"]
     accelerator = torch.accelerator.current_accelerator()
@@ -328,7 +328,7 @@ def _devices() -> list[str]:
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """A readable name of every class: those saved with the weights, ImageNet's, or the indices."""
+    """Readable names of the classes: those saved with the weights, ImageNet's, or the indices."""
     cfg, count = pretrained_cfg(model), num_classes(model)
     names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
     if isinstance(names, dict):  # index -> name, as timm takes it where some classes have none

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training a part of a model: which modules keep their weights."""
+"""Training part of a model: which modules are frozen."""
 
 from torch import nn
 
@@ -9,10 +9,10 @@ from ..models.parts import NoSuchParts, stem_and_stages
 
 
 def frozen_parts(model: nn.Module, freeze: int) -> list[nn.Module]:
-    """The modules that `freeze` keeps as they are: the stem and so many stages, or with 5 all but the classifier.
+    """The modules that `freeze` freezes: the stem and that many stages, or with 5 all but the classifier.
 
     Raises:
-        ConfigError: The model has no stages, or not so many.
+        ConfigError: The model has no stages, or fewer.
     """
     if not freeze:
         return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""timm's optimizer and schedule by the config, and what is done to gradients before a step."""
+"""timm's optimizer and schedule from the config, and clipping of gradients."""
 
 import difflib
 
@@ -51,13 +51,13 @@ def create_optimizer(
             known = ("cosine", "step", "poly", "constant", "none")
             nearest = (difflib.get_close_matches(config.sched, known, n=1) or ["cosine"])[0]
             raise ConfigError(f"there is no schedule '{config.sched}'; did you mean '{nearest}'?")
-        for group in optimizer.param_groups:  # timm's schedules do this
+        for group in optimizer.param_groups:  # as timm's schedules do
             group["lr"] *= group.get("lr_scale", 1.0)
     return optimizer, scheduler
 
 
 def _scale_offsets(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
-    """Give the parameters of `offset_lr_factor` groups of their own."""
+    """Move the parameters that `offset_lr_factor` is for to groups of their own."""
     try:
         offsets = {id(parameter) for parameter in offset_parameters(model)}
     except NoSuchParts as error:
@@ -78,17 +78,17 @@ def _scale_offsets(optimizer: torch.optim.Optimizer, model: nn.Module, factor: f
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of what is trained fastest: the head's, with layer decay."""
+    """The largest learning rate: the head's, with layer decay."""
     return max(group["lr"] for group in optimizer.param_groups)
 
 
 def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Norm of all gradients together, of sharded ones too."""
+    """Norm of all gradients together, also if they are sharded."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def scale_grads(parameters: list[nn.Parameter], factor: float) -> None:
-    """Make gradients smaller, in place; a factor of 1 or more leaves them."""
+    """Scale gradients down, in place; a factor of 1 or more leaves them unchanged."""
     if factor < 1:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)

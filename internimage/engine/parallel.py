@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model over several processes: DDP, or FSDP2 with sharded weights."""
+"""A model in several processes: DDP, or FSDP2 with sharded weights."""
 
 import inspect
 import warnings
@@ -20,30 +20,30 @@ from .world import World
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
-    """The model in DDP, or as it is in a single process. Buffers are the processes' own: batch norm is synchronized."""
+    """The model in DDP, or unchanged in a single process. Buffers are not broadcast: batch norm is synchronized."""
     if world.size == 1:
         return model
-    # of depthwise kernels torch counts the strides otherwise than their gradients', and warns that this costs a copy
+    # torch strides depthwise kernels differently from their gradients, and warns that this costs a copy
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     options: dict[str, Any] = dict(gradient_as_bucket_view=True)
     if world.device.type != "cpu":
         options["device_ids"] = [world.device.index]
-    # torch 2.14 has given it another name
+    # renamed in torch 2.14
     known = inspect.signature(DistributedDataParallel).parameters
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
     return DistributedDataParallel(model, **options)
 
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
-    """Spread a model's weights over all processes, in place; each block's are gathered when it runs.
+    """Shard a model's weights over all processes, in place; those of a block are gathered when it runs.
 
     Args:
-        model: Is sharded block by block.
+        model: To be sharded block by block.
         world: The processes.
-        dtype: What blocks compute in; sharded weights, gradients' sums and batch norm stay in float32.
+        dtype: Of the computation; sharded weights, the reduction of gradients and batch norm stay in float32.
 
     Raises:
-        ConfigError: timm does not know the model's blocks; as one piece, each process would gather all of it.
+        ConfigError: The model's blocks are unknown; sharded as one unit, all of it would be gathered at once.
     """
     try:
         blocks = repeated_blocks(model)
@@ -68,7 +68,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def last_backward(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Context of a forward and backward pass: gradients are exchanged in the last one of a step alone."""
+    """Context of a forward and backward pass: gradients are reduced only in the last one of a step."""
     if isinstance(model, DistributedDataParallel):
         return nullcontext() if last else model.no_sync()
     if isinstance(model, FSDPModule):
@@ -78,7 +78,7 @@ def last_backward(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU, in the first process; to be called in all."""
+    """The full state dict, on the CPU of the first process; call it in all processes."""
     if not is_sharded(model):
         return model.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

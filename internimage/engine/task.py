@@ -78,8 +78,8 @@ class Task(ABC, Generic[Config, Result]):
         """
 
     def fingerprint(self) -> Any:
-        """What tells these samples from others with the same identity; asked of the first process alone, since looking
-        at many files takes time. None tells nothing."""
+        """What distinguishes these samples from others with the same identity; None if nothing does. Only called in the
+        first process, since looking at many files takes time."""
         return None
 
     @abstractmethod
@@ -138,7 +138,7 @@ class Task(ABC, Generic[Config, Result]):
 
     @abstractmethod
     def validate(self, model: nn.Module, world: World, unreadable: set[str], last: bool) -> Result:
-        """Evaluate the model; to be called in all processes at once. The training goes on with the same weights.
+        """Evaluate the model; to be called in all processes at once. Training continues with the same weights.
 
         Args:
             model: In any mode, on its device.

@@ -160,7 +160,7 @@ class Trainer(Generic[Config, Result]):
             self.log.flush()
 
     def _note(self, problem: UserError) -> None:
-        """Something went wrong in this process alone: the next exchange tells the others, and all stop."""
+        """Note an error of this process; the next collective tells the others, and all stop."""
         self._problem = self._problem or problem
 
     # ---- the loop

@@ -2,14 +2,14 @@
 """Checks of the model's arguments, before anything is allocated.
 
 They come from Python, from `--model-kwargs` and from a folder's config.json, so a wrong one can be of any type. The
-upper limits are far above any model in use; they are there because a mistyped number would fill the memory.
+upper limits are far above any model in use; they keep a mistyped number from exhausting the memory.
 """
 
 import math
 import operator
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from reprlib import repr  # shortens, so that a message stays a line whatever a file holds
+from reprlib import repr  # shortens, so that a message stays on one line whatever a file contains
 from typing import Any
 
 from timm.layers import get_act_layer
@@ -43,7 +43,7 @@ def is_number(value: Any) -> bool:
     """Whether it is a finite number."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int that is larger than any float
+    except OverflowError:  # an int larger than any float
         return False
 
 
@@ -60,7 +60,7 @@ def check_act_layer(act_layer: Any) -> None:
         known = get_act_layer(act_layer)
     except (KeyError, TypeError):
         known = None
-    if not callable(known):  # timm makes None of an empty name, and gives back what is no name
+    if not callable(known):  # timm returns None for an empty name, and anything that is not a name as it is
         raise ValueError(f"act_layer must be timm's name of an activation, such as 'gelu', got {repr(act_layer)}")
 
 
@@ -81,7 +81,7 @@ def check_arguments(
     drop_path_rate: Any,
     **switches: Any,
 ) -> None:
-    """Arguments of `InternImage`, named as there; `switches` are those that are true or false.
+    """Check arguments of `InternImage`, named as there; `switches` are the booleans.
 
     Raises:
         ValueError: One is of another type, out of range, or does not fit another; the message names it.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The stem and stages of InternImage: how they are made, initialized and named to those who ask for parts of them.
+"""The backbone of InternImage: stem and stages, their initialization, and access to its parts.
 
 Paper: "InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions", CVPR 2023,
 https://arxiv.org/abs/2211.05778. State-dict keys and shapes are those of the official classification models
 (https://github.com/OpenGVLab/InternImage, MIT license).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
@@ -23,15 +23,15 @@ __all__ = ["Backbone"]
 class Backbone(FamilyModel):
     """Stem and four stages at strides 4, 8, 16, 32 with C, 2C, 4C, 8C channels, C = `channels`.
 
-    Has no forward of its own: a subclass calls `patch_embed`, then each of `levels` and its `downsample`.
+    Without a forward: a subclass calls `patch_embed`, then each of `levels` followed by its `downsample`.
 
     Args:
         in_chans: Image channels.
         channels: Channels C of the first stage.
-        depths: Blocks a stage.
-        groups: DCNv3 groups a stage.
+        depths: Blocks of each stage.
+        groups: DCNv3 groups of each stage.
         norm: Whether a norm follows the last block of each stage.
-        stage3_post_norm_blocks: Blocks of the third stage that an extra norm follows.
+        stage3_post_norm_blocks: Blocks of the third stage that are followed by an extra norm.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
         act_layer: Activation, by timm's name.
         device, dtype: Of the parameters; "meta" allocates nothing.
@@ -39,6 +39,9 @@ class Backbone(FamilyModel):
     """
 
     feature_info: list[dict[str, Any]]
+
+    if TYPE_CHECKING:
+        levels: Any  # an nn.ModuleList of stages, which does not know the class of its items
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class Backbone(FamilyModel):
     def _init_module(module: nn.Module) -> None:
         """Initial values of one module's own parameters, as upstream: convolutions keep torch's defaults."""
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            return  # torch would take most of the time that building a model takes to compute nothing
+            return  # torch would spend most of the time of building a model on nothing
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:

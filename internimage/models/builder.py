@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the registered functions of all families do: build a model by timm's rules, and load its weights by ours."""
+"""Building models of all families: by timm's builder, with weights loaded by our reader."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +39,7 @@ def build_model(
         pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: As for `timm.create_model`.
         use_ema: Take the averaged weights of a source that has both.
         head_from_22k: Make the classifier of an ImageNet-22k one's rows for these synsets; True for ImageNet-1k's.
-        num_stages: Of the class; `features_only` gives the maps of all by default.
+        num_stages: Of the class; by default `features_only` returns the maps of all.
         kwargs: Of the class, and timm's own.
 
     Returns:
@@ -49,7 +49,7 @@ def build_model(
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     features_only = kwargs.get("features_only", False)
     if "head_from_22k" in (kwargs.get("pretrained_model_args") or {}):
-        head_from_22k = False  # was done before the folder was saved, whose config.json has every argument
+        head_from_22k = False  # was applied before the folder was saved, whose config.json has all arguments
     if head_from_22k and pretrained:
         synsets = imagenet22k.imagenet_1k() if head_from_22k is True else head_from_22k
         kwargs.setdefault("num_classes", len(synsets))
@@ -58,13 +58,13 @@ def build_model(
         raise CheckpointError(
             "device='meta' holds no weights: use pretrained=False there, or pretrained=True on another device"
         )
-    # before the model: whether there are weights is soon known
+    # before the model is built: missing weights are found out quickly
     source = resolve_source(variant, cfg, cache_dir) if pretrained else None
 
     def build(**model_kwargs: Any) -> FamilyModel:
         if source is None:
             return model_class(**model_kwargs)
-        # on the meta device first: no memory and no time for initial values that the weights would replace
+        # on the meta device first: no memory or time for initial values that the weights replace
         model = model_class(**{**model_kwargs, "device": "meta"})
         model.load_pretrained(
             source,

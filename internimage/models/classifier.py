@@ -26,7 +26,7 @@ _HEAD_CHANNELS, _HEAD_HEADS, _HEAD_OUT = 1024, 16, 768
 
 @register_notrace_function
 def check_fusable(x: Tensor) -> Tensor:
-    """The image batch x, if the attentive head can take its size.
+    """The image batch x, after a check that the attentive head can take its size.
 
     The head joins stage 4, doubled by a pixel shuffle, with stage 3, so stage 3 must have even sides.
 
@@ -38,7 +38,7 @@ def check_fusable(x: Tensor) -> Tensor:
 
 
 def check_sides(height: int, width: int) -> None:
-    """The same for the sides of an image."""
+    """The check of `check_fusable` for an image size."""
     if (height + 15) // 16 % 2 != 0 or (width + 15) // 16 % 2 != 0:
         raise ValueError(
             f"this model takes image sides of which ceil(side / 16) is even, got {height} x {width}; "
@@ -54,28 +54,28 @@ class InternImage(Backbone):
 
     The head of tiny to xlarge is a 1x1 convolution to `cls_scale` * 8C channels with batch norm and GELU, pooling and a
     linear layer. The attentive head of huge and giant joins stages 3 and 4 to 1024 channels at stride 16, pools them by
-    attention to 768 and normalizes: `forward_features` gives that joint map, and the image's sides must fit
+    attention to 768 and normalizes them: `forward_features` returns that joint map, and the image's sides must fit
     (`check_fusable`).
 
     Args:
         in_chans: Image channels.
-        num_classes: Classes of the linear layer; 0 leaves it out.
+        num_classes: Classes of the linear layer; 0 for none.
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for an unpooled map (no classes then); with
             `attentive_head`, "attn" or "". None takes "avg" or "attn".
         channels: Channels C of the first stage.
-        depths: Blocks a stage.
-        groups: DCNv3 groups a stage.
-        mlp_ratio: Hidden over outer channels of the MLP.
+        depths: Blocks of each stage.
+        groups: DCNv3 groups of each stage.
+        mlp_ratio: Ratio of hidden to outer channels of the MLP.
         layer_scale: Initial layer scale, None for no layer scale.
         offset_scale: DCNv3's factor on kernel grid and offsets.
         post_norm: Norm after instead of before each branch.
         res_post_norm: A norm on both sides of each branch.
         dw_kernel_size: Kernel of DCNv3's depthwise convolution, None for 3.
-        center_feature_scale: DCNv3's mixing of its input.
+        center_feature_scale: Whether DCNv3 mixes its input in.
         remove_center: DCNv3 without the kernel's center point.
-        stage3_post_norm_blocks: Blocks of the third stage after which an extra norm stands.
-        attentive_head: The head of huge and giant instead of that of tiny to xlarge.
-        cls_scale: Widening of the head's 1x1 convolution.
+        stage3_post_norm_blocks: Blocks of the third stage that are followed by an extra norm.
+        attentive_head: Use the head of huge and giant.
+        cls_scale: Ratio of output to input channels of the head's 1x1 convolution.
         act_layer: Activation, by timm's name.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
@@ -230,15 +230,15 @@ class InternImage(Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names that take no weight decay, beside the biases and vectors that timm leaves out by itself: none."""
+        """Parameters without weight decay besides the biases and vectors that timm excludes itself: none."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates, in upstream's grouping.
 
-        Every block is a layer; the stem goes with the first block, a stage's norm and downsampling with the first block
-        of the next stage, the head with the last block.
+        Every block is a layer; the stem belongs to the first block, a stage's norm and downsampling to the first block
+        of the next stage, the head to the last block.
         """
         if coarse:
             return dict(stem=r"^patch_embed", blocks=r"^levels\.(\d+)")
@@ -274,12 +274,12 @@ class InternImage(Backbone):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and another pooling if one is named; the rest of the head keeps its weights.
+        """Create a new classifier, and another pooling if one is named; the rest of the head keeps its weights.
 
         Args:
-            num_classes: Classes of the new classifier; 0 leaves it out.
-            global_pool: As for the constructor. None keeps the pooling, except that a classifier on an unpooled map
-                brings the model's default pooling back.
+            num_classes: Classes of the new classifier; 0 for none.
+            global_pool: As for the constructor. None keeps the pooling, except that a classifier after an unpooled map
+                restores the model's default pooling.
 
         Raises:
             ValueError: As the constructor.
@@ -304,10 +304,10 @@ class InternImage(Backbone):
         Args:
             x: (N, in_chans, H, W).
             indices: The last n stages for an int, those named for a list, all for None.
-            norm: Of timm's signature, without effect: a stage's norm belongs to its map.
-            stop_early: Compute no stage after the last one asked for.
+            norm: For timm's signature, without effect: a stage's norm is part of its map.
+            stop_early: Stop after the last stage requested.
             output_fmt: Layout of the maps, "NCHW" or "NHWC".
-            intermediates_only: Leave out the final features.
+            intermediates_only: Do not return the final features.
 
         Returns:
             The maps, or (`forward_features`' result, maps).
@@ -330,7 +330,7 @@ class InternImage(Backbone):
             if i in take:
                 intermediates.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
             if i < len(stages) - 1:
-                x = stage.downsample(x)  # type: ignore[operator]  # ModuleList does not know its items' class
+                x = stage.downsample(x)
         if intermediates_only:
             return intermediates
         if self.fuses_stages and len(maps) == 4:
@@ -343,12 +343,12 @@ class InternImage(Backbone):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the stages named do not need; the counterpart of `forward_intermediates(indices)`.
+        """Remove what the requested stages do not need; the counterpart of `forward_intermediates(indices)`.
 
         Args:
             indices: As in `forward_intermediates`.
-            prune_norm: Also drop what joins stages 3 and 4 (huge and giant).
-            prune_head: Drop the head.
+            prune_norm: Also remove what joins stages 3 and 4 (huge and giant).
+            prune_head: Remove the head.
 
         Returns:
             The indices of the stages kept.
@@ -382,7 +382,7 @@ class InternImage(Backbone):
             x = stage(x)
             if i == 2:
                 stage3 = x
-            x = stage.downsample(x)  # type: ignore[operator]  # as above
+            x = stage.downsample(x)
         if self.fuses_stages:
             return self._fuse(stage3, x)
         return x.permute(0, 3, 1, 2)

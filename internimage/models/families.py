@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The families of models of this package: each registers its class, and the functions that build its architectures."""
+"""The registry of this package's families of models: a class, and the functions that build its architectures."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
 
 
 class FamilyModel(nn.Module):
-    """Base of this package's model classes: what loading, conversion and commands need beside timm's contract."""
+    """Base of this package's model classes: what loading, conversion and commands need besides timm's contract."""
 
     key_map: ClassVar[KeyMap]
 
@@ -65,7 +65,7 @@ class Family:
     Attributes:
         name: In messages, such as "InternImage".
         model: The class.
-        options: What the functions that build the models take beside the arguments of the class.
+        options: Arguments of the functions that build the models, besides those of the class.
         architectures: Names of the models, without tags.
     """
 
@@ -81,7 +81,7 @@ class Family:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """What the functions that build the models take."""
+        """All arguments of the functions that build the models."""
         return (*inspect.signature(self.model).parameters, *self.options)
 
     def register(self, function: _Function) -> _Function:
@@ -95,7 +95,7 @@ _families: list[Family] = []
 
 
 def register_family(name: str, model: type[FamilyModel], **options: Any) -> Family:
-    """A new family; for the arguments see there."""
+    """Register a family; arguments as of `Family`."""
     family = Family(name, model, **options)
     _families.append(family)
     return family
@@ -107,7 +107,7 @@ def families() -> list[Family]:
 
 
 def family_of(architecture: str) -> Family | None:
-    """The family of one of this package's models, by its name with or without a tag; None for another model."""
+    """The family of an architecture, named with or without a tag; None if it is not of this package."""
     name = architecture.partition(".")[0]
     return next((family for family in _families if name in family.architectures), None)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""timm's config.json of a model folder: read in one place, and checked before anything is built of it.
+"""timm's config.json of a model folder: read in one place, and checked before anything is built from it.
 
-The file may come from anywhere, and timm takes it as it is: a wrong value would come out as an exception of whatever
-code meets it first, or, as a mean of NaN does, as a wrong result.
+The file may come from anywhere, and timm does not check it: a wrong value would surface as an exception somewhere, or,
+such as a mean of NaN, as a wrong result.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr  # shortens, so that a message stays a line whatever the file holds
+from reprlib import repr  # shortens, so that a message stays on one line whatever the file contains
 from typing import Any
 
 import timm
@@ -28,13 +28,13 @@ from .families import family_of, is_ours
 LARGEST_SIDE = 16384  # of an image; one of this size takes 3 GB as float32
 _MOST_CHANNELS = 65536
 _MOST_BLOCKS = 1000
-# of the file; what is refused would take more than a second or a gigabyte to read
+# limits of the file: beyond, reading would take more than a second or a gigabyte
 _LARGEST_FILE = 16 * 2**20  # a million classes with names of ten letters
 _MOST_CONTAINERS = 10**6  # lists and objects: each takes 60 bytes, and two in the file
 _DEEPEST = 32
 _LONG_NUMBER = re.compile(rb"[0-9]{400}")  # more than the largest float has; Python's limit is 4300
 
-# arguments of `timm.create_model` that say where weights come from and go to, and nothing about the model
+# arguments of `timm.create_model` that are not about the model, but about its weights and their place
 NOT_OF_A_MODEL = (
     "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path",
     "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "file", "url", "state_dict",
@@ -42,16 +42,16 @@ NOT_OF_A_MODEL = (
 
 
 class ModelConfigError(CheckpointError, ValueError):
-    """A config.json that describes no model; the message says which value is wrong."""
+    """A config.json that cannot be used; the message says which value is wrong."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a config.json says."""
+    """The content of a config.json."""
 
     architecture: str  # timm's name, without a tag
     model_args: dict[str, Any]
-    pretrained_cfg: dict[str, Any]  # with the number and names of classes, which stand beside it in the file
+    pretrained_cfg: dict[str, Any]  # with the number and names of classes, which the file has beside it
 
     @property
     def ours(self) -> bool:
@@ -60,7 +60,7 @@ class ModelConfig:
 
 
 def find_model_config(folder: Path) -> ModelConfig | None:
-    """What the config.json of a folder says; None without one, and for that of transformers, which has no architecture.
+    """The config.json of a folder; None without one, or if it is that of transformers, which has no architecture.
 
     Raises:
         ModelConfigError: It cannot be read, or a value is wrong.
@@ -73,11 +73,11 @@ def find_model_config(folder: Path) -> ModelConfig | None:
 
 
 def check_given(architecture: str, cfg: Any, model_args: Any) -> None:
-    """The same for what timm has read of a config.json itself and gives to the function that builds one of our models.
+    """Check what timm itself has read from a config.json and passes to the function that builds one of our models.
 
     Args:
         architecture: Of this package.
-        cfg: timm's pretrained cfg; looked at if it is a dict.
+        cfg: timm's pretrained cfg; checked if it is a dict.
         model_args: Of the file; empty without one.
 
     Raises:
@@ -96,13 +96,13 @@ def check_given(architecture: str, cfg: Any, model_args: Any) -> None:
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
-    """The config.json of a model folder, with every value checked that timm or this package will use.
+    """The config.json of a model folder, after a check of every value that timm or this package uses.
 
     Args:
         folder: Written by `finetune`, `convert` or timm.
 
     Raises:
-        ModelConfigError: There is none, it cannot be read, or a value is wrong; the message is one line and names it.
+        ModelConfigError: There is none, it cannot be read, or a value is wrong; the message, one line, names it.
     """
     path = Path(folder).expanduser() / CONFIG
     content = _read_object(path)
@@ -131,7 +131,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ModelConfigError(f"'{path}' cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ModelConfigError(f"'{path}' is not a model's configuration: {error}") from error
-    if data.startswith(b"\xef\xbb\xbf"):  # timm and transformers do not read it either
+    if data.startswith(b"\xef\xbb\xbf"):  # timm and transformers cannot read it either
         raise ModelConfigError(f"'{path}' is not JSON: it begins with a byte order mark; save it as UTF-8 without one")
     if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
         raise ModelConfigError(f"'{path}' has too many lists and objects for a model's configuration")
@@ -143,7 +143,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ModelConfigError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelConfigError(f"'{path}' must hold a JSON object, got a {type(content).__name__}")
-    if _is_deep(content):  # what copies it, timm among others, recurses
+    if _is_deep(content):  # copying it, as timm does, recurses
         raise ModelConfigError(f"'{path}' is not a model's configuration: it is nested too deeply")
     return content
 
@@ -175,7 +175,7 @@ def _check(content: dict[str, Any]) -> ModelConfig:
     check_model_args(architecture, model_args)
     if "pretrained_cfg" in content:
         cfg = content["pretrained_cfg"]
-    else:  # as older versions of timm wrote it: one object with everything in it
+    else:  # as older versions of timm wrote it: everything in one object
         cfg = {key: value for key, value in content.items() if key not in ("architecture", "num_features", "labels")}
         if "labels" in content:
             cfg["label_names"] = content["labels"]
@@ -192,7 +192,7 @@ def _check(content: dict[str, Any]) -> ModelConfig:
 
 
 def check_model_args(architecture: str, model_args: Any) -> None:
-    """Arguments of a model as a config.json has them; ValueError, which names the first that is wrong."""
+    """Check a model's arguments from a config.json; raises ValueError, which names the first wrong one."""
     if not isinstance(model_args, dict):
         raise ValueError(f"model_args must be an object, got {repr(model_args)}")
     family = family_of(architecture)
@@ -229,7 +229,7 @@ def _check_our_options(model_args: dict[str, Any]) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """The numbers in a value of JSON, however deep."""
+    """All numbers in a JSON value."""
     left = [value]
     while left:
         part = left.pop()
@@ -239,21 +239,21 @@ def _numbers(value: Any) -> Iterator[float]:
             yield part
 
 
-# fields of timm's pretrained cfg that are texts; some may also be a list of them
+# fields of timm's pretrained cfg that are strings; some may also be a list of strings
 _TEXTS = ("file", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "license", "description",
           "origin_url", "paper_name")  # fmt: skip
 _TEXTS_OR_LISTS = ("url", "first_conv", "classifier", "paper_ids", "notes")
 
 
 def check_cfg(architecture: str, cfg: dict[str, Any]) -> None:
-    """timm's pretrained cfg as a config.json has it; ValueError, which names the first value that is wrong."""
+    """Check timm's pretrained cfg from a config.json; raises ValueError, which names the first wrong value."""
     fields = {field.name: field.default for field in dataclasses.fields(PretrainedCfg)}
     unknown = [key for key in cfg if key not in fields]
     if unknown:
         raise ValueError(f"pretrained_cfg has {repr(unknown[0])}, which timm {timm.__version__} does not know")
     missing = [key for key, value in cfg.items() if value is None and fields[key] is not None]
     if missing:
-        raise ValueError(f"{missing[0]} must not be null; it may be left out")
+        raise ValueError(f"{missing[0]} must not be null; omit it")
     cfg = {key: value for key, value in cfg.items() if value is not None}
     classes = cfg.get("num_classes")
     if classes is not None:
@@ -310,7 +310,7 @@ def _check_input_size(key: str, size: Any) -> None:
 def _check_per_channel(key: str, values: Any, channels: int) -> None:
     if not isinstance(values, (list, tuple)) or not all(map(is_number, values)):
         raise ValueError(f"{key} must be a list of numbers, got {repr(values)}")
-    if len(values) not in (1, 3, channels):  # 3 also for gray images: the mean of them is taken
+    if len(values) not in (1, 3, channels):  # 3 also for gray images, for which the mean is taken
         raise ValueError(f"{key} must have a number for each of {channels} channels, got {repr(values)}")
     if key == "std" and min(values) <= 0:
         raise ValueError(f"std must be above 0, got {repr(values)}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What the engine and the analysis ask of a model, ours or another one of timm's.
+"""Parts and properties of any timm model, for the engine and the analysis.
 
-A model of this package answers by methods (`HasParts`, `ChecksImageSize`). Of another one, the parts are read off what
-timm has of every model: `group_matcher`, which groups parameters into layers, and `feature_info`, which has the
-resolution of its feature maps. Where that gives no sensible answer, the question is refused and the model named.
+Models of this package answer by methods (`HasParts`, `ChecksImageSize`). For others, the parts are derived from what
+timm provides: `group_matcher`, which groups parameters into layers, and `feature_info`, the resolutions of the feature
+maps. If that gives no sensible answer, an error names the model.
 """
 
 import re
@@ -16,14 +16,14 @@ from ..errors import UserError
 from ..layers.sampling import SamplingLayer
 from .attributes import name_of
 
-_Layer = tuple[float, ...]  # its place in the order of layers, as timm's group_matcher has it
+_Layer = tuple[float, ...]  # position among the layers, as in timm's group_matcher
 
-# the first number of what timm's matchers give to what follows the last block
+# marks what follows the last block in timm's matchers
 _TAIL = 99999.0
 
 
 class NoSuchParts(UserError, ValueError):
-    """A model that has not what it was asked for. The message names it."""
+    """A model that lacks the parts that were asked for. The message names it."""
 
 
 @runtime_checkable
@@ -42,20 +42,20 @@ class HasParts(Protocol):
 
 @runtime_checkable
 class ChecksImageSize(Protocol):
-    """A model that knows which images it takes."""
+    """A model that knows which image sizes it takes."""
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raises ValueError for a size that it does not take; the message names sizes that it takes."""
+        """Raise ValueError for a size that it does not take; the message names sizes that it takes."""
 
 
 # ---- stages and blocks
 
 
 def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Module]]]:
-    """The modules of the stem, and those of each stage: what works at one resolution, with the way down to it.
+    """The modules of the stem, and those of each stage: the layers at one resolution, with the downsampling to it.
 
     Raises:
-        NoSuchParts: The model has no stages, as a plain vision transformer.
+        NoSuchParts: The model has no stages, such as a plain vision transformer.
     """
     if isinstance(model, HasParts):
         return list(model.get_stem()), [[stage] for stage in model.get_stages()]
@@ -78,10 +78,10 @@ def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Mod
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model is a sequence of, for sharding them one by one: modules that are called.
+    """The blocks that a model is a sequence of, as modules that are called, to be sharded one by one.
 
     Raises:
-        NoSuchParts: timm does not know them, or there is one.
+        NoSuchParts: timm cannot group the model's parameters into them, or there is only one.
     """
     if isinstance(model, HasParts):
         return list(model.get_blocks())
@@ -93,14 +93,14 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _layers(model: nn.Module, coarse: bool) -> tuple[list[str], dict[_Layer, list[str]]]:
-    """The names of the stem's parameters, and those of each layer between it and what follows the last."""
+    """The names of the stem's parameters, and those of each layer after it, without what follows the last block."""
     ask = getattr(model, "group_matcher", None)
     try:
         matcher = ask(coarse=coarse) if callable(ask) else None
     except AssertionError:  # where timm has not written the one that is asked for
         matcher = None
     if not isinstance(matcher, dict) or "stem" not in matcher or len(matcher) < 2:
-        raise NoSuchParts(f"'{name_of(model)}' does not tell its layers apart (timm's group_matcher)")
+        raise NoSuchParts(f"'{name_of(model)}' does not group its parameters into layers (timm's group_matcher)")
     patterns = [
         (group, re.compile(pattern), tuple(suffix or ()))
         for group, entry in matcher.items()
@@ -154,7 +154,7 @@ def _covering(module: nn.Module, prefix: str, keys: set[str]) -> list[nn.Module]
 
 
 def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules, with what lists of modules hold instead of the lists, which are not called."""
+    """The modules, with the items of lists of modules instead of the lists, which are not called."""
     return [
         called
         for module in modules
@@ -172,7 +172,7 @@ def sampling_layers(model: nn.Module) -> dict[str, SamplingLayer]:
 
 
 def sampling_layers_of_stage(model: nn.Module, stage: int) -> list[str]:
-    """The names of those in one stage, 1 for the first; empty where the model has no such stage, or none in it."""
+    """The names of those in one stage, from 1; empty if the model has no such stage, or the stage none of them."""
     try:
         _, stages = stem_and_stages(model)
     except NoSuchParts:
@@ -183,7 +183,7 @@ def sampling_layers_of_stage(model: nn.Module, stage: int) -> list[str]:
 
 
 def offset_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that sampling locations are predicted with.
+    """The parameters that predict sampling locations.
 
     Raises:
         NoSuchParts: There are none.
@@ -198,7 +198,7 @@ def offset_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_image_size(model: Any, height: int, width: int) -> bool:
-    """Ask a model whether it takes images of a size; returns whether it can answer.
+    """Check that a model takes images of a size; returns False if it cannot tell.
 
     Raises:
         ValueError: It does not; the message names sizes that it takes.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Weights: from a name or a file to tensors, and back. Nothing here knows a model class."""
+"""Weights: from a name or a file to tensors, and back. Nothing here depends on a model class."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""ZIP archives as torch.save writes them, with every claim of theirs checked.
+"""ZIP archives as torch.save writes them, with everything checked that they state about themselves.
 
-torch itself compares no CRC, and reads as many bytes as a pickle asks for, those of the next record too. zipfile opens
-archives whose records overlap, and takes the directory's word for where a record lies.
+torch itself checks no CRC, and reads as many bytes as a pickle asks for, even beyond the record. zipfile opens archives
+whose records overlap, and trusts the directory about where a record is.
 """
 
 import errno
@@ -17,19 +17,19 @@ from typing import IO
 
 _MOST_DIRECTORY = 4 * 2**20  # bytes; the largest model with its optimizer takes a fifth
 _CHUNK = 2**20
-# a record's header: signature, version, flags, method, time, date, CRC, sizes stored and inflated, lengths of the rest
+# a record's header: signature, version, flags, method, time, date, CRC, compressed and full size, lengths of the rest
 _LOCAL = struct.Struct("<4s5H3I2H")
-_ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8  # flags; torch writes CRC and sizes behind a record, in a descriptor
+_ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8  # flags; torch writes CRC and sizes after a record, in a descriptor
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class ArchiveError(ValueError):
-    """An archive that is damaged, or lies about its records; the message says why, to stand in a sentence about it."""
+    """An archive that is damaged, or whose records are inconsistent. The message is a clause: "its ... is ..."."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the directory of an archive says of a record, and where the next one begins.
+    """What the directory of an archive says about a record, and where the next one begins.
 
     Attributes:
         name: With its folder.
@@ -70,7 +70,7 @@ def check_archive(path: Path) -> None:
 
 
 class Archive:
-    """The records of an archive. Each is compared with its header and its CRC when it is read.
+    """The records of an archive. Each is checked against its header and its CRC when it is read.
 
     Args:
         path: The file.
@@ -79,8 +79,8 @@ class Archive:
         records: By name, in the order in which they lie in the file.
 
     Raises:
-        ArchiveError: The directory cannot be read; or records overlap, have one name, or are packed in a way that
-            torch.save does not know.
+        ArchiveError: The directory cannot be read; or records overlap, share a name, or are compressed in a way that
+            torch.save does not use.
         OSError: The file cannot be read.
     """
 
@@ -154,7 +154,7 @@ class Archive:
 
 
 class _Limited:
-    """A file for zipfile, which reads a directory of any size at once and makes objects of it, ten times as large."""
+    """A file for zipfile, which would read a directory of any size at once, into objects ten times as large."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -168,7 +168,7 @@ class _Limited:
 
 
 def _directory(path: Path) -> tuple[list[zipfile.ZipInfo], int]:
-    """What zipfile reads of an archive, and where its directory begins."""
+    """The records by zipfile, and where the directory begins."""
     with path.open("rb") as file:
         try:
             if not zipfile.is_zipfile(file):
@@ -186,7 +186,7 @@ def _directory(path: Path) -> tuple[list[zipfile.ZipInfo], int]:
 
 
 def _check_claims(record: Record) -> None:
-    """What can be told from the directory alone."""
+    """Check what the directory alone shows."""
     if record.header < 0 or record.header + _LOCAL.size + record.stored > record.limit:
         raise _damaged(record, "overlaps with another, or reaches beyond the archive")
     if record.flags & _ENCRYPTED:
@@ -200,7 +200,7 @@ def _check_claims(record: Record) -> None:
 
 
 def _locate(file: IO[bytes], record: Record) -> int:
-    """Where a record's bytes begin, after a look at what the file says of it at the place itself."""
+    """Where a record's bytes begin, once its own header is compared with the directory."""
     file.seek(record.header)
     header = file.read(_LOCAL.size)
     if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
@@ -214,7 +214,7 @@ def _locate(file: IO[bytes], record: Record) -> int:
         file.seek(start + record.stored)
         agrees = agrees and _descriptor_agrees(file.read(24), record)
     else:
-        large = 0xFFFFFFFF  # the sizes stand in the extra field then
+        large = 0xFFFFFFFF  # the sizes are in the extra field then
         agrees = agrees and crc == record.crc and stored in (record.stored, large) and size in (record.size, large)
     if not agrees or start + record.stored > record.limit:
         raise _damaged(record, "is described in two ways, at its place and in the directory")
@@ -228,7 +228,7 @@ def _descriptor_agrees(found: bytes, record: Record) -> bool:
 
 
 def _content(file: io.FileIO, record: Record) -> Iterator[bytes | memoryview]:
-    """A record's content in pieces, which together have exactly the size that was announced."""
+    """A record's content in pieces, which together have exactly the size that the directory states."""
     file.seek(_locate(file, record))
     stored = _stored(file, record.stored)
     pieces: Iterator[bytes | memoryview] = _inflated(stored, record) if record.is_compressed else stored

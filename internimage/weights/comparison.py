@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tensors of a file beside those of a model: which belong together, and what does not fit."""
+"""Comparing the tensors of a file with those of a model: which belong together, and what does not fit."""
 
 import logging
 import re
@@ -18,13 +18,13 @@ from .readers import Entry, Weights
 
 _logger = logging.getLogger(__name__)
 
-_OPTIONAL = "num_batches_tracked"  # counts training steps; without meaning for the model's output
+_OPTIONAL = "num_batches_tracked"  # counts training steps, without effect on the output
 
 
 def find_model(weights: Weights, key_map: KeyMap) -> tuple[dict[str, Entry], list[str]]:
     """The tensors of the model under its own names, and the keys of what is beside it (a detector's neck, a teacher).
 
-    An unexpected tensor keeps a name that no model has, so that it comes out as a difference.
+    An unexpected tensor gets a name that no model has, so that it is reported as a difference.
 
     Raises:
         CheckpointError: There is no model of the family, or there are several.
@@ -59,7 +59,7 @@ def shapes(tensors: Mapping[str, Entry]) -> dict[str, Shape]:
 
 @dataclass
 class Comparison:
-    """The tensors of a file beside those of a model; whatever need not fit is taken out of both, step by step."""
+    """The tensors of a file and of a model; each step removes from both what need not fit."""
 
     key_map: KeyMap
     num_classes: int  # of the model
@@ -68,7 +68,7 @@ class Comparison:
     expected: dict[str, Shape]
 
     def take_rows(self, synsets: Sequence[str]) -> None:
-        """Have an ImageNet-22k classifier read as one of its rows for `synsets`."""
+        """Replace an ImageNet-22k classifier by its rows for `synsets`."""
         if self.num_classes != len(synsets):
             raise CheckpointError(
                 f"a head from ImageNet-22k for {len(synsets)} synsets needs num_classes={len(synsets)}, got "
@@ -87,7 +87,7 @@ class Comparison:
         _logger.info("%s: took %d of the classifier's %d rows", self.origin, len(rows), classes)
 
     def adapt_first_conv(self, in_chans: int, source_chans: int) -> None:
-        """Have the first convolution of `source_chans` image channels read as one of `in_chans`."""
+        """Replace the first convolution of `source_chans` image channels by one of `in_chans`."""
         key = self.key_map.first_conv_key
         first = self.found.get(key)
         if in_chans == source_chans or first is None or len(first.shape) != 4 or first.shape[1] != source_chans:
@@ -100,14 +100,14 @@ class Comparison:
         _logger.info("%s: adapted the first convolution from %d to %d channels", self.origin, source_chans, in_chans)
 
     def drop_unequal_head(self) -> None:
-        """For a model whose head is not used: tensors of the head count where both sides have the same ones."""
+        """Drop tensors of the head unless both sides have them in the same shape; for models whose head is unused."""
         for key in [key for key in {**self.found, **self.expected} if self.key_map.is_head(key)]:
             if key not in self.found or self.found[key].shape != self.expected.get(key):
                 self.found.pop(key, None)
                 self.expected.pop(key, None)
 
     def fit_head(self, weights_classes: int | None) -> None:
-        """Leave out what the head may lack or have anew, with a warning where it keeps initial values.
+        """Drop what the head may lack or have new, with a warning if it keeps initial values.
 
         Args:
             weights_classes: Classes that the weights were made for; None if unknown.
@@ -160,7 +160,7 @@ class Comparison:
         return self.key_map.num_classes(shapes(self.found))
 
     def differences(self) -> list[str]:
-        """What does not fit, a line each."""
+        """What does not fit, one line each."""
         found, expected = self.found, self.expected
         lines = [
             f"missing: {key} {shape}"
@@ -176,7 +176,7 @@ class Comparison:
         return lines + [f"unexpected: {key} {entry.shape}" for key, entry in found.items() if key not in expected]
 
     def hint(self) -> str:
-        """What to do about the commonest differences."""
+        """What to do about the most common differences."""
         in_file, expected, key_map = shapes(self.found), self.expected, self.key_map
         size, wanted_size = key_map.size(in_file), key_map.size(expected)
         if size and size != wanted_size:

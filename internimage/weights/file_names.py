@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What files of a model are called, in folders and on the Hub."""
+"""Names of a model's files, in folders and on the Hub."""
 
 INDEX_SUFFIX = ".index.json"  # of a shard index, see `shard_index`
 CONFIG = "config.json"  # timm's, beside the weights

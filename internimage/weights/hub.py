@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Files from and to the Hugging Face Hub. All settings of huggingface_hub (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE,
-tokens) hold.
+tokens) apply.
 
-Reading a file once it is here is `weights/load.py`.
+Reading a downloaded file is up to `weights/load.py`.
 """
 
 import logging
@@ -39,12 +39,12 @@ _logger = logging.getLogger(__name__)
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
-# what helps where there is no network, for both kinds of readers
+# advice where there is no network, for users of the command line and of Python
 OWN_FILE = "a file of your own (--checkpoint FILE; in Python, pretrained_cfg_overlay=dict(file=PATH))"
 
 
 class DownloadError(UserError, RuntimeError):
-    """A repository or a file could not be had; the message says what was tried and what to set."""
+    """A repository or a file could not be downloaded; the message says what was tried and what to set."""
 
 
 class NothingThere(DownloadError):
@@ -56,7 +56,7 @@ class Unreachable(DownloadError):
 
 
 class BadName(UserError, ValueError):
-    """What no repository or branch of the Hub can be called."""
+    """An invalid name of a repository or a branch."""
 
 
 class UploadError(UserError, RuntimeError):
@@ -73,10 +73,10 @@ _BRANCH = re.compile(r"(?![-/.])(?!.*(//|\.\.|@\{|/\.|\.lock(/|$)))[^\x00-\x20\x
 
 
 def check_repository(repo_id: str, revision: str | None = None) -> None:
-    """Whether `owner/name` can be a repository of the Hub, and `revision` a branch, tag or commit; asks nobody.
+    """Check that `owner/name` is a valid repository of the Hub, and `revision` a branch, tag or commit, offline.
 
     Raises:
-        BadName: It cannot; the message says what names look like.
+        BadName: It is not; the message says what names look like.
     """
     try:
         validate_repo_id(repo_id)
@@ -103,28 +103,28 @@ def download(
 ) -> Path:
     """Download the first of `filenames` that a repository has.
 
-    A file is in the cache whole or not at all. Whether it was downloaded now or long ago, it is compared with the
+    A file appears in the cache complete or not at all. Whether it was downloaded now or before, it is compared with the
     checksum that the Hub announced (INTERNIMAGE_VERIFY); if it is damaged, it is deleted and downloaded again once.
 
     Args:
         repo_id: `owner/name` or `owner/name@revision`.
-        filenames: In order of preference. After a shard index, its shards are downloaded too.
+        filenames: In order of preference. With a shard index, its shards are downloaded too.
         cache_dir: Instead of huggingface_hub's own cache.
-        cached_only: Ask the cache alone.
+        cached_only: Look in the cache only.
 
     Returns:
-        The local file; beside a shard index lie its shards.
+        The local file; the shards of a shard index are beside it.
 
     Raises:
-        NothingThere, Unreachable, DownloadError: None of them can be had.
+        NothingThere, Unreachable, DownloadError: None of them is available.
         VerifyError: INTERNIMAGE_VERIFY is none of its values.
     """
-    verify_mode()  # what is misspelt there is told before anything is downloaded
+    verify_mode()  # an invalid value is reported before anything is downloaded
     name, revision = split_revision(repo_id)
     at = f"revision {revision or 'main'}"
     unreachable: Exception | None = None
     for filename in filenames:
-        # once the Hub did not answer, only the cache is asked: it may hold the next one
+        # once the Hub has not answered, look in the cache only: it may hold the next file
         local = cached_only or unreachable is not None
         try:
             path = _fetch(name, filename, revision, cache_dir, local)
@@ -164,11 +164,11 @@ def download(
 
 
 def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
-    """A file of the Hub, from the cache or into it: the one place where both are compared with their checksum."""
+    """A file of the Hub, from the cache or downloaded into it, compared with its checksum."""
     file = _cached_file(name, filename, revision, cache_dir, local_files_only)
     if file.is_trusted() or (verify_mode() == "always" and file.is_right(name, ask=not local_files_only)):
         return file.path
-    with file.alone():  # of many processes one hashes, and the others find its marker
+    with file.alone():  # one of many processes hashes, and the others find its marker
         if file.is_trusted() or file.is_right(name, ask=not local_files_only):
             return file.path
         try:
@@ -187,8 +187,8 @@ def _fetch(name: str, filename: str, revision: str | None, cache_dir: str | None
             return file.path
         _remove(name, file)
     raise DownloadError(
-        f"{name}: '{filename}' was corrupted again and has been deleted; try again. If that goes on, a mirror or proxy "
-        f"changes files, or a disk or the memory is broken (announced was {file.etag})"
+        f"{name}: '{filename}' was corrupted again and has been deleted; try again. If this persists, a mirror or "
+        f"proxy changes files, or a disk or the memory is faulty (the expected checksum is {file.etag})"
     )
 
 
@@ -200,11 +200,11 @@ def _cached_file(
 
 
 def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> None:
-    """Whether a file that another library has just read from the cache is what the Hub announced.
+    """Check a file that another library has just read from the cache against its checksum.
 
     Args:
         repo_id: `owner/name` or `owner/name@revision`.
-        filename: Its name there. If the cache does not hold it, nothing is wrong with it.
+        filename: Its name there. A file that is not in the cache passes.
         cache_dir: Instead of huggingface_hub's own cache.
 
     Raises:
@@ -223,7 +223,7 @@ def check_cached(repo_id: str, filename: str, cache_dir: str | None = None) -> N
 
 
 def commit_of(path: Path, filename: str) -> str:
-    """The commit of a file that `download` gave, so that more can be had from the same one."""
+    """The commit of a file that `download` returned, so that more files can be taken from the same one."""
     return CachedFile.of(path, filename).commit
 
 
@@ -255,7 +255,7 @@ def _remove(name: str, file: CachedFile) -> None:
 
 
 def _reason(error: Exception, cache_dir: str | None) -> str:
-    """What a failed download means, and what to set."""
+    """Why a download failed, and what to set."""
     cache = cache_dir or constants.HF_HUB_CACHE
     if isinstance(error, OSError) and is_disk_full(error):
         return (
@@ -272,10 +272,10 @@ def _reason(error: Exception, cache_dir: str | None) -> str:
 
 
 def download_url(url: str, cache_dir: str | None = None) -> Path:
-    """Download from anywhere, into timm's cache or `cache_dir`.
+    """Download any URL, into timm's cache or `cache_dir`.
 
     Raises:
-        DownloadError: It could not be had.
+        DownloadError: It failed.
     """
     try:
         return Path(download_cached_file(url, progress=on_terminal(), cache_dir=cache_dir))
@@ -294,7 +294,7 @@ def push(
     private: bool = False,
     message: str = "",
 ) -> str:
-    """Upload files of a folder in one commit, into a repository that is made if there is none.
+    """Upload files of a folder in one commit; creates the repository if there is none.
 
     The commit also removes weights of an earlier upload that are not among the files.
 
@@ -303,15 +303,15 @@ def push(
         repo_id: `owner/name`.
         files: Their names in it.
         revision: Branch; None for the main one.
-        private: Of a new repository: hide it.
-        message: Of the commit.
+        private: Whether a new repository is private.
+        message: Commit message.
 
     Returns:
-        The commit's address.
+        The commit's URL.
 
     Raises:
-        BadName: `repo_id` or `revision` cannot be one; the Hub was not asked.
-        UploadError: The Hub refused, or did not answer. Nothing of it is visible there then.
+        BadName: `repo_id` or `revision` is invalid; nothing was sent.
+        UploadError: The Hub refused, or did not answer. No file of the folder is visible there then.
     """
     check_repository(repo_id, revision)
     api = HfApi(library_name="internimage")
@@ -320,7 +320,7 @@ def push(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # weights in another layout, which readers would take before the new ones
+        # weights in another layout, which readers might prefer to the new ones
         old = [f for f in api.list_repo_files(repo_id, revision=revision) if _WEIGHTS.fullmatch(f) and f not in files]
         commit = api.create_commit(
             repo_id,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Whether a file in huggingface_hub's cache is what the Hub announced.
+"""Verification of files in huggingface_hub's cache against the Hub's checksums.
 
-huggingface_hub compares sizes only, and takes whatever has its name in the cache: also a file whose process was killed
-before anybody looked at its checksum, and one that was damaged later. The cache names a file's bytes by the ETag of the
-Hub's answer, which is a checksum: SHA-256 for large files, git's SHA-1 for small ones. A good hash is noted in a marker
-in the repository's folder of the cache, where huggingface_hub looks at `blobs`, `refs` and `snapshots` alone.
+huggingface_hub compares sizes only, and trusts whatever is in the cache: even a file whose download was killed before
+its checksum was compared, or one that was damaged later. The cache names a file's bytes by the ETag of the Hub's
+answer, which is a checksum: SHA-256 for large files, git's SHA-1 for small ones. A match is recorded in a marker in the
+repository's folder of the cache, where huggingface_hub uses only `blobs`, `refs` and `snapshots`.
 """
 
 import errno
@@ -38,7 +38,7 @@ _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")  # in huggingface_hub's store 
 _CANNOT_SYNC = (errno.EBADF, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.ENOTSUP)
 _CHUNK = 1 << 20
 
-_not_checked: set[str] = set()  # repositories that a warning was about
+_not_checked: set[str] = set()  # repositories that were warned about
 
 
 class VerifyError(UserError, ValueError):
@@ -46,7 +46,7 @@ class VerifyError(UserError, ValueError):
 
 
 def verify_mode() -> str:
-    """INTERNIMAGE_VERIFY: `always`, `once` or `never`; `once` where it is not set.
+    """INTERNIMAGE_VERIFY: `always`, `once` or `never`; `once` if it is not set.
 
     Raises:
         VerifyError: It is something else.
@@ -66,7 +66,7 @@ class CachedFile:
         repository: The repository's folder of the cache.
         filename: Its name in the repository, with `/`.
         commit: Of the snapshot.
-        blob: What the snapshot's link points to; None in a cache without links, which keeps no ETag.
+        blob: What the snapshot's symbolic link points to; None in a cache without links, which keeps no ETag.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class CachedFile:
 
     @classmethod
     def of(cls, path: str | Path, filename: str) -> "CachedFile":
-        """By the path that huggingface_hub gave for a file of a repository."""
+        """From the path that huggingface_hub returned for a file of a repository."""
         path = Path(path)
         snapshot = path
         for _ in filename.split("/"):
@@ -86,7 +86,7 @@ class CachedFile:
         blob = None
         if path.is_symlink():
             target = Path(os.path.abspath(path.parent / os.readlink(path)))
-            if target.parent == Path(os.path.abspath(repository / "blobs")):  # else somebody's own arrangement
+            if target.parent == Path(os.path.abspath(repository / "blobs")):  # else the user's own arrangement
                 blob = target
         return cls(path, repository, filename, snapshot.name, blob)
 
@@ -103,7 +103,7 @@ class CachedFile:
         return self.repository / MARKERS / f"{self._key}.json"
 
     def _noted(self) -> dict[str, Any]:
-        """The marker; empty without one, or where it cannot be read."""
+        """The marker; empty without one, or if it cannot be read."""
         try:
             content = json.loads(self._marker.read_bytes()) if self._marker.is_file() else None
         except (OSError, ValueError, RecursionError):
@@ -113,20 +113,20 @@ class CachedFile:
     def _note(self, etag: str, seen: dict[str, int]) -> None:
         try:
             write_text(self._marker, json.dumps({"etag": etag, **seen}) + "\n")
-        except OSError as error:  # a cache for reading only: the next process hashes again
+        except OSError as error:  # a read-only cache: the next process hashes again
             _logger.debug("'%s' was not written: %s", self._marker, error)
 
-    # ---- the look at it
+    # ---- verification
 
     @property
     def etag(self) -> str | None:
-        """The ETag that came with the file; None where the cache does not know it."""
+        """The ETag that came with the file; None if the cache does not have it."""
         etag = self.blob.name if self.blob is not None else self._noted().get("etag")
         return etag if isinstance(etag, str) else None
 
     def is_trusted(self) -> bool:
-        """Whether INTERNIMAGE_VERIFY asks for no hash: a marker says that the bytes were right, and the file is the
-        same since, or nothing is to be compared."""
+        """Whether the file need not be hashed: a marker records a match and the file is unchanged since, or
+        INTERNIMAGE_VERIFY is `never`."""
         mode = verify_mode()
         noted = self._noted() if mode == "once" else {}
         try:
@@ -135,18 +135,18 @@ class CachedFile:
             return False
 
     def is_right(self, name: str, ask: bool) -> bool:
-        """Whether the file has its checksum; one that cannot be checked passes with a warning.
+        """Whether the file matches its checksum; one that cannot be checked passes with a warning.
 
         Args:
             name: The repository, `owner/name`.
-            ask: Ask the Hub for the checksum, where the cache does not keep it.
+            ask: Ask the Hub for the checksum if the cache does not have it.
         """
         etag, why = self.etag, "the cache does not keep its checksum"
         if etag is None and ask:
             try:
                 etag = self.announced(name)
             except Exception as error:  # also whatever the HTTP library of huggingface_hub raises
-                why += f", and the Hub does not tell it ({one_line(error, 200)})"
+                why += f", and the Hub did not provide it ({one_line(error, 200)})"
         right = None
         if etag is not None:
             right, why = self.matches(etag), f"its ETag '{etag}' is no checksum"
@@ -156,14 +156,14 @@ class CachedFile:
         return right is not False
 
     def announced(self, name: str) -> str | None:
-        """The ETag that the Hub gives for the file now; raises what its client raises where it does not answer."""
+        """The ETag that the Hub has for the file now; raises what its client raises without an answer."""
         return get_hf_file_metadata(hf_hub_url(name, self.filename, revision=self.commit)).etag
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes from looking at the same file meanwhile: they wait, and find the marker.
+        """Keep other processes from hashing the same file meanwhile: they wait, and find the marker.
 
-        The lock goes with its process. A cache that cannot be written has none, and each process looks for itself.
+        The lock ends with its process. A read-only cache has none, and each process hashes for itself.
         """
         lock = self.repository.parent / ".locks" / self.repository.name / f"{self._key}.internimage.lock"
         with ExitStack() as stack:
@@ -175,13 +175,13 @@ class CachedFile:
             yield
 
     def matches(self, etag: str) -> bool | None:
-        """Hash the file, and note it if it is right.
+        """Hash the file, and record a match.
 
         Args:
-            etag: As the Hub announced it.
+            etag: From the Hub.
 
         Returns:
-            Whether it has this checksum; None if the ETag is none.
+            Whether it matches; None if the ETag is not a checksum.
         """
         announced = etag.lower()
         if not (_SHA256.fullmatch(announced) or _SHA1.fullmatch(announced)):
@@ -195,7 +195,7 @@ class CachedFile:
                     digest.update(chunk)
             if len(announced) == 64:
                 right = sha256.hexdigest() == announced
-            else:  # some mirrors announce, of a large file, git's SHA-1 of the pointer that stands for it in git
+            else:  # for a large file, some mirrors announce the SHA-1 of git-lfs's pointer to it
                 pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (
                     sha256.hexdigest().encode(),
                     before.st_size,
@@ -206,10 +206,10 @@ class CachedFile:
                 self._note(etag, _seen(before))
         return right
 
-    # ---- after a bad one
+    # ---- after a mismatch
 
     def remove(self) -> None:
-        """Remove the damaged bytes, their marker and the links to them, as far as they are the cache's own."""
+        """Remove the damaged bytes, their marker and the links to them, as far as they belong to the cache."""
         self._marker.unlink(missing_ok=True)
         if self.blob is None:
             self.path.unlink(missing_ok=True)
@@ -227,19 +227,19 @@ class CachedFile:
 
 
 def _seen(status: os.stat_result) -> dict[str, int]:
-    """What changes when somebody writes to a file or puts another in its place."""
+    """What changes when a file is written to or replaced."""
     return {
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
-        "ctime_ns": status.st_ctime_ns,  # also where mtime was set back
+        "ctime_ns": status.st_ctime_ns,  # even if mtime was set back
         "inode": status.st_ino,
     }
 
 
 def _is_on_disk(file: int) -> bool:
-    """Bring a file to the disk, or else a marker could outlive bytes that a loss of power takes back."""
+    """Flush a file to the disk, or else a marker could survive a loss of power that its file does not."""
     try:
         os.fsync(file)
     except OSError as error:
-        return error.errno in _CANNOT_SYNC  # a system that takes descriptors for writing only
+        return error.errno in _CANNOT_SYNC  # systems that flush only descriptors open for writing
     return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which rows of an ImageNet-22k classifier are ImageNet-1k's classes, as timm's own lists of synsets have it."""
+"""The rows of an ImageNet-22k classifier that are ImageNet-1k's classes, by timm's lists of synsets."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo
 from ..errors import CheckpointError, list_some
 
 NUM_CLASSES = 21841
-# ImageNet-1k's class 850, a teddy, is not one of the 22k; upstream takes the row that class 849, a teapot, has too
+# ImageNet-1k's class 850, a teddy, is not among the 22k; upstream takes the row of class 849, a teapot, for both
 _ABSENT = {"n04399382": 11136}
 
 
@@ -31,10 +31,10 @@ def rows(synsets: Sequence[str]) -> list[int]:
         CheckpointError: Some are no classes of ImageNet-22k; the message names them.
     """
     row_of = _row_of()
-    odd = [synset for synset in synsets if synset not in row_of]
-    if odd:
+    unknown = [synset for synset in synsets if synset not in row_of]
+    if unknown:
         raise CheckpointError(
             f"a head can be taken from ImageNet-22k for classes named by its synsets, such as n01440764; "
-            f"{len(odd)} of {len(synsets)} are not: {list_some(odd, 5)}"
+            f"{len(unknown)} of {len(synsets)} are not: {list_some(unknown, 5)}"
         )
     return [row_of[synset] for synset in synsets]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What is known of a family's parameter names, as data: readers of weights need no model class.
+"""The parameter names of a family of models, as data, so that loading weights needs no model class.
 
-A family of models brings a `KeyMap`, which its model class names as `key_map`.
+Each model class has the `KeyMap` of its family as its attribute `key_map`.
 """
 
 import re
@@ -24,13 +24,13 @@ class KeyMap:
     Attributes:
         family: Name of the family, for messages.
         first_conv: Module of the first convolution, whose weight has the image channels on its second axis.
-        anchors: Keys that weights of the family have; they show where in a file its names begin.
+        anchors: Keys that weights of the family have; what precedes one of them in a file is a prefix.
         classifier: Module of the linear classifier.
-        head: Modules of the whole head, which a backbone does not have.
-        width: A key whose first axis is the number of channels by which sizes of the family differ.
+        head: Modules of the whole head, which weights of a backbone lack.
+        width: A key whose first axis is the number of channels that distinguishes the sizes of the family.
         block: Pattern of a block's keys, with the stage as its first group and the block as its second.
-        renamings: Pattern and replacement of keys that other packages write differently.
-        advice: Pattern of a key that the model lacks, and what to do about it.
+        renamings: Patterns of keys that other packages name differently, and their replacements.
+        advice: Patterns of keys that a model may lack, and what to do about it.
     """
 
     family: str
@@ -43,10 +43,10 @@ class KeyMap:
     renamings: tuple[tuple[str, str], ...] = ()
     advice: Mapping[str, str] = field(default_factory=dict)
 
-    # ---- where the names begin
+    # ---- prefixes
 
     def prefixes(self, keys: Iterable[str]) -> set[str]:
-        """What stands before the family's names in a file: one prefix for each model in it."""
+        """The prefixes of the family's names in a file, one for each model in it."""
         return {
             key[: -len(anchor)]
             for key in keys
@@ -61,7 +61,7 @@ class KeyMap:
 
     @staticmethod
     def is_part(prefix: str) -> bool:
-        """Whether a model under this prefix is a part of another, as a detector's backbone or a student is."""
+        """Whether a model with this prefix is part of a larger one, such as a detector's backbone or a student."""
         return _PART.search(prefix) is not None
 
     def own_name(self, key: str) -> str:
@@ -70,7 +70,7 @@ class KeyMap:
             key = re.sub(pattern, replacement, key)
         return key
 
-    # ---- what names and shapes tell
+    # ---- what names and shapes show
 
     @property
     def classifier_keys(self) -> tuple[str, str]:
@@ -101,7 +101,7 @@ class KeyMap:
         return shape[1] if shape is not None and len(shape) == 4 else None
 
     def size(self, shapes: Mapping[str, Shape]) -> str | None:
-        """Channels and depths in words; None if names and shapes do not tell them."""
+        """Channels and depths in words; None if names and shapes do not show them."""
         width = shapes.get(self.width)
         if not width:
             return None

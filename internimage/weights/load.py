@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Weights from every format that a family's weights exist in, into a model.
+"""Loading weights of every known format into a model.
 
-What is known of names comes from the model's `KeyMap`. For InternImage:
+The names come from the model's `KeyMap`. For InternImage:
 
 | source | key naming |
 | --- | --- |
@@ -10,8 +10,8 @@ What is known of names comes from the model's `KeyMap`. For InternImage:
 | mmdetection, mmsegmentation | `backbone.` + ours, without the classifier's head |
 | ours | ours |
 
-The whole key set and every tensor's kind, shape and dtype are compared, and what is in files is read, before a single
-parameter is written.
+All keys, and the kind, shape and dtype of every tensor, are compared, and all files are read, before any parameter is
+written.
 """
 
 import logging
@@ -84,24 +84,24 @@ def load_pretrained(
     head_from_22k: bool | Sequence[str] = False,
     device: torch.device | str | None = None,
 ) -> None:
-    """Load weights into a model, whole or not at all: whatever is refused or cannot be read leaves it as it was.
+    """Load weights into a model, all or nothing: if they are refused or cannot be read, the model is unchanged.
 
-    For that, a model that is not on the meta device has the weights of a file in memory beside its own for a moment.
-    One on the meta device has them once.
+    Therefore a model that is not on the meta device needs the memory of its weights twice for a moment; one on the meta
+    device needs it once.
 
-    The classifier may be new, with a warning, if the model was asked for another number of classes than the weights'
-    cfg names; the first convolution is adapted if it was asked for another number of image channels (timm's rule). All
-    else must fit. Weights that hold NaN or infinity are loaded, and a warning names them.
+    The classifier is new, with a warning, if the model was created with another number of classes than the weights' cfg
+    has; the first convolution is adapted to another number of image channels, as in timm. Everything else must fit.
+    Weights with NaN or infinity are loaded, and a warning names them.
 
     Args:
         model: The model.
-        source: File or folder (see `readers.open_weights`), what that has opened, or a state dict, wrapped or not.
-        backbone_only: Only the stages matter: whatever the file has of the head is taken or left.
+        source: A file or folder (see `readers.open_weights`), opened weights, or a state dict, wrapped or not.
+        backbone_only: Only the stages matter: tensors of the head are loaded if they fit, and ignored if not.
         use_ema: Take the averaged weights of a file that has both, if it is opened here.
-        pretrained_cfg: What the weights were made for (`num_classes`, `input_size`); the model's own cfg if None.
-        head_from_22k: Make the classifier of the rows that an ImageNet-22k one has for these synsets, one a class; True
-            stands for ImageNet-1k's.
-        device: Where a model that was built on the meta device goes.
+        pretrained_cfg: timm's cfg of the weights (`num_classes`, `input_size`); the model's own cfg if None.
+        head_from_22k: Take the rows of an ImageNet-22k classifier for these synsets, one for each class; True means
+            ImageNet-1k's.
+        device: Where a model on the meta device is moved to.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit, with the first ten differences; or a tensor of the
@@ -130,7 +130,7 @@ def load_pretrained(
         if on_meta:
             assert device is not None
             filled = {key: read(key).to(device) for key in found}
-            # what the file lacks belongs to a child of the model (the head) that gets initial values
+            # what the file lacks belongs to a child of the model, the head, which is initialized
             model.materialize({key.partition(".")[0] for key in target if key not in found}, device)
             model.load_state_dict(filled, strict=False, assign=True)
         else:
@@ -157,7 +157,7 @@ def _opened(source: Source, use_ema: bool) -> Weights:
 
 
 def _check_fillable(target: Mapping[str, Tensor]) -> None:
-    """Refuse a model with tensors that cannot be written to, or only with other values than the weights'."""
+    """Refuse a model with tensors that cannot be written to, or that would not keep the values."""
     for key, entry in from_state_dict(target, "the model").items():
         value = target[key]
         problem = problem_of(entry.dtype) if value.is_meta else problem_with(entry)
@@ -172,8 +172,8 @@ def _check_fillable(target: Mapping[str, Tensor]) -> None:
 def _has_nonfinite(tensor: Tensor) -> bool:
     """Whether there is NaN or infinity in it.
 
-    The sum shows of almost all tensors that there is not, and takes no memory: what is allocated and freed between
-    tensors that stay leaves holes, in the end as large as the weights.
+    The sum alone rules it out for almost all tensors, and needs no memory: allocating and freeing between tensors that
+    are kept would fragment memory, in the end as much as the weights take.
     """
     if not tensor.is_floating_point() or math.isfinite(tensor.sum()):
         return False
@@ -187,10 +187,10 @@ def match(
     pretrained_cfg: dict[str, Any] | None = None,
     head_from_22k: bool | Sequence[str] = False,
 ) -> dict[str, Entry]:
-    """What `load_pretrained` would read, compared whole with the model; nothing is read. Arguments as there.
+    """What `load_pretrained` would read, compared in full with the model; reads no values. Arguments as there.
 
     Returns:
-        The model's names with the tensors for them; those that the model keeps (a new classifier) are not among them.
+        The tensors by the model's names, without those that the model keeps, such as a new classifier's.
     """
     cfg = pretrained_cfg or getattr(model, "pretrained_cfg", None) or {}
     found, beside = find_model(weights, model.key_map)

@@ -22,7 +22,7 @@ from .torch_file import TorchFile
 
 _logger = logging.getLogger(__name__)
 
-_WRAPPERS = ("model", "module", "state_dict")  # where a pickle keeps its weights, in upstream's order
+_WRAPPERS = ("model", "module", "state_dict")  # keys of a pickle's weights, in upstream's order
 _AVERAGED = ("model_ema", "state_dict_ema")  # upstream's and timm's averaged weights
 _PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # bytes of json in a safetensors file, by its specification
@@ -65,7 +65,7 @@ class Weights(Mapping[str, Entry]):
 
 
 def existing_path(path: str | Path) -> Path:
-    """A path of weights, with `~` resolved; raises FileNotFoundError if there is nothing."""
+    """A path of weights, with `~` expanded; raises FileNotFoundError if nothing is there."""
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}'" + ("" if path.is_absolute() else f" in '{Path.cwd()}'"))
@@ -80,8 +80,8 @@ def open_weights(path: str | Path, use_ema: bool = False) -> Weights:
         use_ema: Take the averaged weights of a pickle that has both.
 
     Raises:
-        CheckpointError: It is none of these, damaged, incomplete, or a pickle with something else than data in it.
-        FileNotFoundError: There is nothing at `path`.
+        CheckpointError: It is none of these, damaged, incomplete, or a pickle that contains more than data.
+        FileNotFoundError: Nothing is at `path`.
     """
     origin, path = f"'{path}'", existing_path(path)
     if path.is_dir():
@@ -100,12 +100,12 @@ def from_state_dict(data: object, origin: str = "the state dict", use_ema: bool 
 
 def _entry(tensor: Tensor, read: Callable[[], Tensor]) -> Entry:
     problem = _problem(tensor)
-    shapeless = tensor.is_nested or is_lazy(tensor)  # asking either for it raises
+    shapeless = tensor.is_nested or is_lazy(tensor)  # asking for it raises
     return Entry(() if shapeless else tuple(tensor.shape), tensor.dtype, read, problem)
 
 
 def _problem(tensor: Tensor) -> str:
-    """What a tensor is, if not plain numbers in memory; checked before any is read, as reading fails half way."""
+    """Why a tensor is not an ordinary dense one; checked before any is read, since reading would fail half way."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}, not a plain torch.Tensor"
     if tensor.is_nested:
@@ -127,7 +127,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 class _Unchanged:
-    """Notices that a file was replaced or written to between two reads."""
+    """Detects that a file was replaced or written to between two reads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -195,11 +195,11 @@ def _open_shards(index: Path, use_ema: bool) -> tuple[dict[str, Entry], list[Pat
 
 def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
     """By content, not by name: a safetensors file called .bin opens as what it is."""
-    if not path.is_file():  # opening a pipe would wait for its writer forever
+    if not path.is_file():  # opening a pipe would block
         raise CheckpointError(f"'{path}' is not a regular file")
     with path.open("rb") as file:
         start = file.read(64)
-    # before the pickles: the size of a header, which stands first, may begin like one of them
+    # before the pickles: the first bytes, a header's size, may look like one
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
         if use_ema:
             _logger.warning("'%s' holds one set of weights; use_ema has no choice", path)
@@ -217,12 +217,12 @@ def _open_file(path: Path, use_ema: bool) -> dict[str, Entry]:
 
 
 def _plausible(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
-    """Refuse names and shapes that no tensor has: messages repeat them, and torch may not take them."""
+    """Refuse names and shapes that no tensor has: messages would repeat them, and torch may not accept them."""
     for key, entry in entries.items():
         if not key.isprintable() or len(key) > _LONGEST_NAME:
             shown = ascii(key[:50])[1:-1]
             raise CheckpointError(f"'{path}' has a tensor whose name is none, as it begins with '{shown}'")
-        # sides beside a 0 may be as large as they like
+        # beside a 0, the other sides may have any size
         if len(entry.shape) > MOST_DIMENSIONS or nbytes(tuple(side or 1 for side in entry.shape), entry.dtype) >= 2**63:
             raise CheckpointError(f"'{path}' has a tensor '{key}' of a shape that no tensor can have")
     return entries
@@ -268,7 +268,7 @@ def _open_pickle(path: Path, use_ema: bool) -> dict[str, Entry]:
     return {key: Entry(value.shape, value.dtype, partial(read, key), value.problem) for key, value in tensors.items()}
 
 
-# ---- what was unpickled
+# ---- unpickled content
 
 
 _T = TypeVar("_T", Tensor, StoredTensor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What upstream published about each released weight, and where its file stands.
+"""What upstream published about each of the released weights, and where the files are.
 
 Figures as printed in the README of OpenGVLab/InternImage (2025-03-25); none was measured here. FLOPs are
 multiply-accumulates at the released resolution. Where a figure is None, none was printed.
@@ -7,20 +7,20 @@ multiply-accumulates at the released resolution. Where a figure is None, none wa
 
 from dataclasses import dataclass
 
-HUB_PTH_REPO = "OpenGVLab/InternImage"  # all official .pth files stand in this one repository
+HUB_PTH_REPO = "OpenGVLab/InternImage"  # has all official .pth files
 
 
 @dataclass(frozen=True)
 class Published:
-    """One released weight."""
+    """One set of released weights."""
 
     hub_id: str | None  #: per-model repository with safetensors, in transformers' key naming
     pth: str | None  #: file name in HUB_PTH_REPO, with the official key naming
     top1: float | None = None  #: ImageNet-1k top-1 accuracy in percent
     gmacs: float | None = None  #: multiply-accumulates in billions, at the released resolution; printed as FLOPs
     pretrain: str = "ImageNet-1k"  #: pre-training data
-    # The commits of the two repositories that the weights are taken from; None takes what stands on their main branch.
-    # All are None because the Hub could not be reached where this was written: no commit was seen, and none is made up.
+    # The commits of the two repositories that the weights are taken from; None takes their main branch. All are None
+    # because the Hub could not be reached where this was written.
     revision: str | None = None  #: commit of the per-model repository; None is its main branch
     pth_revision: str | None = None  #: likewise of HUB_PTH_REPO
 

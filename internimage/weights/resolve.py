@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where weights are: of what a timm pretrained cfg names, and of what a user names. Downloads them if need be."""
+"""From what a timm pretrained cfg or a user names to weights on this machine, downloading them if necessary."""
 
 import difflib
 import logging
@@ -24,7 +24,7 @@ _REPOSITORY = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(@[^/\s]+)?(?:/(.+))?")
 
 
 class SourceError(UserError, ValueError):
-    """A name that can be none of weights."""
+    """An empty name of weights."""
 
 
 # ---- what a pretrained cfg names
@@ -33,7 +33,7 @@ class SourceError(UserError, ValueError):
 def resolve_source(
     variant: str, cfg: dict[str, Any], cache_dir: str | None = None
 ) -> Path | Mapping[str, Tensor] | Weights:
-    """The weights that a timm pretrained cfg names: a path, a state dict, or what was opened; downloads if need be.
+    """The weights of a timm pretrained cfg: a path, a state dict or opened weights; downloads them if necessary.
 
     Args:
         variant: Model name, for messages.
@@ -56,7 +56,7 @@ def _locate(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> Path:
         return hub.download(cfg["hf_hub_id"], cache_dir=cache_dir)
     if cfg.get("file"):
         return existing_path(cfg["file"])
-    if cfg.get("url"):  # before the tag's repository: none of our cfgs has one, so it was asked for
+    if cfg.get("url"):  # before the tag's repository: none of our cfgs has one, so the user gave it
         return hub.download_url(cfg["url"], cache_dir)
     if cfg.get("hf_hub_id"):
         return _download_tag(variant, cfg, cache_dir)
@@ -75,12 +75,12 @@ def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> P
     try:
         return hub.download(cfg["hf_hub_id"], filenames, cache_dir)
     except (hub.NothingThere, hub.Unreachable) as error:
-        # a repository or a revision of one's own choice has no second choice, nor has a download that broke
+        # there is no fallback for a repository or revision that the user chose, nor for a failed download
         if published is None or published.pth is None or cfg["hf_hub_id"] != published.hub_source:
             raise
         _logger.info("%s; trying %s in %s", error, published.pth, HUB_PTH_REPO)
         try:
-            cached_only = isinstance(error, hub.Unreachable)  # one attempt is long enough to wait for
+            cached_only = isinstance(error, hub.Unreachable)  # waiting for one attempt is enough
             return hub.download(published.pth_source, (published.pth,), cache_dir, cached_only)
         except hub.DownloadError as second:
             collected = f"{published.pth} of {HUB_PTH_REPO}"
@@ -94,7 +94,7 @@ def _download_tag(variant: str, cfg: dict[str, Any], cache_dir: str | None) -> P
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are, and what is known of them."""
+    """Where weights are, and what is known about them."""
 
     path: Path
     name: str  # for the model card; no path of this machine
@@ -103,7 +103,7 @@ class Source:
 
 
 def find_source(source: str, cache_dir: str | None = None) -> Source:
-    """Weights by path, by the name of a released model, or on the Hub; downloads them if need be.
+    """Weights by path, by the name of a released model, or on the Hub; downloads them if necessary.
 
     Args:
         source: A file or folder; `internimage_SIZE.TAG`; or `OWNER/NAME[@REVISION][/FILE]`, also behind `hf-hub:`.
@@ -146,7 +146,7 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
 
 
 def _on_the_hub(path: Path, name: str) -> str:
-    """The repository and commit of a downloaded file, as the cache's folders are named."""
+    """The repository and commit of a downloaded file, from the names of the cache's folders."""
     if path.parent.parent.name != "snapshots":
         return name
     repo_id = path.parent.parent.parent.name.removeprefix("models--").replace("--", "/")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Pickles as data: the instructions that torch.save writes, followed without importing or calling anything.
+"""Pickles as data: an interpreter of the instructions that torch.save writes, which imports and calls nothing.
 
-Pickle lets a file call functions. `torch.load(weights_only=True)` narrows down which, but what it lets through takes
-any amount of memory or time (`bytearray(8e9)`, a tensor of stride 0), and a key of nested tuples ends the process. Here
-a name is a name: what it would make is described, and nothing takes more room than a constant times its instructions.
+Pickle lets a file call functions. `torch.load(weights_only=True)` restricts which, but what it allows can take any
+amount of memory or time (`bytearray(8e9)`, a tensor of stride 0), and a key of nested tuples crashes the process. Here
+names are not resolved: calls are recorded, and memory is bounded by a constant times the number of instructions.
 """
 
 import _compat_pickle
@@ -31,18 +31,18 @@ from .stored import (
     storage_of,
 )
 
-MOST_BYTES = 64 * 2**20  # of a pickle: names and numbers; the tensors' own stand elsewhere
-_MOST_INSTRUCTIONS = 1_000_000  # 25,000 tensors: the largest model with its optimizer has a third
+MOST_BYTES = 64 * 2**20  # of a pickle; the tensors' data is elsewhere in the file
+_MOST_INSTRUCTIONS = 1_000_000  # 25,000 tensors, three times the largest model with its optimizer
 _LONGEST_GLOBAL = 500
 
-# Besides tensors and plain containers, an official training checkpoint holds its configuration, a yacs node (a dict),
-# and others hold their command line. Nothing else may be named.
+# Besides tensors and plain containers, official training checkpoints contain their configuration, a yacs node (a dict),
+# and others their command line. No other name is accepted.
 _MAPPINGS = ("collections.OrderedDict", "yacs.config.CfgNode")
 _DATA = re.compile(
     r"argparse\.Namespace|collections\.Counter|_codecs\.encode|builtins\.(set|complex|bytearray)"
     r"|torch\.(Size|device|serialization\._get_layout|per_(tensor|channel)_\w+)"
 )
-_HARMLESS = re.compile(  # torch's own that are no data, or that damage made: not called code in a refusal
+_HARMLESS = re.compile(  # names in torch, or garbled ones, which the refusal does not list as code
     rf"{_DATA.pattern}|yacs\.config\.CfgNode|collections\.OrderedDict|torch\.(\w+|storage\.\w+Storage)"
     r"|torch\.nn\.parameter\.Parameter|torch\.(_utils|_tensor)\._rebuild\w+"
 )
@@ -58,10 +58,10 @@ _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 
 
 class RefusedError(PickleError):
-    """A pickle that is not followed: it names something else than data, or has instructions of another kind.
+    """A pickle that is not interpreted: it names something other than data, or has other instructions.
 
     Attributes:
-        name: What it names; None for instructions.
+        name: The name; None for an instruction.
     """
 
     def __init__(self, reason: str, name: str | None = None) -> None:
@@ -70,7 +70,7 @@ class RefusedError(PickleError):
 
 
 class Unpickler:
-    """Follows the pickles in some bytes, one after the other.
+    """Interprets the pickles in a byte string, one after the other.
 
     Args:
         data: The bytes.
@@ -78,7 +78,7 @@ class Unpickler:
 
     Attributes:
         position: Where the next one begins.
-        storages: What was referred to by tensors, by key.
+        storages: The storages that tensors refer to, by key.
     """
 
     def __init__(self, data: bytes, start: int = 0) -> None:
@@ -91,8 +91,8 @@ class Unpickler:
         """The next pickle: plain containers, text, numbers, `StoredTensor`, `Made` and `Named`.
 
         Raises:
-            RefusedError: It is not data only.
-            PickleError: It is damaged, or larger than a checkpoint's.
+            RefusedError: It contains more than data.
+            PickleError: It is damaged, or larger than any checkpoint's.
         """
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
@@ -122,7 +122,7 @@ class Unpickler:
         return found
 
     def _step(self, code: int) -> bool:
-        """Follow one instruction; whether it was the last."""
+        """Interpret one instruction; returns whether it was the last."""
         stack = self._stack
         if code in _PUT:
             self._memo[self._number(_PUT[code])] = stack[-1]
@@ -145,7 +145,7 @@ class Unpickler:
             self._since_mark().append(tuple(stack))
         elif code == ord("c"):
             stack.append(self._global())
-        elif code in (ord("R"), 0x81):  # call, make an instance
+        elif code in (ord("R"), 0x81):  # call a function, create an instance
             arguments = stack.pop()
             stack.append(_make(stack.pop(), arguments))
         elif code == ord("Q"):
@@ -159,7 +159,7 @@ class Unpickler:
             if not isinstance(target, list):
                 raise PickleError("its pickle appends to what is no list")
             target.extend(items)
-        elif code == ord("b"):  # attributes, which are no weights
+        elif code == ord("b"):  # attributes, which contain no weights
             stack.pop()
             if isinstance(stack[-1], StoredTensor) or not isinstance(stack[-1], (dict, Made)):
                 raise PickleError("its pickle sets attributes of what has none")
@@ -172,7 +172,7 @@ class Unpickler:
         return False
 
     def _since_mark(self) -> list[Any]:
-        """Back to the stack as it was at the last mark."""
+        """Return to the stack as it was at the last mark."""
         self._stack = self._marks.pop()
         return self._stack
 
@@ -232,7 +232,7 @@ def _make(what: Any, arguments: Any) -> Any:
 
 def _set(target: Any, items: Any) -> None:
     """Put keys and values into a dict. Hashing tuples can take forever or overflow the stack, and large numbers can
-    have one hash: such keys are no names of tensors, and their place is taken by what stands for them."""
+    share a hash: such keys, which are no names of tensors, are replaced by placeholders."""
     if not isinstance(target, dict) or len(items) % 2:
         raise PickleError("its pickle sets items of what is no dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
@@ -241,7 +241,7 @@ def _set(target: Any, items: Any) -> None:
 
 
 def _modern(module: str, name: str) -> str:
-    """Up to protocol 2, modules stand under their Python 2 names."""
+    """Python 3's name of a module; up to protocol 2, pickles have those of Python 2."""
     module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
     return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
 
@@ -253,24 +253,24 @@ def _unknown(code: int) -> str:
     return f"its pickle has the instruction {known.name}, which torch.save does not write"
 
 
-# ---- what a refused one would have called
+# ---- refusals
 
 
 def refusal(error: RefusedError, data: bytes, starts: tuple[int, ...] = (0,)) -> str:
-    """Why a pickle is refused, as the rest of a sentence that begins with the file's name.
+    """Why a pickle is refused, as a predicate for the file's name.
 
     Args:
-        error: What ended the reading.
-        data: The bytes.
-        starts: Where pickles begin in them.
+        error: The reason.
+        data: The byte string.
+        starts: Where pickles begin in it.
     """
     found = dict.fromkeys([error.name] if error.name else [])
     for start in starts:
         found.update(dict.fromkeys(_imports(data[start:])))
-    odd = [shown(name) for name in found if not _HARMLESS.fullmatch(name)]
-    if odd:
+    code = [shown(name) for name in found if not _HARMLESS.fullmatch(name)]
+    if code:
         return (
-            f"was refused: unpickling it would call {list_some(odd)}, and this package unpickles nothing but data. "
+            f"was refused: unpickling it would call {list_some(code)}, and this package unpickles nothing but data. "
             f"Nothing of it was run. If you trust its source, save its weights alone: "
             f"safetensors.torch.save_file(state_dict, PATH)"
         )
@@ -283,18 +283,18 @@ def refusal(error: RefusedError, data: bytes, starts: tuple[int, ...] = (0,)) ->
 
 
 def shown(name: str) -> str:
-    """A name of a file's own choice for a message: without control characters, and not too long."""
+    """A name from a file for a message: without control characters, and not too long."""
     return (name if name.isprintable() else ascii(name)[1:-1])[:200]
 
 
 def _instructions(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd escapes in text
+        warnings.simplefilter("ignore")  # about invalid escapes in text
         yield from pickletools.genops(io.BytesIO(data))
 
 
 def _imports(data: bytes) -> list[str]:
-    """What a pickle imports, read off its first instructions; incomplete for a damaged one."""
+    """The names that a pickle imports, from its first instructions; incomplete for a damaged one."""
     strings: list[str] = []
     memo: dict[int, str] = {}
     found: list[str] = []
@@ -311,6 +311,6 @@ def _imports(data: bytes) -> list[str]:
                 strings.append(memo.get(argument, ""))
             elif isinstance(argument, str):
                 strings.append(argument)
-    except (ValueError, TypeError):  # pickletools' own, of odd bytes; only a message depends on it
+    except (ValueError, TypeError):  # of pickletools, for damaged bytes; only a message depends on it
         return found
     return found

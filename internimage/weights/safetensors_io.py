@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Safetensors files tensor by tensor: one in memory at a time, and no more.
+"""Safetensors files, tensor by tensor, with one in memory at a time.
 
-safetensors' own `save_file` wants all of them at once, and its `safe_open` maps the file, whose pages count as the
-process's memory until it is closed. It does check the header, and is for that called before anything here.
+safetensors' own `save_file` needs all tensors at once, and its `safe_open` maps the file, whose pages count as the
+process's memory until it is closed. But it checks the header, so callers open the file with it first.
 
-The format (https://github.com/huggingface/safetensors): the header's length in 8 bytes, little endian; the header, json
-of each tensor's dtype, shape and place; the tensors' bytes in that order.
+The format (https://github.com/huggingface/safetensors): the header's length in 8 bytes, little endian; the header, JSON
+with the dtype, shape and offsets of each tensor; the tensors' bytes in that order.
 """
 
 import json
@@ -33,7 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LONGEST_HEADER = 16 * 2**20  # bytes; a hundred thousand tensors. The specification lets 100 MB pass
+_LONGEST_HEADER = 16 * 2**20  # bytes; a hundred thousand tensors. The specification allows 100 MB
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -46,9 +46,9 @@ def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Each tensor's `dtype`, `shape` and `data_offsets`, and where in the file these count from.
+    """Each tensor's `dtype`, `shape` and `data_offsets`, and the position in the file that the offsets start from.
 
-    For a file whose header safetensors has checked, if `check_length` has let it pass.
+    For a file whose header safetensors has checked, after `check_length`.
 
     Raises:
         ValueError: It is not JSON, or describes a tensor twice.
@@ -61,10 +61,10 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def check_length(path: Path) -> None:
-    """Before safetensors reads a header, which takes fifty times its length.
+    """Check the length of a header before safetensors reads it, which takes fifty times as much memory.
 
     Raises:
-        ValueError: It is longer than a model's.
+        ValueError: It is longer than any model's.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -73,17 +73,17 @@ def check_length(path: Path) -> None:
 
 
 def read_tensor(path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor from its place in a file.
+    """Read a tensor at a position of a file.
 
     Raises:
         OSError: It cannot be read.
-        EOFError: The file ends before it does.
+        EOFError: The file is too short.
     """
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     left = tensor.reshape(-1).view(torch.uint8).numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(position)
-        while left:  # a system call reads 2 GB at most
+        while left:  # a system call reads at most 2 GB
             count = file.readinto(left)
             if not count:
                 raise EOFError(f"'{path}' ends {len(left)} bytes early")
@@ -97,20 +97,20 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file holding no more than one tensor in memory.
+    """Write a file with no more than one tensor in memory.
 
     Args:
-        path: The file; what is left of it after an error is for the caller to remove.
+        path: The file; after an error, the caller removes it.
         specs: Name -> shape and dtype, in the order of writing.
         read: Name -> the tensor, on the CPU.
         metadata: Strings for the header; "format": "pt" is added.
 
     Raises:
-        OSError: It cannot be written whole.
-        ValueError: A tensor is not what `specs` says.
+        OSError: It cannot be written completely.
+        ValueError: A tensor does not match `specs`.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    # the widest first, as safetensors itself does: each tensor's bytes are then aligned to its dtype
+    # the widest dtypes first, as in safetensors itself, so that each tensor is aligned to its dtype
     names = sorted(specs, key=lambda name: -specs[name][1].itemsize)
     offset = 0
     for name in names:
@@ -127,7 +127,7 @@ def write_safetensors(
             tensor = read(name)
             if (tuple(tensor.shape), tensor.dtype) != specs[name]:
                 raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {specs[name]}")
-            # as bytes, which numpy has for every dtype; scalars have no last dimension to view
+            # as bytes, which numpy supports for every dtype; scalars have no last dimension to view
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

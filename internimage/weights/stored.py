@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensors as a torch file describes them: a view of a storage, whose bytes are elsewhere in the file."""
+"""Tensors as a torch file describes them: views of storages, whose bytes are elsewhere in the file."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _STORAGES = {
 }  # fmt: skip
 _STORAGE_NAME = re.compile(r"torch\.(?:storage\.|cuda\.)?(\w+)Storage")
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-# float8 without scales and complex numbers are no weights either, but can be read
+# float8 without scales and complex numbers are not accepted as weights, but can be read
 _READABLE = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz} | {
     dtype for dtype in _STORAGES.values() if dtype is not None and not str(dtype).startswith("torch.q")
 } | {torch.uint16, torch.uint32, torch.uint64}  # fmt: skip
@@ -28,19 +28,19 @@ PARAMETER = "torch.nn.parameter.Parameter"
 
 
 class PickleError(ValueError):
-    """A pickle that is damaged, or holds what no tensor is; the message says why, to stand in a sentence about it."""
+    """A pickle that is damaged, or contains an invalid tensor. The message is a clause: "its ... is ..."."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """Something that a pickle names by its module, such as a class; it is not imported."""
+    """A name in a module, such as a class; it is not imported."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What a class or function that is named would make of its arguments; it is not called."""
+    """A call of a named class or function; it is not executed."""
 
     name: str
     arguments: tuple[Any, ...] = ()
@@ -51,7 +51,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Storage:
-    """Elements, one after the other, under a key of the file; without a dtype they are bytes."""
+    """Consecutive elements under a key of the file; bytes if there is no dtype."""
 
     key: str
     dtype: torch.dtype | None
@@ -59,20 +59,20 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file."""
+        """Its size in the file."""
         return self.count * (1 if self.dtype is None else self.dtype.itemsize)
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor that was not read: a view of a storage, which it does not reach beyond.
+    """A tensor that has not been read: a view within the bounds of a storage.
 
     Attributes:
-        shape, stride: As a tensor's.
+        shape, stride: As of a tensor.
         dtype: Of its elements.
-        storage: None where there is a problem.
+        storage: None if there is a problem.
         offset: Of its first element, in elements.
-        problem: What it is instead of plain numbers in memory; it cannot be read then.
+        problem: Why it is not an ordinary dense tensor; it cannot be read then.
     """
 
     shape: tuple[int, ...]
@@ -84,29 +84,29 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, once it is read."""
+        """Size in memory, once it is read."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
     def span(self) -> int:
-        """Elements of the storage from its first to its last."""
+        """Number of elements of the storage from its first to its last element."""
         return span(self.shape, self.stride)
 
 
 def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a view."""
+    """Number of elements from the first to the last of a view."""
     if 0 in shape:
         return 0
     return 1 + sum((side - 1) * step for side, step in zip(shape, stride, strict=True))
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """`torch.float32` for "torch.float32", and so on; None if it is no dtype."""
+    """`torch.float32` for "torch.float32"; None if it is not a dtype."""
     return _DTYPES.get(name)
 
 
 def is_storage_type(name: str) -> bool:
-    """Whether a class is one that tells the dtype of a storage."""
+    """Whether a class is a type of storages, which determines their dtype."""
     return _storage_kind(name) in _STORAGES
 
 
@@ -116,15 +116,15 @@ def _storage_kind(name: str) -> str:
 
 
 def storage_of(pid: Any, storages: dict[str, Storage]) -> Storage:
-    """The storage that a pickle refers to; is noted in `storages`.
+    """The storage that a persistent id refers to; is added to `storages`.
 
     Args:
-        pid: `("storage", class, key, device, number of elements)`, and in the format before torch 1.6 a sixth, which is
-            a view of the storage or None.
-        storages: Those that were referred to before, by their keys.
+        pid: `("storage", class, key, device, number of elements)`; before torch 1.6 with a sixth item, a view of the
+            storage or None.
+        storages: Those referred to before, by key.
 
     Raises:
-        PickleError: It is no such reference, or one that contradicts another.
+        PickleError: It is not such a reference, or contradicts an earlier one.
     """
     if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Named)):
         raise PickleError("it refers to something else than the numbers of a tensor")
@@ -145,13 +145,13 @@ def can_rebuild(name: str) -> bool:
 
 
 def rebuild(name: str, arguments: tuple[Any, ...]) -> StoredTensor:
-    """The tensor that one of torch's functions would make of what a pickle gives it.
+    """The tensor that one of torch's functions would return for its arguments in a pickle.
 
     Raises:
-        PickleError: It would make none, or one that reaches beyond its storage.
+        PickleError: It would fail, or return a tensor that exceeds its storage.
     """
     if name not in _REBUILD and name != PARAMETER:
-        return _odd((), torch.float32, "written before torch 0.4; load it with a newer torch and save it again")
+        return _unreadable((), torch.float32, "written before torch 0.4; load it with a newer torch and save it again")
     least, function = _REBUILD.get(name, (1, _same))
     if len(arguments) < least:
         raise PickleError("it has a tensor that is not described whole")
@@ -198,9 +198,11 @@ def _checked(
     if offset + span(shape, stride) > count:
         raise PickleError(f"its tensor of shape {shape} reaches beyond its {count} numbers")
     if dtype not in _READABLE:
-        return _odd(shape, dtype, f"of {dtype}, which no weights are")
+        return _unreadable(shape, dtype, f"of {dtype}, which no weights are")
     if isinstance(metadata, dict) and any(metadata.values()):
-        return _odd(shape, dtype, "conjugated or negated when it is read; save it after .resolve_conj().resolve_neg()")
+        return _unreadable(
+            shape, dtype, "conjugated or negated when it is read; save it after .resolve_conj().resolve_neg()"
+        )
     return StoredTensor(shape, dtype, storage, offset, stride)
 
 
@@ -235,20 +237,20 @@ def _sparse(layout: Any, data: Any, *_: Any) -> StoredTensor:
         raise PickleError("it has a sparse tensor that is not described whole")
     name = layout.arguments[0] if isinstance(layout, Made) and layout.arguments else ""
     name = name.removeprefix("torch.") if type(name) is str and len(name) < 30 and name.isprintable() else "unknown"
-    return _odd(_sides(sizes[0]), values[-1].dtype, f"sparse ({name}); save it after .to_dense()")
+    return _unreadable(_sides(sizes[0]), values[-1].dtype, f"sparse ({name}); save it after .to_dense()")
 
 
 def _quantized(storage: Any, offset: Any, shape: Any, *_: Any) -> StoredTensor:
     dtype = storage.dtype if isinstance(storage, Storage) else None
-    return _odd(_sides(shape), dtype or torch.qint8, "quantized; save it after .dequantize()")
+    return _unreadable(_sides(shape), dtype or torch.qint8, "quantized; save it after .dequantize()")
 
 
 def _meta(dtype: Any, shape: Any, *_: Any) -> StoredTensor:
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    return _odd(_sides(shape), dtype, "on the meta device, so it holds no numbers")
+    return _unreadable(_sides(shape), dtype, "on the meta device, so it holds no numbers")
 
 
-def _odd(shape: tuple[int, ...], dtype: torch.dtype, problem: str) -> StoredTensor:
+def _unreadable(shape: tuple[int, ...], dtype: torch.dtype, problem: str) -> StoredTensor:
     return StoredTensor(shape, dtype, problem=problem)
 
 
@@ -263,7 +265,7 @@ def _is_count(number: Any) -> bool:
 
 
 _OF_TYPE = "torch._tensor._rebuild_from_type_v2"
-# function -> the fewest arguments, and what it makes of them
+# function -> the minimum of arguments, and what interprets them
 _REBUILD: dict[str, tuple[int, Callable[..., StoredTensor]]] = {
     "torch._utils._rebuild_tensor": (4, _view),
     "torch._utils._rebuild_tensor_v2": (4, _view),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Files of torch.save, read tensor by tensor from their places; nothing in them is imported, called or trusted.
+"""Files of torch.save, read tensor by tensor; nothing in them is imported, called or trusted.
 
 Since torch 1.6 a file is a ZIP archive: `data.pkl` describes the tensors, and `data/KEY` is the storage KEY, not
-compressed. Before, it was five pickles (a magic number, a version, the system, the data, the keys of the storages) and
-the storages behind them, each with its number of elements in front.
+compressed. Before, it was five pickles (a magic number, a version, the system, the data, the keys of the storages)
+followed by the storages, each preceded by its number of elements.
 """
 
 import sys
@@ -20,14 +20,14 @@ from .safe_pickle import MOST_BYTES, RefusedError, Unpickler, refusal, shown
 from .stored import PickleError, Storage, StoredTensor
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
-# What a small file may ask for in memory beyond its own size. More is no model: views of one number, as large as
-# wished, or zeros that were compressed to nothing.
+# The memory that the tensors of a file may take beyond its size. More means expanded views of a few elements, or
+# compressed zeros.
 _ALLOWANCE = 2**28
-_MOST_INFLATION = 4  # weights that are compressed become smaller by a tenth, float32 of bfloat16 by half
+_MOST_INFLATION = 4  # compression saves a tenth of weights, and half of bfloat16 values in float32
 
 
 class _Storages(Protocol):
-    """Where the bytes of storages are. What is wrong with them is an ArchiveError or a PickleError."""
+    """The bytes of storages. Raises ArchiveError or PickleError if something is wrong with them."""
 
     little_endian: bool
     stored: int  # bytes of all storages, once they are inflated
@@ -37,7 +37,7 @@ class _Storages(Protocol):
 
 
 class TorchFile:
-    """What a file of torch.save holds, with `StoredTensor` for each tensor.
+    """The content of a file of torch.save, with a `StoredTensor` for each tensor.
 
     Args:
         path: The file.
@@ -46,7 +46,7 @@ class TorchFile:
         data: Its content.
 
     Raises:
-        CheckpointError: Unpickling it would call something, which is named; or it is damaged.
+        CheckpointError: Unpickling it would call something, which the message names; or it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,10 +62,10 @@ class TorchFile:
             raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}") from error
 
     def check(self, tensors: Iterable[StoredTensor]) -> None:
-        """Whether the file has the numbers of some tensors, and no more is asked for than it has.
+        """Check that the file has the data of some tensors, and that they do not take much more memory than it has.
 
         Raises:
-            CheckpointError: It has not; the message says of which.
+            CheckpointError: It does not, or they do; the message says which.
         """
         claimed = 0
         try:
@@ -83,7 +83,7 @@ class TorchFile:
             )
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """A tensor without a problem, contiguous and in memory of its own.
+        """Read a tensor that has no problem; returns a contiguous copy.
 
         Raises:
             CheckpointError: Its bytes are damaged, or cannot be read.
@@ -159,7 +159,7 @@ def _open_archive(path: Path) -> tuple[Any, _Archived]:
     if size > _MOST_INFLATION * stored + _ALLOWANCE:
         raise ArchiveError(f"its ZIP archive would become {size / 1e9:.1f} GB of {stored / 1e6:.1f} MB")
     if records[found[0]].size > MOST_BYTES:
-        raise PickleError(f"its pickle is larger than {MOST_BYTES >> 20} MiB, though tensors stand outside of it")
+        raise PickleError(f"its pickle is larger than {MOST_BYTES >> 20} MiB, though tensors are stored outside of it")
     byteorder = records.get(f"{prefix}byteorder")
     order = b"little" if byteorder is None or byteorder.size > 10 else archive.read(byteorder)
     data = archive.read(records[found[0]])
