@@ -4,6 +4,7 @@
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -63,7 +64,7 @@ def sampled_points(model: nn.Module, images: Tensor, layer: str | None = None) -
 
 
 def point_tiles(
-    model: nn.Module, images: list[Image.Image], config: dict, layer: str | None = None
+    model: nn.Module, images: list[Image.Image], config: dict[str, Any], layer: str | None = None
 ) -> tuple[str, list[Image.Image]]:
     """A picture of each image, at most 224 pixels per side, with the points that its middle output pixel depends on.
 
@@ -127,7 +128,7 @@ def _cross(draw: ImageDraw.ImageDraw, at: tuple[float, float], fine: int) -> Non
 def draw_points(
     model: nn.Module,
     images: list[tuple[str, Image.Image]],
-    config: dict,
+    config: dict[str, Any],
     path: str | Path,
     layer: str | None = None,
 ) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 
 from ..engine.run import Outcome, Preempted
+from ..tasks.classification.evaluate import Evaluation
 from ..tasks.classification.finetune import finetune
 from ..terminal import say
 
@@ -23,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if outcome.complete else 1
 
 
-def _print(outcome: Outcome) -> None:
+def _print(outcome: Outcome[Evaluation]) -> None:
     """Print the accuracy, and where model and report are."""
     if outcome.result is not None:
         result = outcome.result

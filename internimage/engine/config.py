@@ -146,7 +146,7 @@ class RunConfig:
         return f"{processes} processes times accumulate={self.accumulate}"
 
 
-def settings_of(cls: type[RunConfig]) -> list[dataclasses.Field]:
+def settings_of(cls: type[RunConfig]) -> list[dataclasses.Field[Any]]:
     """The fields of a config as people read them: the task's own first, then those of every run."""
     common = {field.name for field in dataclasses.fields(RunConfig)}
     return sorted(dataclasses.fields(cls), key=lambda field: field.name in common)

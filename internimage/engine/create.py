@@ -265,7 +265,7 @@ def _check_takes(model: nn.Module, input_size: tuple[int, int, int]) -> None:
             module.training = training
 
 
-def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict:
+def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict[str, Any]:
     """timm's preprocessing for a model, with overrides; checks that the model takes the size.
 
     A model of one channel reads gray images, normalized by the mean of the three channels' means.

@@ -5,6 +5,7 @@ import html
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class Page:
     style: str = ""  #: CSS for the above
 
 
-def write_report(path: Path, config: RunConfig, page: Page, epochs: list[dict], loss_unit: str) -> None:
+def write_report(path: Path, config: RunConfig, page: Page, epochs: list[dict[str, Any]], loss_unit: str) -> None:
     """Write the report of a run.
 
     Args:
@@ -97,12 +98,12 @@ def escape(value: object) -> str:
     return html.escape(printable(value))
 
 
-def column(epochs: list[dict], name: str) -> list[tuple[float, float]]:
+def column(epochs: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """(epoch, value) of a column of the table of epochs, where it has a value."""
     return [(row["epoch"], row[name]) for row in epochs if name in row]
 
 
-def _curves(steps: list[dict[str, str]], more: list[str], epochs: list[dict], loss_unit: str) -> list[str]:
+def _curves(steps: list[dict[str, str]], more: list[str], epochs: list[dict[str, Any]], loss_unit: str) -> list[str]:
     losses = [(float(row["step"]), float(row["loss"])) for row in steps]
     rates = [(float(row["step"]), float(row["lr"])) for row in steps]
     return [

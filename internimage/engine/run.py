@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 
@@ -177,7 +177,7 @@ def _train(
     return Outcome(output, trainer.final, report, complete)
 
 
-def _save(task: Task, trainer: Trainer, output: Path, weights: dict[str, torch.Tensor]) -> None:
+def _save(task: Task[Any, Any], trainer: Trainer[Any, Any], output: Path, weights: dict[str, torch.Tensor]) -> None:
     try:
         begin_result(output)
         task.save(trainer.result, output, weights)
@@ -188,7 +188,7 @@ def _save(task: Task, trainer: Trainer, output: Path, weights: dict[str, torch.T
         ) from error
 
 
-def _write_report(task: Task, trainer: Trainer, path: Path) -> Path | None:
+def _write_report(task: Task[Any, Any], trainer: Trainer[Any, Any], path: Path) -> Path | None:
     """Write the report; None, and a message, if that fails: the model is already saved."""
     model = None if trainer.sharded else trainer.result
     epochs = trainer.progress.epochs

@@ -34,7 +34,7 @@ class Progress:
     loss_sum: float = 0.0  # of the current epoch
     loss_steps: int = 0
     seconds: float = 0.0  # in steps of the current epoch
-    epochs: list[dict] = field(default_factory=list)  # a row an epoch
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # a row an epoch
 
     @classmethod
     def read(cls, values: Any) -> "Progress":
@@ -51,7 +51,9 @@ class Progress:
             checks: dict[Any, bool] = {
                 int: isinstance(value, int) and number and value >= 0,
                 float: number,
-                list[dict]: isinstance(value, list) and all(isinstance(row, dict) and "epoch" in row for row in value),
+                list[dict[str, Any]]: (
+                    isinstance(value, list) and all(isinstance(row, dict) and "epoch" in row for row in value)
+                ),
             }
             if not checks[fields[name]]:
                 raise DamagedError(f"its 'progress' has {value!r:.50} for '{name}'")
@@ -142,7 +144,7 @@ class RunState:
             },
         }
 
-    def _read(self, path: Path) -> tuple[tuple, int]:
+    def _read(self, path: Path) -> tuple[tuple[Any, ...], int]:
         """What `_restore` needs, checked, and a checksum of it all; nothing is changed."""
         if path.is_dir() != self.sharded:
             written, now = ("several sharding processes", "one") if path.is_dir() else ("one file", "shards")
@@ -164,7 +166,7 @@ class RunState:
         index = shards.check(path, state.get("checksums"), self.world) if self.sharded else None
         return (path, state, progress, index), checksum
 
-    def _restore(self, found: tuple) -> None:
+    def _restore(self, found: tuple[Any, ...]) -> None:
         path, state, progress, index = found
         try:
             if self.sharded:

@@ -37,10 +37,10 @@ class Readable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple: ...
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
 
 
-class SeededDataset(Dataset):
+class SeededDataset(Dataset[Any]):
     """A dataset of (epoch, index) keys. The next readable sample replaces one that cannot be read.
 
     Args:
@@ -49,13 +49,13 @@ class SeededDataset(Dataset):
         placeholder: A sample of the right shapes, for where too many in a row cannot be read.
     """
 
-    def __init__(self, dataset: Readable, seed: int, placeholder: tuple) -> None:
+    def __init__(self, dataset: Readable, seed: int, placeholder: tuple[Any, ...]) -> None:
         self.dataset, self.seed, self.placeholder = dataset, seed, placeholder
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple, tuple[int, int], list[Failure], bool]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Any, ...], tuple[int, int], list[Failure], bool]:
         epoch, index = key
         seed_sample(self.seed, epoch, index)
         failures: list[Failure] = []
@@ -71,9 +71,9 @@ class SeededDataset(Dataset):
 class _Collate:
     """For `DataLoader(collate_fn=...)`."""
 
-    collate: Callable[[list[tuple]], Any]
+    collate: Callable[[list[tuple[Any, ...]]], Any]
 
-    def __call__(self, items: list) -> MicroBatch:
+    def __call__(self, items: list[Any]) -> MicroBatch:
         samples, keys, failures, good = zip(*items)
         error = None
         if not all(good):
@@ -87,8 +87,8 @@ def sample_loader(
     sampler: PlanSampler,
     workers: int,
     pin_memory: bool,
-    collate: Callable[[list[tuple]], Any] = default_collate,
-) -> DataLoader:
+    collate: Callable[[list[tuple[Any, ...]]], Any] = default_collate,
+) -> DataLoader[Any]:
     """The micro-batches of the rest of a run, in one pass: workers start once and prefetch across epochs.
 
     Args:

@@ -160,13 +160,13 @@ class _ChecksumFileSystem(FileSystem):
         self.checksums: Checksums = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
         with super().create_stream(path, mode) as stream:
             writer = integrity.ChecksumWriter(cast(BinaryIO, stream))
             yield cast(io.IOBase, writer)
         self.checksums[Path(path).name] = (writer.size, writer.checksum)
 
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
         self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
 

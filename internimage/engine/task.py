@@ -98,7 +98,7 @@ class Task(ABC, Generic[Config, Result]):
         """
 
     @abstractmethod
-    def train_loader(self, sampler: PlanSampler, pin_memory: bool) -> DataLoader:
+    def train_loader(self, sampler: PlanSampler, pin_memory: bool) -> DataLoader[Any]:
         """The micro-batches of a run, see `internimage.engine.samples.sample_loader`."""
 
     # ---- a step
@@ -173,7 +173,7 @@ class Task(ABC, Generic[Config, Result]):
         """
 
     @abstractmethod
-    def page(self, result: Result, model: nn.Module | None, epochs: list[dict]) -> Page:
+    def page(self, result: Result, model: nn.Module | None, epochs: list[dict[str, Any]]) -> Page:
         """What the report shows beside the curves and settings of any run.
 
         Args:

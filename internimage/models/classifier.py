@@ -234,7 +234,7 @@ class InternImage(Backbone):
         return set()
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates, in upstream's grouping.
 
         Every block is a layer; the stem belongs to the first block, a stage's norm and downsampling to the first block

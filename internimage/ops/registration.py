@@ -240,7 +240,7 @@ def is_autocast_enabled(device_type: str) -> bool:
     return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
-def without_autocast(device_type: str) -> AbstractContextManager:
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Context without autocast, which may be active when a backward pass runs."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import WeakFileLock
@@ -101,7 +102,7 @@ class CachedFile:
     def _marker(self) -> Path:
         return self.repository / MARKERS / f"{self._key}.json"
 
-    def _noted(self) -> dict:
+    def _noted(self) -> dict[str, Any]:
         """The marker; empty without one, or if it cannot be read."""
         try:
             content = json.loads(self._marker.read_bytes()) if self._marker.is_file() else None

@@ -4,6 +4,7 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -42,9 +43,9 @@ def report_page(
     result: Evaluation,
     dataset: MapDataset,
     names: list[str],
-    epochs: list[dict],
+    epochs: list[dict[str, Any]],
     model: nn.Module | None,
-    data_config: dict,
+    data_config: dict[str, Any],
 ) -> Page:
     """The page of a run.
 
@@ -150,7 +151,7 @@ def _classes(result: Evaluation) -> str:
 
 
 def _mistakes(
-    result: Evaluation, dataset: MapDataset, names: list[str], model: nn.Module | None, data_config: dict
+    result: Evaluation, dataset: MapDataset, names: list[str], model: nn.Module | None, data_config: dict[str, Any]
 ) -> str:
     wrong = sorted((a for a in result.predictions if a[1] != a[2]), key=lambda a: -a[3])
     shown = wrong[:_MISTAKES]

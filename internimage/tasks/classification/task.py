@@ -109,7 +109,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
         changed = [name for i, name in enumerate(names) if images[i : i + 1] != here[i : i + 1]] or names
         return f"other images: as many, with other names or sizes, in {len(changed)} classes ({list_some(changed, 3)})"
 
-    def train_loader(self, sampler: PlanSampler, pin_memory: bool) -> DataLoader:
+    def train_loader(self, sampler: PlanSampler, pin_memory: bool) -> DataLoader[Any]:
         placeholder = (torch.zeros(self.data_config["input_size"]), 0)
         images = GuardedDataset(self.train_set, self.transform)
         seeded = SeededDataset(images, self.config.seed, placeholder)
@@ -154,7 +154,7 @@ class ClassificationTask(Task[FinetuneConfig, Evaluation]):
     def save(self, model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
         save_model(model, folder, self.names, self.data_config, weights)
 
-    def page(self, result: Evaluation, model: nn.Module | None, epochs: list[dict]) -> Page:
+    def page(self, result: Evaluation, model: nn.Module | None, epochs: list[dict[str, Any]]) -> Page:
         assert self.val_set is not None
         return report_page(self.config.model, result, self.val_set, self.names, epochs, model, self.data_config)
 
