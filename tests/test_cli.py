@@ -297,7 +297,7 @@ def test_evaluate_refusals(run, data, tmp_path, capsys):
     assert "4 classes and the model 3" in message("--model", run, "--data", tmp_path / "gap")
     os.rename(tmp_path / "gap" / "yellow", tmp_path / "gap" / "azure")
     (tmp_path / "gap" / "blue").rename(tmp_path / "blue")
-    assert "there 'blue', here 'azure'" in message("--model", run, "--data", tmp_path / "gap")
+    assert "'azure' here, 'blue' there" in message("--model", run, "--data", tmp_path / "gap")
     truncated = tmp_path / "model.safetensors"
     truncated.write_bytes((run / "model.safetensors").read_bytes()[:-100])
     assert "truncated" in message("--model", "internimage_atto", "--checkpoint", truncated, "--data", data)
