@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi asan aarch64 wheel gpu-check clean
+.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi compilers asan aarch64 wheel gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -68,6 +68,10 @@ overhead: $(VENV)/.installed-dev
 # one build of the kernels, tested with the oldest supported torch to the newest, with environments in build/abi
 abi: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/abi_check.py $(CHECK_ARGS)
+
+# the kernels built by GCC and by Clang: the same tests, and no build slower than the first by more than a tenth
+compilers: $(VENV)/.installed-dev
+	$(BIN)/python scripts/checks/compilers_check.py $(CHECK_ARGS)
 
 # the operator tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 asan: $(VENV)/.installed-dev
