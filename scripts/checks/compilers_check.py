@@ -13,6 +13,7 @@ import argparse
 import csv
 import datetime
 import os
+import platform
 import shlex
 import shutil
 import statistics
@@ -22,9 +23,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import zig
 from abi_check import NEED_TORCHVISION, ROOT, build_module, operators_alone
 
-COMPILERS = ["g++", "clang++"]
+COMPILERS = ["g++", "clang++", "zig"]
 TESTS = ["test_dcnv3.py", "test_cpu_kernels.py", "test_layer_norm.py"]
 CAPABILITIES = ("default", "avx2", "avx512")
 STAGES = [(56, 64, 4), (28, 128, 4), (14, 256, 18), (7, 512, 4)]  # side, channels, blocks of InternImage-T
@@ -124,7 +126,9 @@ def name_of(command: str) -> str:
 def build(command: str, work: Path) -> Path:
     """The module, built by a compiler: a command line, which may have arguments."""
     work.mkdir(parents=True, exist_ok=True)
-    variables = {"CC": command, "CXX": command, "INTERNIMAGE_BUILD_CUDA": "0"}
+    compiler = str(zig.program(work / "compiler", "c++", shlex.split(command)))
+    variables = {"CC": compiler, "CXX": compiler, "INTERNIMAGE_BUILD_CUDA": "0"}
+    variables |= {"LDSHARED": f"{compiler} -shared", "LDCXXSHARED": f"{compiler} -shared"}
     return build_module(Path(sys.executable), os.environ | variables, work)
 
 
@@ -188,7 +192,13 @@ def slower(rows: list[dict[str, object]], tolerance: float) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compilers", nargs="+", default=COMPILERS, metavar="COMMAND", help="the first is compared to")
+    parser.add_argument(
+        "--compilers",
+        nargs="+",
+        default=COMPILERS,
+        metavar="COMMAND",
+        help="the first is compared to; zig is ziglang's",
+    )
     parser.add_argument("--modules", nargs="+", type=Path, metavar="FILE", help="modules of --compilers, built before")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "compilers", help="folder for the builds")
     parser.add_argument("--rounds", type=int, default=15)
@@ -204,6 +214,9 @@ def main() -> int:
         return 0
     if arguments.modules and len(arguments.modules) != len(arguments.compilers):
         parser.error("--modules must name one file per compiler")
+    arguments.compilers = [
+        shlex.join(zig.command(zig.LINUX[platform.machine()])) if c == "zig" else c for c in arguments.compilers
+    ]
     missing = [c for c in arguments.compilers if shutil.which(shlex.split(c)[0]) is None]
     if missing:
         sys.exit(f"compilers_check: not installed: {', '.join(missing)}")
