@@ -20,7 +20,12 @@ struct NumbersBelow<0, I...> {
 
 template <typename V, typename Lane, int... I>
 INTERNIMAGE_INLINE V shuffle_numbered(V a, V b, Lane lane, Numbers<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, lane(I)...);
+#else  // GCC 11 and older: of Ubuntu 22.04 and RHEL 9
+  typedef decltype(a < b) Integers;  // as wide as the elements
+  return __builtin_shuffle(a, b, Integers{lane(I)...});
+#endif
 }
 
 // Lane i of the result is lane `lane(i)` of a and b, counted from 0 to 2N - 1. `lane` captures nothing, so that every
