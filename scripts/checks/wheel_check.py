@@ -64,7 +64,9 @@ def with_cuda() -> bool:
 def by_zig(work: Path) -> dict[str, str]:
     """The variables that make setuptools compile and link with zig."""
     compiler = str(zig.program(work / "compiler", "zig-c++", zig.command(zig.LINUX[platform.machine()])))
-    return {"CC": compiler, "CXX": compiler, "LDSHARED": f"{compiler} -shared", "LDCXXSHARED": f"{compiler} -shared"}
+    linker = f"{compiler} -shared"
+    # -g0 comes after Python's own flags, among which -g can be
+    return {"CC": compiler, "CXX": compiler, "CFLAGS": "-g0", "LDSHARED": linker, "LDCXXSHARED": linker}
 
 
 def build(dist: Path, work: Path) -> tuple[Path, Path]:
