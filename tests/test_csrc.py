@@ -2,9 +2,11 @@
 """The C++ and CUDA headers: each compiles by itself and includes what it uses."""
 
 import functools
+import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +54,51 @@ def test_every_header_compiles_by_itself(compiler, tmp_path):
 def test_a_header_for_nvcc_alone_is_included_first():
     source = (CSRC / "cuda" / "dcnv3" / "dcnv3.cu").read_text()
     assert re.search(r'#include ["<](.+)[">]', source).group(1) == "../launch.cuh"
+
+
+# ---- the code of shuffles: they dominate the backward pass if a compiler moves lanes one by one
+
+SHUFFLES = """
+#include "cpu/simd/shuffle.h"
+namespace internimage {
+namespace INTERNIMAGE_ISA {
+template <typename T, int N>
+INTERNIMAGE_INLINE void all(T* to, const T* from) {
+  Vector<T, N> v[N], a, b, c, d;
+  for (int i = 0; i < N; i += 2) load_pairs<T, N>(from + i * N, v[i], v[i + 1]);
+  store(to, sum_lanes_n<T, N>(v));
+  load_fours<T, N>(from, a, b, c, d);
+  sum_lanes_4<T, N>(to + N, a, b, c, d);
+  store_pairs<T, N>(to + 2 * N, a, d);
+}
+extern "C" void floats(float* to, const float* from) { all<float, kLanes<float>>(to, from); }
+extern "C" void doubles(double* to, const double* from) { all<double, kLanes<double>>(to, from); }
+}
+}
+"""
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-DINTERNIMAGE_ISA=isa_avx512"),
+    *("-DINTERNIMAGE_BUILD=build_avx512", '-DINTERNIMAGE_NAME="avx512"', "-DINTERNIMAGE_VECTOR_BYTES=64"),
+]
+ONE_LANE = re.compile(r"^\s+(v(?:insertps|pinsr[dq]|pextr[dq]|extractps|movs[sd]|mov[dq]))\s", re.MULTILINE)
+ZIG = [sys.executable, "-m", "ziglang", "c++", "-target", "x86_64-linux-gnu"]  # a newer Clang
+ALL_COMPILERS = [[path] for path in COMPILERS] + ([ZIG] if importlib.util.find_spec("ziglang") else [])
+
+
+@pytest.mark.skipif(not ALL_COMPILERS, reason="needs a C++ compiler (g++, clang++ or ziglang, or CXX)")
+@pytest.mark.parametrize("compiler", ALL_COMPILERS, ids=lambda command: Path(command[2 if command[1:] else 0]).name)
+def test_shuffles_are_not_compiled_lane_by_lane(compiler, tmp_path):
+    if compiler is not ZIG:
+        machine = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+        if not machine.startswith("x86_64"):
+            pytest.skip("needs a compiler for x86-64")
+    source, listing = tmp_path / "shuffles.cpp", tmp_path / "shuffles.s"
+    source.write_text(SHUFFLES)
+    command = [*compiler, "-O3", "-std=c++17", "-Wno-psabi", *AVX512, f"-I{CSRC}", "-S", source, "-o", listing]
+    subprocess.run(command, check=True, capture_output=True)
+    code = listing.read_text()
+    assert "zmm" in code
+    assert ONE_LANE.findall(code) == []
 
 
 # ---- include what you use: a template may use a name that is not declared yet, and still parse

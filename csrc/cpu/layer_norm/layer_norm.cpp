@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "../../boxed.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
 #include "arguments.h"
@@ -61,4 +62,4 @@ Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias,
 }  // namespace
 }  // namespace internimage
 
-STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) { m.impl("layer_norm", TORCH_BOX(&internimage::layer_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) { m.impl("layer_norm", INTERNIMAGE_BOX(&internimage::layer_norm)); }

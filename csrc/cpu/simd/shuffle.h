@@ -8,19 +8,31 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Lane i of the result is lane `lane(i)` of a and b, counted from 0 to 2N - 1. All lanes fold to constants.
+// The numbers 0 to N - 1 as a pack. Not of the C++ library: isa/build.h.
+template <int... I>
+struct Numbers {};
+template <int N, int... I>
+struct NumbersBelow : NumbersBelow<N - 1, N - 1, I...> {};
+template <int... I>
+struct NumbersBelow<0, I...> {
+  using type = Numbers<I...>;
+};
+
+template <typename V, typename Lane, int... I>
+INTERNIMAGE_INLINE V shuffle_numbered(V a, V b, Lane lane, Numbers<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane(I)...);
+#else  // GCC 11 and older: of Ubuntu 22.04 and RHEL 9
+  typedef decltype(a < b) Integers;  // as wide as the elements
+  return __builtin_shuffle(a, b, Integers{lane(I)...});
+#endif
+}
+
+// Lane i of the result is lane `lane(i)` of a and b, counted from 0 to 2N - 1. `lane` captures nothing, so that every
+// lane is a constant: a loop over elements would be compiled to as many scalar moves by Clang.
 template <typename V, int N, typename Lane>
 INTERNIMAGE_INLINE V shuffle(V a, V b, Lane lane) {
-#if defined(__clang__)
-  V result;
-  for (int i = 0; i < N; ++i) result[i] = lane(i) < N ? a[lane(i)] : b[lane(i) - N];
-  return result;
-#else
-  typedef decltype(a < b) I;  // a vector of integers of the same width
-  I lanes{};
-  for (int i = 0; i < N; ++i) lanes[i] = lane(i);
-  return __builtin_shuffle(a, b, lanes);
-#endif
+  return shuffle_numbered(a, b, lane, typename NumbersBelow<N>::type{});
 }
 
 // 2 values per lane in memory -> two planar vectors.
