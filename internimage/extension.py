@@ -8,16 +8,20 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .nvrtc import cache, compiler, kernels, parts
+
 _FOLDER = Path(__file__).parent
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 CAPABILITIES = ("default", "avx2", "avx512")  # values of INTERNIMAGE_CPU_CAPABILITY, slowest first
 _MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
+_at_run_time = False  # whether the CUDA kernels that serve are compiled when they are first needed
 _failures: dict[str, str] = {}  # device type -> why its module, although installed, could not be loaded
 
 
@@ -33,14 +37,18 @@ class Backend:
 def load() -> None:
     """Load the compiled kernels that are installed, and record the reason if one cannot be loaded.
 
-    Warns if `INTERNIMAGE_CPU_CAPABILITY` has a value that does not exist.
+    Where that leaves CUDA without kernels, those that are compiled at run time are registered, if there is what it
+    takes. Warns if `INTERNIMAGE_CPU_CAPABILITY` or `INTERNIMAGE_NVRTC` has a value that does not exist.
     """
     requested = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", "")
     if requested and requested not in CAPABILITIES:
         warnings.warn(f"internimage: {_unknown_capability(requested)}", RuntimeWarning, stacklevel=2)
+    kernels.warn_of_option()
     for device, module in _MODULES.items():
         if device == "cuda" and torch.version.cuda is None:
             continue  # the module needs libraries that only CUDA builds of torch have
+        if device == "cuda" and kernels.option() == "1" and _serve_at_run_time():
+            continue
         for path in sorted(_FOLDER.glob(f"{module}.*so")):
             if device == "cuda" and (reason := _cuda_mismatch()):  # would load a second CUDA runtime
                 _failures[device] = f"'{path.name}' was not loaded: {reason}"
@@ -51,6 +59,31 @@ def load() -> None:
                 break
             except OSError as error:
                 _failures[device] = f"'{path.name}' could not be loaded: {error}"
+    if not has_kernel("dcnv3", "cuda"):
+        _serve_at_run_time()
+
+
+def _serve_at_run_time() -> bool:
+    """Register the CUDA kernels that are compiled when they are first needed; returns whether that was possible."""
+    global _at_run_time
+    if why_not_at_run_time():
+        return False
+    torch.ops.internimage.serve_cuda()
+    _at_run_time = True
+    return True
+
+
+def why_not_at_run_time() -> str:
+    """Why the CUDA kernels cannot be compiled at run time; empty if they can."""
+    if kernels.option() == "0":
+        return f"{kernels.VARIABLE} is 0"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("internimage::serve_cuda", "CompositeExplicitAutograd"):
+        return "the compiled module for the CPU, which launches them, is missing"
+    try:
+        parts.find()
+    except parts.Missing as missing:
+        return str(missing)
+    return ""
 
 
 def _cuda_mismatch() -> str:
@@ -107,6 +140,10 @@ def has_kernel(op: str, device: str) -> bool:
 def backend(op: str, device: str) -> Backend:
     """The backend that the dispatcher selects for an operator on a device type."""
     if has_kernel(op, device):
+        if device == "cuda" and _at_run_time:
+            if kernels.problems:
+                return Backend(device, "plain torch", "; ".join(dict.fromkeys(kernels.problems.values())))
+            return Backend(device, "compiled kernel, by NVRTC when it is first needed", "")
         detail = f", {cpu_capability()} instructions" if device == "cpu" else ""
         return Backend(device, f"compiled kernel{detail}", "")
     return Backend(device, "plain torch", _reason(device))
@@ -118,24 +155,49 @@ def _reason(device: str) -> str:
         return f"this version of internimage has no compiled kernel for {'ROCm' if device == 'cuda' else device}"
     facts = build_facts() if device == "cpu" else build_facts().get("cuda", {})
     missing = "the package was installed without its compiled module"
-    return _failures.get(device) or facts.get("reason") or (f"{missing} for CUDA" if device == "cuda" else missing)
+    if device != "cuda":
+        return _failures.get(device) or facts.get("reason") or missing
+    installed = _failures.get(device) or facts.get("reason") or f"{missing} for CUDA"
+    return f"{installed}; and they cannot be compiled at run time: {why_not_at_run_time()}"
 
 
 def cuda_note() -> str:
     """The state of the CUDA kernels, also without a GPU: loaded, for which GPUs, or why not."""
+    if error := kernels.option_error():
+        return f"none: {error}"
+    if _at_run_time:
+        return _run_time_note()
     if has_kernel("dcnv3", "cuda"):
         facts = build_facts().get("cuda", {})
         if not facts.get("toolkit"):
             return "loaded"
         architectures = ", ".join(facts["architectures"])
-        return f"loaded; built with CUDA {facts['toolkit']} for {architectures}{_unsupported_gpus(facts)}"
+        hint = ": build with TORCH_CUDA_ARCH_LIST"
+
+        def supported(capability: tuple[int, int]) -> bool:
+            return any(_runs_on(architecture, capability) for architecture in facts["architectures"])
+
+        return f"loaded; built with CUDA {facts['toolkit']} for {architectures}{_unsupported_gpus(supported, hint)}"
     if torch.version.cuda is None and any(_FOLDER.glob("_C_cuda.*so")):
         return f"installed, but not loaded: this torch has no CUDA ({torch.__version__})"
     return f"none: {_reason('cuda')}"
 
 
-def _unsupported_gpus(facts: dict[str, Any]) -> str:
-    """Names the GPUs of this machine that the CUDA kernels were not compiled for; there, the operator raises."""
+def _run_time_note() -> str:
+    try:
+        nvrtc = compiler.load(parts.find().library)
+    except parts.Missing as missing:
+        return f"none: {missing}"
+    if kernels.problems:
+        return f"none: {'; '.join(dict.fromkeys(kernels.problems.values()))}"
+    oldest, place = "{}.{}".format(*divmod(nvrtc.supported[0], 10)), cache.folder()
+    kept = "kept nowhere" if place is None else f"kept in '{place}', which has {cache.entries()}"
+    note = f"compiled by NVRTC {nvrtc.version} when they are first needed, and {kept}"
+    return f"{note}; for compute capability {oldest} and newer{_unsupported_gpus(nvrtc.can_serve)}"
+
+
+def _unsupported_gpus(supported: Callable[[tuple[int, int]], bool], hint: str = "") -> str:
+    """Names the GPUs of this machine that there are no CUDA kernels for."""
     if not torch.cuda.is_available():
         return ""
     gpus = {
@@ -144,9 +206,9 @@ def _unsupported_gpus(facts: dict[str, Any]) -> str:
     names = [
         f"{name} (compute capability {major}.{minor})"
         for name, (major, minor) in gpus.items()
-        if not any(_runs_on(architecture, (major, minor)) for architecture in facts["architectures"])
+        if not supported((major, minor))
     ]
-    return f", but not for {', '.join(names)}: build with TORCH_CUDA_ARCH_LIST" if names else ""
+    return f", but not for {', '.join(names)}{hint}" if names else ""
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

@@ -29,8 +29,9 @@ std::string name_of(const void* function) {
 
 struct Launch {
   template <typename Kernel, typename... A>
-  void operator()(Kernel* kernel, int64_t threads, A... arguments) const {
+  void operator()(Kernel name, int64_t threads, A... arguments) const {
     if (!message.empty()) return;
+    const auto kernel = internimage::cuda::function_of(name);
     kernels += name_of(reinterpret_cast<const void*>(kernel)) + ";";
     if (runs_kernels) message = cuda_host::launch(kernel, threads, internimage::cuda::kThreads, arguments...);
   }
@@ -86,7 +87,7 @@ const char* backward(const char* dtype, const internimage::Problem* p, const voi
 // quotients[i] = dividends[i] / divisor
 void divide(uint32_t divisor, const uint32_t* dividends, uint32_t* quotients, int64_t n) {
   const internimage::cuda::Divider<uint32_t> divider(divisor);
-  for (int64_t i = 0; i < n; ++i) quotients[i] = divider.quotient(dividends[i]);
+  for (int64_t i = 0; i < n; ++i) quotients[i] = internimage::cuda::quotient(dividends[i], divider);
 }
 
 // Converts a value to the storage type and back.
