@@ -67,7 +67,10 @@ def write_facts(folder, facts):
 
 
 class BuildPackage(build_py):
-    """Adds the sources of the CUDA kernels, and records why there is no extension if there is none, as setuptools does not run build_ext then."""
+    """Adds the sources of the CUDA kernels.
+
+    Also records why there is no extension if there is none, as setuptools does not run build_ext then.
+    """
 
     def run(self):
         super().run()

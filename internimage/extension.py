@@ -11,17 +11,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-
-from .nvrtc import cache, compiler, kernels, parts
 
 _FOLDER = Path(__file__).parent
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 CAPABILITIES = ("default", "avx2", "avx512")  # values of INTERNIMAGE_CPU_CAPABILITY, slowest first
 _MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
-_at_run_time = False  # whether the CUDA kernels that serve are compiled when they are first needed
 _failures: dict[str, str] = {}  # device type -> why its module, although installed, could not be loaded
 
 
@@ -34,20 +31,45 @@ class Backend:
     reason: str  #: why it is not a compiled kernel; empty if it is one
 
 
-def load() -> None:
+class RunTimeKernels(Protocol):
+    """CUDA kernels that are compiled when they are first needed: `internimage.nvrtc`."""
+
+    serves: bool
+
+    def is_preferred(self) -> bool: ...
+
+    def serve(self) -> bool: ...
+
+    def why_not(self) -> str: ...
+
+    def problem(self) -> str: ...
+
+    def note(self) -> str: ...
+
+    def can_serve(self, capability: tuple[int, int]) -> bool: ...
+
+
+_run_time: RunTimeKernels | None = None
+
+
+def load(run_time: RunTimeKernels | None = None) -> None:
     """Load the compiled kernels that are installed, and record the reason if one cannot be loaded.
 
-    Where that leaves CUDA without kernels, those that are compiled at run time are registered, if there is what it
-    takes. Warns if `INTERNIMAGE_CPU_CAPABILITY` or `INTERNIMAGE_NVRTC` has a value that does not exist.
+    Warns if `INTERNIMAGE_CPU_CAPABILITY` or `INTERNIMAGE_NVRTC` has a value that does not exist.
+
+    Args:
+        run_time: Serves CUDA where that leaves it without kernels; the one of the call before if not given.
     """
+    global _run_time
+    _run_time = run_time or _run_time
     requested = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", "")
     if requested and requested not in CAPABILITIES:
         warnings.warn(f"internimage: {_unknown_capability(requested)}", RuntimeWarning, stacklevel=2)
-    kernels.warn_of_option()
+    prefers_run_time = _run_time is not None and _run_time.is_preferred()
     for device, module in _MODULES.items():
         if device == "cuda" and torch.version.cuda is None:
             continue  # the module needs libraries that only CUDA builds of torch have
-        if device == "cuda" and kernels.option() == "1" and _serve_at_run_time():
+        if device == "cuda" and prefers_run_time and _run_time is not None and _run_time.serve():
             continue
         for path in sorted(_FOLDER.glob(f"{module}.*so")):
             if device == "cuda" and (reason := _cuda_mismatch()):  # would load a second CUDA runtime
@@ -56,34 +78,13 @@ def load() -> None:
             try:
                 torch.ops.load_library(path)
                 _failures.pop(device, None)
+                if device == "cuda" and _run_time is not None:
+                    _run_time.serves = False
                 break
             except OSError as error:
                 _failures[device] = f"'{path.name}' could not be loaded: {error}"
-    if not has_kernel("dcnv3", "cuda"):
-        _serve_at_run_time()
-
-
-def _serve_at_run_time() -> bool:
-    """Register the CUDA kernels that are compiled when they are first needed; returns whether that was possible."""
-    global _at_run_time
-    if why_not_at_run_time():
-        return False
-    torch.ops.internimage.serve_cuda()
-    _at_run_time = True
-    return True
-
-
-def why_not_at_run_time() -> str:
-    """Why the CUDA kernels cannot be compiled at run time; empty if they can."""
-    if kernels.option() == "0":
-        return f"{kernels.VARIABLE} is 0"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("internimage::serve_cuda", "CompositeExplicitAutograd"):
-        return "the compiled module for the CPU, which launches them, is missing"
-    try:
-        parts.find()
-    except parts.Missing as missing:
-        return str(missing)
-    return ""
+    if _run_time is not None and not has_kernel("dcnv3", "cuda"):
+        _run_time.serve()
 
 
 def _cuda_mismatch() -> str:
@@ -140,9 +141,9 @@ def has_kernel(op: str, device: str) -> bool:
 def backend(op: str, device: str) -> Backend:
     """The backend that the dispatcher selects for an operator on a device type."""
     if has_kernel(op, device):
-        if device == "cuda" and _at_run_time:
-            if kernels.problems:
-                return Backend(device, "plain torch", "; ".join(dict.fromkeys(kernels.problems.values())))
+        if device == "cuda" and _run_time is not None and _run_time.serves:
+            if problem := _run_time.problem():
+                return Backend(device, "plain torch", problem)
             return Backend(device, "compiled kernel, by NVRTC when it is first needed", "")
         detail = f", {cpu_capability()} instructions" if device == "cpu" else ""
         return Backend(device, f"compiled kernel{detail}", "")
@@ -158,15 +159,15 @@ def _reason(device: str) -> str:
     if device != "cuda":
         return _failures.get(device) or facts.get("reason") or missing
     installed = _failures.get(device) or facts.get("reason") or f"{missing} for CUDA"
-    return f"{installed}; and they cannot be compiled at run time: {why_not_at_run_time()}"
+    why_not = "" if _run_time is None else _run_time.why_not()
+    return f"{installed}; and they cannot be compiled at run time: {why_not}" if why_not else installed
 
 
 def cuda_note() -> str:
     """The state of the CUDA kernels, also without a GPU: loaded, for which GPUs, or why not."""
-    if error := kernels.option_error():
-        return f"none: {error}"
-    if _at_run_time:
-        return _run_time_note()
+    if _run_time is not None and _run_time.serves:
+        problem = _run_time.problem()
+        return f"none: {problem}" if problem else f"{_run_time.note()}{_unsupported_gpus(_run_time.can_serve)}"
     if has_kernel("dcnv3", "cuda"):
         facts = build_facts().get("cuda", {})
         if not facts.get("toolkit"):
@@ -181,19 +182,6 @@ def cuda_note() -> str:
     if torch.version.cuda is None and any(_FOLDER.glob("_C_cuda.*so")):
         return f"installed, but not loaded: this torch has no CUDA ({torch.__version__})"
     return f"none: {_reason('cuda')}"
-
-
-def _run_time_note() -> str:
-    try:
-        nvrtc = compiler.load(parts.find().library)
-    except parts.Missing as missing:
-        return f"none: {missing}"
-    if kernels.problems:
-        return f"none: {'; '.join(dict.fromkeys(kernels.problems.values()))}"
-    oldest, place = "{}.{}".format(*divmod(nvrtc.supported[0], 10)), cache.folder()
-    kept = "kept nowhere" if place is None else f"kept in '{place}', which has {cache.entries()}"
-    note = f"compiled by NVRTC {nvrtc.version} when they are first needed, and {kept}"
-    return f"{note}; for compute capability {oldest} and newer{_unsupported_gpus(nvrtc.can_serve)}"
 
 
 def _unsupported_gpus(supported: Callable[[tuple[int, int]], bool], hint: str = "") -> str:

@@ -482,12 +482,18 @@ def smooth_problem(case: str, device: str, n: int = 1):
     return [t.to(device) for t in tensors], grad_output.to(device), arguments
 
 
+# Atomic additions come in any order: on CUDA, two runs of a backward may differ by rounding.
+NONDETERMINISM = {"cpu": 0.0, "cuda": 1e-10}
+
+
 @on_devices
 @pytest.mark.parametrize("case", DERIVATIVE_CASES)
 def test_gradcheck(case, device):
     tensors, _, arguments = smooth_problem(case, device)
     leaves = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *t: dcnv3(*t, **arguments), leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: dcnv3(*t, **arguments), leaves, nondet_tol=NONDETERMINISM[device], fast_mode=True
+    )
 
 
 @on_devices
@@ -496,7 +502,13 @@ def test_gradgradcheck(case, device):
     tensors, grad_output, arguments = smooth_problem(case, device)
     leaves = [t.requires_grad_() for t in tensors]
     grad_outputs = [grad_output.requires_grad_()]
-    assert torch.autograd.gradgradcheck(lambda *t: dcnv3(*t, **arguments), leaves, grad_outputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *t: dcnv3(*t, **arguments),
+        leaves,
+        grad_outputs,
+        nondet_tol=NONDETERMINISM[device],
+        fast_mode=True,
+    )
 
 
 def derivatives(function, tensors, grad_output, directions, orders: int) -> list[torch.Tensor]:

@@ -74,10 +74,6 @@ class Nvrtc:
         best = max(known)  # machine code runs on all later minor versions
         return Target("sm" if best // 10 == major else "compute", best)
 
-    def can_serve(self, capability: tuple[int, int]) -> bool:
-        """Whether there is a target for a compute capability."""
-        return self.target(capability) is not None
-
     def compile(self, parts: Parts, kernel: str, argument_bytes: int, target: Target) -> tuple[bytes, str]:
         """One kernel.
 
@@ -94,44 +90,56 @@ class Nvrtc:
         Raises:
             CompileError: NVRTC rejects it.
         """
-        expression = f"internimage::cuda::{kernel}"
+        expressions = [f"internimage::cuda::{kernel}"]
+        image, (name,), _ = self.build(parts, _program(kernel, argument_bytes), expressions, target)
+        return image, name
+
+    def build(
+        self, parts: Parts, source: str, expressions: list[str], target: Target, *more_options: str
+    ) -> tuple[bytes, list[str], str]:
+        """A program, and the kernels that are instantiated in it.
+
+        Returns:
+            The image, the name of each expression in it, and NVRTC's log.
+
+        Raises:
+            CompileError: NVRTC rejects it.
+        """
         program = ctypes.c_void_p()
         names, texts = list(_STANDARD_HEADERS), list(_STANDARD_HEADERS.values())
-        self._check(
-            self._library.nvrtcCreateProgram(
-                ctypes.byref(program),
-                _program(kernel, argument_bytes).encode(),
-                b"internimage.cu",
-                len(names),
-                _strings(texts),
-                _strings(names),
-            )
-        )
+        text, label = source.encode(), b"internimage.cu"
+        headers = len(names), _strings(texts), _strings(names)
+        self._check(self._library.nvrtcCreateProgram(ctypes.byref(program), text, label, *headers))
         try:
-            self._check(self._library.nvrtcAddNameExpression(program, expression.encode()))
+            for expression in expressions:
+                self._check(self._library.nvrtcAddNameExpression(program, expression.encode()))
             options = [
                 *OPTIONS,
                 f"--gpu-architecture={target}",
                 f"--include-path={parts.sources}",
                 f"--include-path={parts.include}",
+                *more_options,
             ]
             status = self._library.nvrtcCompileProgram(program, len(options), _strings(options))
+            log = self._bytes(program, "nvrtcGetProgramLog").decode(errors="replace").strip("\0\n ")
             if status != 0:
-                log = self._bytes(program, "nvrtcGetProgramLog").decode(errors="replace")
                 raise CompileError(_first_error(log) or self._error(status))
-            lowered = ctypes.c_char_p()
-            self._check(self._library.nvrtcGetLoweredName(program, expression.encode(), ctypes.byref(lowered)))
-            name = (lowered.value or b"").decode()
-            return self._bytes(program, "nvrtcGetCUBIN" if target.kind == "sm" else "nvrtcGetPTX"), name
+            image = self._bytes(program, "nvrtcGetCUBIN" if target.kind == "sm" else "nvrtcGetPTX")
+            return image, [self._lowered(program, expression) for expression in expressions], log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _lowered(self, program: ctypes.c_void_p, expression: str) -> str:
+        name = ctypes.c_char_p()
+        self._check(self._library.nvrtcGetLoweredName(program, expression.encode(), ctypes.byref(name)))
+        return (name.value or b"").decode()
 
     def _numbers(self, function: str, count: int) -> list[int]:
         values = [ctypes.c_int() for _ in range(count)]
         self._check(getattr(self._library, function)(*map(ctypes.byref, values)))
         return [value.value for value in values]
 
-    def _bytes(self, program: Any, function: str) -> bytes:
+    def _bytes(self, program: ctypes.c_void_p, function: str) -> bytes:
         size = ctypes.c_size_t()
         self._check(getattr(self._library, f"{function}Size")(program, ctypes.byref(size)))
         content = ctypes.create_string_buffer(size.value)
@@ -175,4 +183,4 @@ def _first_error(log: str) -> str:
         found = re.search(r"([^/\\]+\(\d+\): )?(catastrophic |fatal )?error.*", line)
         if found is not None:
             return one_line(Exception(found.group(0)))
-    return one_line(Exception(log)) if log.strip("\0 \n") else ""
+    return one_line(Exception(log)) if log else ""

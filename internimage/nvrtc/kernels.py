@@ -4,7 +4,6 @@
 import logging
 import os
 import threading
-import warnings
 
 import numpy as np
 import torch
@@ -17,21 +16,17 @@ from .parts import Missing, Parts, find, fingerprint
 
 _logger = logging.getLogger(__name__)
 
-VARIABLE = "INTERNIMAGE_NVRTC"
+VARIABLE = "INTERNIMAGE_NVRTC"  # 0: never; 1: also where nvcc's module is installed; unset: where it is not
 _lock = threading.Lock()
 _from_cache: set[tuple[str, str]] = set()  # kernels and targets whose image was not compiled by this process
+_failed: dict[tuple[str, str], str] = {}  # kernels and targets that are not tried again, and why
 _said: set[str] = set()  # messages that were printed
 problems: dict[int, str] = {}  # device -> why plain torch serves there, for `internimage info`
 
 
-def option() -> str:
-    """INTERNIMAGE_NVRTC: "" (where there is no compiled CUDA module), "0" (never), "1" (also where there is one)."""
-    return os.environ.get(VARIABLE, "")
-
-
 def option_error() -> str:
     """What is wrong with the value of INTERNIMAGE_NVRTC; empty if nothing is."""
-    value = option()
+    value = os.environ.get(VARIABLE, "")
     return "" if value in ("", "0", "1") else f"{VARIABLE} must be 0 or 1, got '{value}'"
 
 
@@ -53,7 +48,7 @@ def cuda_kernel(kernel: str, argument_bytes: int, device: int, refusal: str) -> 
     try:
         with _lock:
             return _image(kernel, argument_bytes, device, refusal)
-    except (Missing, CompileError, OSError) as error:
+    except (Missing, OSError) as error:
         problems[device] = str(error)
         _say(f"{error}: plain torch serves DCNv3 on cuda:{device}, which is much slower", warn=True)
         return _tensor(b""), _tensor(b"")
@@ -68,18 +63,26 @@ def _image(kernel: str, argument_bytes: int, device: int, refusal: str) -> tuple
         oldest = "{}.{}".format(*divmod(nvrtc.supported[0], 10))
         version = "{}.{}".format(*capability)
         raise Missing(f"NVRTC {nvrtc.version} compiles for compute capability {oldest} and newer; {gpu} has {version}")
+    one = (kernel, str(target))
+    if one in _failed:
+        raise Missing(_failed[one])
+    if refusal and one not in _from_cache:
+        _failed[one] = f"the CUDA driver does not take what NVRTC {nvrtc.version} compiles for {gpu}: {refusal}"
+        raise Missing(_failed[one])
     key = cache_key(parts, kernel, argument_bytes, target)
-    if refusal and (kernel, str(target)) not in _from_cache:
-        raise Missing(f"the CUDA driver does not take what NVRTC {nvrtc.version} compiles for {gpu}: {refusal}")
     found = None if refusal else cache.read(key)
     if found is not None:
-        _from_cache.add((kernel, str(target)))
+        _from_cache.add(one)
     else:
-        _from_cache.discard((kernel, str(target)))
+        _from_cache.discard(one)
         where = cache.folder()
         kept = "" if where is None else f", and keeps them in '{where}'"
         _say(f"NVRTC {nvrtc.version} compiles the CUDA kernels that {gpu} needs, in seconds each{kept}")
-        found = nvrtc.compile(parts, kernel, argument_bytes, target)
+        try:
+            found = nvrtc.compile(parts, kernel, argument_bytes, target)
+        except CompileError as error:
+            _failed[one] = f"NVRTC {nvrtc.version} does not compile {kernel} for {gpu}: {error}"
+            raise Missing(_failed[one]) from error
         cache.write(key, *found)
     problems.pop(device, None)
     return _tensor(found[0]), _tensor(found[1].encode())
@@ -111,12 +114,6 @@ def _say(text: str, warn: bool = False) -> None:
         _logger.warning("internimage: %s", text)
     else:
         message(f"internimage: {text}")
-
-
-def warn_of_option() -> None:
-    """Warn of a value of INTERNIMAGE_NVRTC that does not exist; calls on a GPU then raise."""
-    if error := option_error():
-        warnings.warn(f"internimage: {error}", RuntimeWarning, stacklevel=3)
 
 
 def _after_fork() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nvrtc.kernels import cuda_kernel
+from ..nvrtc import cuda_kernel
 from .arguments import check_one_device
 from .transforms import as_function, is_transformed
 

@@ -16,10 +16,15 @@
 // ---- what tests set and read
 
 int stand_in_devices = 2, stand_in_major = 9, stand_in_minor = 0;
-int stand_in_load_error = 0, stand_in_loads_until_error = 0, stand_in_launch_error = 0;
+int stand_in_load_error = 0, stand_in_loads_to_fail = 0, stand_in_launch_error = 0;
 int stand_in_synchronized = 0, stand_in_capturing = 0, stand_in_records = 1;
 // Called for a launch, with the kernel's name, before it is over.
 void (*stand_in_on_launch)(const char* name, void** arguments, unsigned blocks, unsigned threads) = NULL;
+
+__attribute__((constructor)) static void read_capability(void) {
+  const char* given = getenv("STAND_IN_CAPABILITY");
+  if (given) sscanf(given, "%d.%d", &stand_in_major, &stand_in_minor);
+}
 
 static char events[1 << 20];
 static size_t events_end = 0;
@@ -226,7 +231,7 @@ int cuModuleLoadData(void** module, const void* image) {
   if (capture_mode != cudaStreamCaptureModeRelaxed) return 900;  // as during a capture
   const int is_elf = !memcmp(image, "\177ELF", 4);
   event("load device=%d %s", device, is_elf ? "cubin" : "ptx");
-  if (stand_in_load_error && stand_in_loads_until_error-- <= 0) return stand_in_load_error;
+  if (stand_in_loads_to_fail > 0 && stand_in_loads_to_fail--) return stand_in_load_error;
   *module = (void*)(intptr_t)(device + 1);
   return 0;
 }
