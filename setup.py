@@ -25,7 +25,9 @@ import build_cuda  # noqa: E402
 
 # The oldest torch that the binary runs on; it may be built with any newer one (LibTorch stable ABI).
 TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
-SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").rglob("*.cpp"))  # sorted: the same binary everywhere
+SOURCES = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))  # sorted: the same binary everywhere
+# what the CUDA kernels are compiled from at run time; a wheel has a copy, an editable installation reads csrc itself
+KERNEL_SOURCES = ["common.h", "cuda/storage.cuh", "cuda/types.h", "cuda/gather/*"]
 HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
 
 option = os.environ.get("INTERNIMAGE_BUILD_CPU", "auto")
@@ -78,13 +80,21 @@ def write_facts(folder, facts):
 
 
 class BuildPackage(build_py):
-    """Records why there is no extension if there is none, as setuptools does not run build_ext then."""
+    """Adds the sources of the CUDA kernels.
+
+    Also records why there is no extension if there is none, as setuptools does not run build_ext then.
+    """
 
     def run(self):
         super().run()
+        inplace = getattr(self, "editable_mode", False)
+        folder = Path("internimage") if inplace else Path(self.build_lib) / "internimage"
+        if not inplace:
+            shutil.rmtree(folder / "csrc", ignore_errors=True)  # of an earlier build
+            for source in (path for pattern in KERNEL_SOURCES for path in Path("csrc").glob(pattern)):
+                (folder / source).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / source)
         if extension is None and cuda is None:
-            inplace = getattr(self, "editable_mode", False)
-            folder = Path("internimage") if inplace else Path(self.build_lib) / "internimage"
             write_facts(folder, {"reason": reason, "cuda": build_cuda.build_into(folder, None, cuda_reason)})
 
 

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -30,17 +31,46 @@ class Backend:
     reason: str  #: why it is not a compiled kernel; empty if it is one
 
 
-def load() -> None:
+class RunTimeKernels(Protocol):
+    """CUDA kernels that are compiled when they are first needed: `internimage.nvrtc`."""
+
+    serves: bool
+
+    def is_preferred(self) -> bool: ...
+
+    def serve(self) -> bool: ...
+
+    def why_not(self) -> str: ...
+
+    def problem(self) -> str: ...
+
+    def note(self) -> str: ...
+
+    def can_serve(self, capability: tuple[int, int]) -> bool: ...
+
+
+_run_time: RunTimeKernels | None = None
+
+
+def load(run_time: RunTimeKernels | None = None) -> None:
     """Load the compiled kernels that are installed, and record the reason if one cannot be loaded.
 
-    Warns if `INTERNIMAGE_CPU_CAPABILITY` has a value that does not exist.
+    Warns if `INTERNIMAGE_CPU_CAPABILITY` or `INTERNIMAGE_NVRTC` has a value that does not exist.
+
+    Args:
+        run_time: Serves CUDA where that leaves it without kernels; the one of the call before if not given.
     """
+    global _run_time
+    _run_time = run_time or _run_time
     requested = os.environ.get("INTERNIMAGE_CPU_CAPABILITY", "")
     if requested and requested not in CAPABILITIES:
         warnings.warn(f"internimage: {_unknown_capability(requested)}", RuntimeWarning, stacklevel=2)
+    prefers_run_time = _run_time is not None and _run_time.is_preferred()
     for device, module in _MODULES.items():
         if device == "cuda" and torch.version.cuda is None:
             continue  # the module needs libraries that only CUDA builds of torch have
+        if device == "cuda" and prefers_run_time and _run_time is not None and _run_time.serve():
+            continue
         for path in sorted(_FOLDER.glob(f"{module}.*so")):
             if device == "cuda" and (reason := _cuda_mismatch()):  # would load a second CUDA runtime
                 _failures[device] = f"'{path.name}' was not loaded: {reason}"
@@ -48,9 +78,13 @@ def load() -> None:
             try:
                 torch.ops.load_library(path)
                 _failures.pop(device, None)
+                if device == "cuda" and _run_time is not None:
+                    _run_time.serves = False
                 break
             except OSError as error:
                 _failures[device] = f"'{path.name}' could not be loaded: {error}"
+    if _run_time is not None and not has_kernel("dcnv3", "cuda"):
+        _run_time.serve()
 
 
 def _cuda_mismatch() -> str:
@@ -107,6 +141,10 @@ def has_kernel(op: str, device: str) -> bool:
 def backend(op: str, device: str) -> Backend:
     """The backend that the dispatcher selects for an operator on a device type."""
     if has_kernel(op, device):
+        if device == "cuda" and _run_time is not None and _run_time.serves:
+            if problem := _run_time.problem():
+                return Backend(device, "plain torch", problem)
+            return Backend(device, "compiled kernel, by NVRTC when it is first needed", "")
         detail = f", {cpu_capability()} instructions" if device == "cpu" else ""
         return Backend(device, f"compiled kernel{detail}", "")
     return Backend(device, "plain torch", _reason(device))
@@ -118,24 +156,36 @@ def _reason(device: str) -> str:
         return f"this version of internimage has no compiled kernel for {'ROCm' if device == 'cuda' else device}"
     facts = build_facts() if device == "cpu" else build_facts().get("cuda", {})
     missing = "the package was installed without its compiled module"
-    return _failures.get(device) or facts.get("reason") or (f"{missing} for CUDA" if device == "cuda" else missing)
+    if device != "cuda":
+        return _failures.get(device) or facts.get("reason") or missing
+    installed = _failures.get(device) or facts.get("reason") or f"{missing} for CUDA"
+    why_not = "" if _run_time is None else _run_time.why_not()
+    return f"{installed}; and they cannot be compiled at run time: {why_not}" if why_not else installed
 
 
 def cuda_note() -> str:
     """The state of the CUDA kernels, also without a GPU: loaded, for which GPUs, or why not."""
+    if _run_time is not None and _run_time.serves:
+        problem = _run_time.problem()
+        return f"none: {problem}" if problem else f"{_run_time.note()}{_unsupported_gpus(_run_time.can_serve)}"
     if has_kernel("dcnv3", "cuda"):
         facts = build_facts().get("cuda", {})
         if not facts.get("toolkit"):
             return "loaded"
         architectures = ", ".join(facts["architectures"])
-        return f"loaded; built with CUDA {facts['toolkit']} for {architectures}{_unsupported_gpus(facts)}"
+        hint = ": build with TORCH_CUDA_ARCH_LIST"
+
+        def supported(capability: tuple[int, int]) -> bool:
+            return any(_runs_on(architecture, capability) for architecture in facts["architectures"])
+
+        return f"loaded; built with CUDA {facts['toolkit']} for {architectures}{_unsupported_gpus(supported, hint)}"
     if torch.version.cuda is None and any(_FOLDER.glob("_C_cuda.*so")):
         return f"installed, but not loaded: this torch has no CUDA ({torch.__version__})"
     return f"none: {_reason('cuda')}"
 
 
-def _unsupported_gpus(facts: dict[str, Any]) -> str:
-    """Names the GPUs of this machine that the CUDA kernels were not compiled for; there, the operator raises."""
+def _unsupported_gpus(supported: Callable[[tuple[int, int]], bool], hint: str = "") -> str:
+    """Names the GPUs of this machine that there are no CUDA kernels for."""
     if not torch.cuda.is_available():
         return ""
     gpus = {
@@ -144,9 +194,9 @@ def _unsupported_gpus(facts: dict[str, Any]) -> str:
     names = [
         f"{name} (compute capability {major}.{minor})"
         for name, (major, minor) in gpus.items()
-        if not any(_runs_on(architecture, (major, minor)) for architecture in facts["architectures"])
+        if not supported((major, minor))
     ]
-    return f", but not for {', '.join(names)}: build with TORCH_CUDA_ARCH_LIST" if names else ""
+    return f", but not for {', '.join(names)}{hint}" if names else ""
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

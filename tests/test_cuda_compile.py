@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What nvcc makes of the CUDA kernels: registers, spills, widths of loads, instructions. Needs the toolkit, no GPU.
+"""What nvcc and NVRTC make of the CUDA kernels: registers, spills, widths of loads, instructions. Needs no GPU.
 
 A change that makes a kernel slow without making it wrong shows here first.
 """
@@ -13,10 +13,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cuda_stand_in
 import pytest
+
+from internimage.nvrtc import compiler, parts
 
 SOURCE = Path(__file__).parent / "cuda_host" / "all_kernels.cu"
 ARCHITECTURES = ["sm_80", "sm_90"]
+ALL_ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 HALF = ["__half", "__nv_bfloat16"]
 
 
@@ -32,10 +36,7 @@ def find_tool(name: str) -> str | None:
 
 NVCC, CUOBJDUMP = find_tool("nvcc"), find_tool("cuobjdump")
 
-pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit)"),
-    pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump (the CUDA toolkit, or Triton's wheel)"),
-]
+pytestmark = pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump (the CUDA toolkit, or Triton's wheel)")
 
 
 @dataclass
@@ -56,11 +57,11 @@ def readable(mangled: str) -> str:
     """_ZN...14forward_kernelI6__halfLi16ELi9ELb1EjEEv... -> forward_kernel<__half, 16, 9, true, 32>."""
     name, arguments = re.search(r"\d+([a-z]+_kernel)I(.*?)EEv", mangled).groups()
     storage, rest = re.match(r"(6__half|13__nv_bfloat16|f|d)(.*)", arguments).groups()
-    numbers, index = re.fullmatch(r"((?:L[ib]\d+E)*)([jm])", rest).groups()
+    numbers, index = re.fullmatch(r"((?:L[ib]\d+E)*)([jmy])", rest).groups()
     values = [
         value if kind == "i" else str(value == "1").lower() for kind, value in re.findall(r"L([ib])(\d+)E", numbers)
     ]
-    return f"{name}<{', '.join([TYPES[storage], *values, {'j': '32', 'm': '64'}[index]])}>"
+    return f"{name}<{', '.join([TYPES[storage], *values, {'j': '32', 'm': '64', 'y': '64'}[index]])}>"
 
 
 def parse_resources(text: str) -> dict[str, Kernel]:
@@ -87,24 +88,66 @@ def parse_instructions(sass: str) -> dict[str, Counter]:
     return found
 
 
+def compile_all(by: str, architecture: str, binary: Path) -> str:
+    """All kernels for an architecture into a file; returns what ptxas says."""
+    if by == "nvcc":
+        if NVCC is None:
+            pytest.skip("needs nvcc (the CUDA toolkit)")
+        command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", str(SOURCE)]
+        built = subprocess.run([*command, "-o", str(binary)], capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        return built.stderr + built.stdout
+    try:
+        found = parts.find()
+        nvrtc = compiler.load(found.library)
+    except parts.Missing as missing:
+        pytest.skip(f"needs NVRTC: {missing}")
+    families = ("forward", "backward", "deterministic")
+    source = "".join(f'#include "cuda/gather/{family}.cuh"\n' for family in families)
+    expressions = [f"internimage::cuda::{kernel}" for kernel in cuda_stand_in.layout()["kernels"]]
+    target = compiler.Target("sm", int(architecture.removeprefix("sm_")))
+    image, _, said = nvrtc.build(found, source, expressions, target, "--ptxas-options=-v")
+    binary.write_bytes(image)
+    return said
+
+
+def inspect(by: str, architecture: str, folder: Path) -> dict[str, Kernel]:
+    binary = folder / "kernels.cubin"
+    said = compile_all(by, architecture, binary)
+    assert "warning" not in said, said
+    result = parse_resources(said)
+    sass = subprocess.run([CUOBJDUMP, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
+    for name, instructions in parse_instructions(sass).items():
+        result[name].instructions = instructions
+    assert len(result) == 66 and all(kernel.instructions for kernel in result.values())
+    return result
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def kernels(architecture, tmp_path_factory) -> dict[str, Kernel]:
-    binary = tmp_path_factory.mktemp(architecture) / "kernels.cubin"
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", str(SOURCE)]
-    built = subprocess.run([*command, "-o", str(binary)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    assert "warning" not in built.stderr, built.stderr
-    result = parse_resources(built.stderr + built.stdout)
-    sass = subprocess.run([CUOBJDUMP, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
-    for name, instructions in parse_instructions(sass).items():
-        result[name].instructions = instructions
-    assert len(result) > 50 and all(kernel.instructions for kernel in result.values())
-    return result
+@pytest.fixture(scope="module", params=["nvcc", "nvrtc"])
+def kernels(request, architecture, tmp_path_factory) -> dict[str, Kernel]:
+    return inspect(request.param, architecture, tmp_path_factory.mktemp(architecture))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
+def test_nvrtc_makes_what_nvcc_makes(architecture, tmp_path):
+    """Where both are of one version. All kernels compile, without spills."""
+    by_nvrtc = inspect("nvrtc", architecture, tmp_path)
+    assert not any(kernel.spilled_bytes or kernel.stack_bytes for kernel in by_nvrtc.values())
+    version = re.search(
+        r"release (\d+\.\d+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
+    )
+    if version is None or version.group(1) != compiler.load(parts.find().library).version:
+        pytest.skip("needs an nvcc of NVRTC's version for the comparison")
+    by_nvcc = inspect("nvcc", architecture, tmp_path)
+    for name, kernel in by_nvcc.items():
+        assert by_nvrtc[name].registers == kernel.registers, name
+        assert by_nvrtc[name].count() == kernel.count(), name
 
 
 def test_no_spills(kernels):

@@ -6,12 +6,15 @@ Nothing is compiled here; that a build succeeds is what test_cpu_kernels.py stan
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from internimage.nvrtc import parts
 
 ROOT = Path(__file__).resolve().parent.parent
 REASON = "building the CPU kernels failed"
@@ -49,6 +52,19 @@ def build(sources, **variables):
 
 def is_pure(package) -> bool:
     return (package / "ops" / "dcnv3.py").exists() and not list(package.glob("_C*"))
+
+
+def test_the_sources_of_the_cuda_kernels_are_installed(sources):
+    """What NVRTC compiles: all of it, and nothing else of csrc, so that both ways make the same of it."""
+    result, package, _ = build(sources, INTERNIMAGE_BUILD_CPU="0")
+    assert result.returncode == 0, result.stderr
+    there = {path.relative_to(package / "csrc") for path in (package / "csrc").rglob("*") if path.is_file()}
+    wanted = parts.source_files(ROOT / "csrc")
+    assert there == {path.relative_to(ROOT / "csrc") for path in wanted}
+    assert all((package / "csrc" / path).read_bytes() == (ROOT / "csrc" / path).read_bytes() for path in there)
+    included = {name for path in wanted for name in re.findall(r'#include "(.+)"', path.read_text())}
+    assert {Path(name).name for name in included} <= {path.name for path in there}
+    assert not (sources / "internimage" / "csrc").exists()
 
 
 NO_COMPILER = {
@@ -125,7 +141,7 @@ def test_a_module_of_older_sources_does_not_stay(sources):
 
 
 def test_every_source_is_built():
-    """What csrc/cpu has is what the module is made of; a file left out would be missed at load time only."""
+    """What csrc has is what the module is made of; a file left out would be missed at load time only."""
     code = (
         "import json, setuptools\n"
         "def setup(ext_modules, **_): print(json.dumps([[e.sources, e.depends] for e in ext_modules]))\n"
@@ -137,5 +153,5 @@ def test_every_source_is_built():
     modules = json.loads(result.stdout.splitlines()[-1])
     sources, headers = modules[0]
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
-    assert sources == sorted(file for file in found if file.startswith("csrc/cpu/") and file.endswith(".cpp"))
+    assert sources == sorted(file for file in found if file.endswith(".cpp"))
     assert set(headers) == {file for file in found if file.endswith(".h")}

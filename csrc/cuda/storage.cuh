@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "types.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -28,7 +30,6 @@ struct Storage;
 
 template <>
 struct Storage<float> {
-  using Compute = float;
   static __device__ __forceinline__ float widen(float value) { return value; }
   static __device__ __forceinline__ float narrow(float value) { return value; }
   template <int N>
@@ -45,7 +46,6 @@ struct Storage<float> {
 
 template <>
 struct Storage<double> {
-  using Compute = double;
   static __device__ __forceinline__ double widen(double value) { return value; }
   static __device__ __forceinline__ double narrow(double value) { return value; }
   template <int N>
@@ -65,7 +65,6 @@ struct Storage<double> {
 
 template <>
 struct Storage<__half> {
-  using Compute = float;
   static __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
   static __device__ __forceinline__ __half narrow(float value) { return __float2half_rn(value); }
   template <int N>
@@ -87,7 +86,6 @@ struct Storage<__half> {
 
 template <>
 struct Storage<__nv_bfloat16> {
-  using Compute = float;
   static __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
   static __device__ __forceinline__ __nv_bfloat16 narrow(float value) { return __float2bfloat16_rn(value); }
   template <int N>
@@ -105,9 +103,6 @@ struct Storage<__nv_bfloat16> {
       reinterpret_cast<__nv_bfloat162&>(words[i / 2]) = __floats2bfloat162_rn(values[i], values[i + 1]);
   }
 };
-
-template <typename S>
-using Compute = typename Storage<S>::Compute;
 
 // Loads N adjacent values. If N > 1, they must be aligned to their total size, or to 16 bytes if that is more.
 template <typename S, int N>

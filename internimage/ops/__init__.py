@@ -2,9 +2,10 @@
 """Operators. `dcnv3` checks its arguments; the operator under it, `torch.ops.internimage.dcnv3`, does not."""
 
 from .. import extension
+from ..nvrtc import RUN_TIME_KERNELS
 from . import layer_norm  # noqa: F401  (defines its schema)
 from .dcnv3 import dcnv3
 
-extension.load()  # the kernels implement the schemas defined above
+extension.load(RUN_TIME_KERNELS)  # the kernels implement the schemas defined above
 
 __all__ = ["dcnv3"]

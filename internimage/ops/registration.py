@@ -21,12 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nvrtc import cuda_kernel
 from .arguments import check_one_device
 from .transforms import as_function, is_transformed
 
 NAMESPACE = "internimage"
 library = torch.library.Library(NAMESPACE, "DEF")
-library.define("cpu_capability() -> str")  # the instruction set in use; implemented by the compiled module only
+# implemented by the compiled module only
+library.define("cpu_capability() -> str")  # the instruction set in use
+library.define("serve_cuda() -> ()")  # registers the CUDA kernels that are compiled at run time, by:
+library.define("cuda_kernel(str kernel, int argument_bytes, int device, str refusal) -> (Tensor, Tensor)")
+library.impl("cuda_kernel", cuda_kernel, "CompositeExplicitAutograd")
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
@@ -76,14 +81,15 @@ class DifferentiableOperator:
         inputs = ", ".join(f"Tensor {tensor}" for tensor in tensors)
         grads = ", ".join(["Tensor"] * count)
         tag = torch.Tag.pt2_compliant_tag
-        library.define(f"{name}({inputs}, {arguments}) -> Tensor", tags=tag)
-        library.define(
-            f"{name}_backward(Tensor grad_output, {inputs}, {arguments}, bool deterministic, "
-            f"bool[{count}] output_mask) -> ({grads})",
-            tags=tag,
+        schema = f"({inputs}, {arguments}) -> Tensor"
+        schema_backward = (
+            f"(Tensor grad_output, {inputs}, {arguments}, bool deterministic, bool[{count}] output_mask) -> ({grads})"
         )
-        library.impl(name, reference.forward, "CompositeExplicitAutograd")
-        library.impl(f"{name}_backward", reference.backward, "CompositeExplicitAutograd")
+        for suffix in ("", "_reference"):  # the second is for a kernel that turns out not to work on a device
+            library.define(f"{name}{suffix}{schema}", tags=tag)
+            library.define(f"{name}_backward{suffix}{schema_backward}", tags=tag)
+            library.impl(f"{name}{suffix}", reference.forward, "CompositeExplicitAutograd")
+            library.impl(f"{name}_backward{suffix}", reference.backward, "CompositeExplicitAutograd")
         namespace = getattr(torch.ops, NAMESPACE)
         self._forward_op = getattr(namespace, name).default
         self._backward_op = getattr(namespace, f"{name}_backward").default

@@ -38,7 +38,7 @@ def main() -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     headers = Path(sysconfig.get_path("purelib"), "torch", "include")
     objects, fused = [], 0
-    for source in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")):
+    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
         objects.append(arguments.work / f"{source.parent.name}_{source.stem}.o")
         command = [COMPILER, *FLAGS, "-Wall", "-isystem", headers, "-c", source, "-o", objects[-1]]
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True)

@@ -99,7 +99,7 @@ def compile_with_headers(environment: Environment, work: Path) -> None:
     flags = ["-std=c++17", f"-I{include}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     commands = [
         [os.environ.get("CXX", "g++"), "-fsyntax-only", "-Wno-psabi", *flags, path]
-        for path in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
+        for path in sorted((ROOT / "csrc").rglob("*.cpp"))
         if "<torch/" in path.read_text()
     ]
     nvcc = shutil.which("nvcc")
@@ -116,7 +116,8 @@ def operators_alone(module: Path, work: Path) -> Path:
     folder = work / "package"
     shutil.rmtree(folder, ignore_errors=True)
     package = folder / "internimage"
-    shutil.copytree(ROOT / "internimage" / "ops", package / "ops", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("ops", "nvrtc"):
+        shutil.copytree(ROOT / "internimage" / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (ROOT / "internimage").glob("[!_]*.py"):  # the modules that the operators may import
         shutil.copy(file, package)
     shutil.copy(module, package)

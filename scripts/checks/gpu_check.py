@@ -26,10 +26,11 @@ SECONDS = 450  # of the 480 that gpu_check.sh gives
 SANITIZED = "test_golden and operator and (float32 or float64) or test_half or test_one_pixel or test_gradients_of_some"
 
 
-TESTS = {  # what -> pytest's -m
-    "Tests that use the GPU": "gpu and not slow",
-    "Large tensors": "gpu and slow",
-    "The others": "not gpu and not slow",  # on the CPU, in several processes
+TESTS = {  # what -> pytest's -m, and variables
+    "Tests that use the GPU": ("gpu and not slow", {}),
+    "Tests that use the GPU, with the kernels that NVRTC compiles": ("gpu and not slow", {"INTERNIMAGE_NVRTC": "1"}),
+    "Large tensors": ("gpu and slow", {}),
+    "The others": ("not gpu and not slow", {}),  # on the CPU, in several processes
 }
 
 
@@ -128,6 +129,9 @@ def build_ours(report: Report) -> int:
     if existing and not loads():
         report.write(f"`{existing[0]}` exists and loads: not built.")
         return 0
+    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME") and not loads():
+        report.write("There is no nvcc: the kernels are compiled by NVRTC when they are first needed.")
+        return 0
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -150,15 +154,17 @@ def test(report: Report, _) -> int:
         report.write(f"Not run: the CUDA kernels are not in use. {reason}")
         return 1
     end, failed = time.monotonic() + SECONDS, False
-    for what, selection in TESTS.items():
+    for what, (selection, variables) in TESTS.items():
         report.write(f"\n{what}:\n")
         parts = [["tests"]] if selection.startswith("gpu") else shares(max(1, min(8, (os.cpu_count() or 1) // 2)))
         threads = str(max(1, (os.cpu_count() or 1) // len(parts)))
 
-        def run(part: list[str], selection=selection, threads=threads) -> int | None:
+        def run(part: list[str], selection=selection, threads=threads, variables=variables) -> int | None:
             seconds = end - time.monotonic()
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsfE", "-m", selection, *part]
-            return report.run(command, tail=12, seconds=seconds, OMP_NUM_THREADS=threads) if seconds > 5 else None
+            if seconds < 5:
+                return None
+            return report.run(command, tail=12, seconds=seconds, OMP_NUM_THREADS=threads, **variables)
 
         with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
             statuses = list(pool.map(run, parts))

@@ -7,8 +7,8 @@ namespace cuda {
 
 struct Launch {
   template <typename Kernel, typename... A>
-  void operator()(Kernel* kernel, int64_t threads, A... arguments) const {
-    kernel<<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads>>>(arguments...);
+  void operator()(Kernel kernel, int64_t threads, A... arguments) const {
+    function_of(kernel)<<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads>>>(arguments...);
   }
 };
 

@@ -8,7 +8,12 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <functional>
+#include <map>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -16,23 +21,44 @@ std::string message, kernels;
 bool runs_kernels = true;
 
 // The name of a template instantiation, as in "forward_kernel<__half, 16, 9, true, unsigned int>".
-std::string name_of(const void* function) {
-  Dl_info info;
-  if (!dladdr(function, &info) || info.dli_sname == nullptr) return "?";
+std::string readable(const char* mangled) {
   int status = 0;
-  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  std::string name = status == 0 ? demangled : info.dli_sname;
+  char* demangled = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  std::string name = status == 0 ? demangled : mangled;
   std::free(demangled);
   name = name.substr(0, name.find('('));
   return name.substr(name.find("cuda::") + 6);
 }
 
+std::string name_of(const void* function) {
+  Dl_info info;
+  return dladdr(function, &info) && info.dli_sname != nullptr ? readable(info.dli_sname) : "?";
+}
+
+// What the driver would do with the kernels that were launched before: by name, with pointers to the arguments.
+std::map<std::string, std::function<void(int64_t, void**)>> by_name;
+std::vector<char> first_argument;  // of the last launch
+
+template <typename Kernel, typename... A, size_t... I>
+void remember(const std::string& name, Kernel* kernel, std::index_sequence<I...>) {
+  by_name[name] = [kernel](int64_t threads, void** arguments) {
+    using First = std::tuple_element_t<0, std::tuple<A...>>;
+    const char* begin = static_cast<const char*>(arguments[0]);
+    first_argument.assign(begin, begin + sizeof(First));
+    message = cuda_host::launch(kernel, threads, internimage::cuda::kThreads, *static_cast<A*>(arguments[I])...);
+  };
+}
+
 struct Launch {
   template <typename Kernel, typename... A>
-  void operator()(Kernel* kernel, int64_t threads, A... arguments) const {
+  void operator()(Kernel name, int64_t threads, A... arguments) const {
     if (!message.empty()) return;
-    kernels += name_of(reinterpret_cast<const void*>(kernel)) + ";";
-    if (runs_kernels) message = cuda_host::launch(kernel, threads, internimage::cuda::kThreads, arguments...);
+    const auto kernel = internimage::cuda::function_of(name);
+    const std::string readable_name = name_of(reinterpret_cast<const void*>(kernel));
+    kernels += readable_name + ";";
+    remember<std::remove_pointer_t<decltype(kernel)>, A...>(readable_name, kernel, std::index_sequence_for<A...>());
+    void* pointers[] = {&arguments...};
+    if (runs_kernels) by_name[readable_name](threads, pointers);
   }
 };
 
@@ -83,10 +109,28 @@ const char* backward(const char* dtype, const internimage::Problem* p, const voi
   });
 }
 
+// Runs a kernel as cuLaunchKernel does; it must have been launched before.
+void launch_by_name(const char* mangled, void** arguments, unsigned blocks, unsigned threads) {
+  message.clear();
+  const auto found = by_name.find(readable(mangled));
+  if (found == by_name.end())
+    message = readable(mangled) + " was not launched before";
+  else
+    found->second(int64_t{blocks} * threads, arguments);
+}
+
+const char* last_message() { return message.c_str(); }
+
+// Bytes of the first argument of the last launch.
+const char* last_arguments(int64_t* size) {
+  *size = static_cast<int64_t>(first_argument.size());
+  return first_argument.data();
+}
+
 // quotients[i] = dividends[i] / divisor
 void divide(uint32_t divisor, const uint32_t* dividends, uint32_t* quotients, int64_t n) {
   const internimage::cuda::Divider<uint32_t> divider(divisor);
-  for (int64_t i = 0; i < n; ++i) quotients[i] = divider.quotient(dividends[i]);
+  for (int64_t i = 0; i < n; ++i) quotients[i] = internimage::cuda::quotient(dividends[i], divider);
 }
 
 // Converts a value to the storage type and back.

@@ -1,116 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Registration of DCNv3 on CUDA: checks and memory. LibTorch stable ABI only.
+// Registration of DCNv3 with the kernels that nvcc compiles. LibTorch stable ABI only.
 #include "../launch.cuh"  // first: only nvcc can check that it needs nothing before it
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <cstdint>
-#include <tuple>
-#include <vector>
-
-#include "../../common.h"
-#include "../../problem.h"
-#include "../gather/kernels.cuh"
-#include "../storage.cuh"
-
-namespace internimage {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
-
-// Coordinates are 32-bit; the number of elements of an image may be larger.
-void check_size(const Problem& p) {
-  constexpr int64_t kLimit = int64_t{1} << 30;
-  STD_TORCH_CHECK(p.height + 2 * p.pad_h < kLimit && p.width + 2 * p.pad_w < kLimit && p.channels < kLimit &&
-                      p.stride_h < kLimit && p.stride_w < kLimit && p.points < kLimit,
-                  "internimage::dcnv3: an image of ", p.height, " x ", p.width, " x ", p.channels, " is too large");
-}
-
-Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
-             std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-             double offset_scale, bool remove_center, bool softmax) {
-  const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
-                                 remove_center, softmax);
-  check_size(p);
-  const DeviceGuard guard(input.get_device_index());
-  Tensor output = torch::stable::new_empty(input, {p.batch, p.out_height, p.out_width, p.channels});
-  if (output.numel() == 0) return output;
-  const Tensor in = cuda::aligned(input), off = cuda::aligned(offset), m = cuda::aligned(mask);
-  const cuda::Launch launch(input.get_device_index());
-  cuda::with_dtype(input.scalar_type(), [&](auto zero) {
-    using S = decltype(zero);
-    cuda::forward(p, static_cast<const S*>(in.const_data_ptr()), static_cast<const S*>(off.const_data_ptr()),
-                  static_cast<const S*>(m.const_data_ptr()), static_cast<S*>(output.mutable_data_ptr()), false, launch);
-  });
-  return output;
-}
-
-std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
-                                                  const Tensor& mask, std::vector<int64_t> kernel_size,
-                                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                                  std::vector<int64_t> dilation, int64_t groups, double offset_scale,
-                                                  bool remove_center, bool softmax, bool deterministic,
-                                                  std::vector<bool> output_mask) {
-  const ScalarType dtype = input.scalar_type();
-  const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
-                                 remove_center, softmax);
-  check_size(p);
-  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
-                      grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
-                  "internimage::dcnv3_backward: grad_output must have the output's shape");
-  STD_TORCH_CHECK(grad_output.scalar_type() == dtype,
-                  "internimage::dcnv3_backward: grad_output must have input's dtype");
-  STD_TORCH_CHECK(grad_output.is_cuda() && grad_output.get_device_index() == input.get_device_index(),
-                  "internimage::dcnv3_backward: grad_output must be on the device of input");
-  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
-  const DeviceGuard guard(input.get_device_index());
-  const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
-  // summed in the compute type and rounded once
-  const ScalarType sum_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto shape = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
-  Tensor grad_input = want_input ? torch::stable::new_zeros(input, shape(input), sum_dtype)
-                                 : torch::stable::new_empty(input, {0}, sum_dtype);
-  const bool is_empty = grad_output.numel() == 0;  // without channels; offset and mask still have elements
-  const auto new_grad = [&](const Tensor& t) {
-    if (!want_points) return torch::stable::new_empty(input, {0});
-    return is_empty ? torch::stable::new_zeros(input, shape(t)) : torch::stable::new_empty(input, shape(t));
-  };
-  Tensor grad_offset = new_grad(offset), grad_mask = new_grad(mask);
-  if (!is_empty && (want_input || want_points)) {
-    const Tensor grad = cuda::aligned(grad_output), in = cuda::aligned(input), off = cuda::aligned(offset),
-                 m = cuda::aligned(mask);
-    const cuda::Launch launch(input.get_device_index());
-    cuda::with_dtype(dtype, [&](auto zero) {
-      using S = decltype(zero);
-      using T = cuda::Compute<S>;
-      cuda::backward(p, static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(in.const_data_ptr()),
-                     static_cast<const S*>(off.const_data_ptr()), static_cast<const S*>(m.const_data_ptr()),
-                     want_input ? static_cast<T*>(grad_input.mutable_data_ptr()) : nullptr,
-                     want_points ? static_cast<S*>(grad_offset.mutable_data_ptr()) : nullptr,
-                     want_points ? static_cast<S*>(grad_mask.mutable_data_ptr()) : nullptr, deterministic, false,
-                     launch);
-    });
-  }
-  if (sum_dtype != dtype) grad_input = torch::stable::to(grad_input, dtype);
-  const auto drop = [&](Tensor& t, bool wanted) {
-    if (!wanted && t.numel() > 0) t = torch::stable::new_empty(input, {0});
-  };
-  drop(grad_offset, output_mask[1]);
-  drop(grad_mask, output_mask[2]);
-  return {grad_input, grad_offset, grad_mask};
-}
-
-}  // namespace
-}  // namespace internimage
+#include "dcnv3.h"
 
 STABLE_TORCH_LIBRARY_IMPL(internimage, CUDA, m) {
-  m.impl("dcnv3", TORCH_BOX(&internimage::dcnv3));
-  m.impl("dcnv3_backward", TORCH_BOX(&internimage::dcnv3_backward));
+  m.impl("dcnv3", TORCH_BOX(&internimage::cuda::dcnv3<internimage::cuda::CompiledLaunch>));
+  m.impl("dcnv3_backward", TORCH_BOX(&internimage::cuda::dcnv3_backward<internimage::cuda::CompiledLaunch>));
 }

@@ -6,15 +6,14 @@
 #include <cstdint>
 
 #include "../storage.cuh"
-#include "arguments.cuh"
+#include "../types.h"
+#include "arguments.h"
 #include "factors.cuh"
 #include "grid.cuh"
 #include "points.cuh"
 
 namespace internimage {
 namespace cuda {
-
-constexpr int kBackwardChannels = 4;
 
 // Sums each of N values over the threads of a unit; all of these get the sums. All threads of the warp must call it.
 template <int N, typename T, typename Index>

@@ -5,7 +5,8 @@
 #include <cstdint>
 
 #include "../storage.cuh"
-#include "arguments.cuh"
+#include "../types.h"
+#include "arguments.h"
 #include "factors.cuh"
 #include "grid.cuh"
 #include "points.cuh"

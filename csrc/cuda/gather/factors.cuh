@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../storage.cuh"
+#include "../types.h"
 
 namespace internimage {
 namespace cuda {

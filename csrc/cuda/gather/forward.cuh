@@ -6,7 +6,8 @@
 #include <cstdint>
 
 #include "../storage.cuh"
-#include "arguments.cuh"
+#include "../types.h"
+#include "arguments.h"
 #include "factors.cuh"
 #include "grid.cuh"
 #include "points.cuh"
@@ -14,7 +15,6 @@
 namespace internimage {
 namespace cuda {
 
-constexpr int kForwardBytes = 32;  // that a thread loads from a pixel
 static_assert(kForwardBytes <= sizeof(Zeros), "what a thread loads at once");
 
 // Blocks per multiprocessor that the compiler must leave registers for; 0 is its own choice. Only with the softmax
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
   using T = Compute<S>;
   const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= a.threads) return;
-  const Index index = a.slices.quotient(thread);
+  const Index index = quotient(thread, a.slices);
   const Unit<T, Index> unit(a, index);
   const Index slice = thread - index * a.slices.divisor;
   // A thread that needs 32 bytes of a pixel loads them in two halves. Of eight adjacent threads, which are served at

@@ -2,7 +2,7 @@
 // The regular grid: the points of a kernel without offsets. Their order is x-major, as in DCNv3.
 #pragma once
 
-#include "arguments.cuh"
+#include "arguments.h"
 
 namespace internimage {
 namespace cuda {

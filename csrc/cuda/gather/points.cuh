@@ -8,10 +8,19 @@
 #include <cstdint>
 
 #include "../storage.cuh"
-#include "arguments.cuh"
+#include "arguments.h"
 
 namespace internimage {
 namespace cuda {
+
+template <typename Index>
+__device__ __forceinline__ Index quotient(Index dividend, const Divider<Index>& divider) {
+  if constexpr (sizeof(Index) > 4) {
+    return dividend / divider.divisor;
+  } else {
+    return (__umulhi(dividend, divider.multiplier) + dividend) >> divider.shift;
+  }
+}
 
 // The position of a unit.
 template <typename T, typename Index>
@@ -20,11 +29,11 @@ struct Unit {
   T x, y;  // the kernel's center
 
   __device__ __forceinline__ Unit(const Arguments<T, Index>& a, Index unit) {
-    const Index pixel = a.groups.quotient(unit);
+    const Index pixel = quotient(unit, a.groups);
     group = unit - pixel * a.groups.divisor;
-    const Index row = a.out_width.quotient(pixel);
+    const Index row = quotient(pixel, a.out_width);
     x = static_cast<T>(static_cast<int32_t>(pixel - row * a.out_width.divisor) * a.stride_w + a.first_x);
-    image = a.out_height.quotient(row);
+    image = quotient(row, a.out_height);
     y = static_cast<T>(static_cast<int32_t>(row - image * a.out_height.divisor) * a.stride_h + a.first_y);
   }
 };

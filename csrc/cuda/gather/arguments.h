@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The parameters of a launch, the same for every thread.
+// The parameters of a launch, the same for every thread; made on the host, with or without a CUDA compiler.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,11 @@ namespace internimage {
 namespace cuda {
 
 constexpr int kThreads = 256;  // per block
+constexpr int kForwardBytes = 32;  // that a thread of the forward loads from a pixel
+constexpr int kBackwardChannels = 4;  // that a thread of the backward processes at a time
 
-// Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31.
+// Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31 (`quotient` in
+// points.cuh).
 template <typename Index>
 struct Divider {
   Index divisor;
@@ -22,13 +25,6 @@ struct Divider {
     if constexpr (sizeof(Index) == 4) {
       while ((int64_t{1} << shift) < number) ++shift;
       multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - number)) / number + 1);
-    }
-  }
-  __device__ __forceinline__ Index quotient(Index dividend) const {
-    if constexpr (sizeof(Index) > 4) {
-      return dividend / divisor;
-    } else {
-      return (__umulhi(dividend, multiplier) + dividend) >> shift;
     }
   }
 };
