@@ -12,7 +12,8 @@ from runs import ROOT, environment
 PACKAGE = ROOT / "internimage"
 # package -> the packages that it may import, besides itself and the modules of the ground floor
 MAY_IMPORT = {
-    "ops": set(),
+    "nvrtc": set(),
+    "ops": {"nvrtc"},
     "layers": {"ops"},
     "weights": set(),  # knows no model class
     "models": {"ops", "layers", "weights"},
