@@ -35,7 +35,8 @@ class Target:
     system: re.Pattern[str]  # libraries that come with the system
     glibc: str = ""
     flags: tuple[str, ...] = ("-fPIC",)
-    link: tuple[str, ...] = ()  # for the stand-in
+    link: tuple[str, ...] = ()  # of the stand-in
+    link_module: tuple[str, ...] = ()
 
 
 TARGETS = {
@@ -55,6 +56,7 @@ TARGETS = {
         "@rpath/libtorch_cpu.dylib",
         re.compile(r"/usr/lib/libSystem\.B\.dylib"),
         link=("-Wl,-install_name,@rpath/libtorch_cpu.dylib",),
+        link_module=("-Wl,-install_name,@rpath/_C.abi3.so",),
     ),
     "aarch64-linux": Target(
         zig.LINUX["aarch64"],
@@ -102,7 +104,7 @@ def build(target: Target, include: Path, work: Path) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile, sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))))
     module = work / "_C.abi3.so"
-    run([*compiler, "-shared", *objects, f"-L{work}", "-ltorch_cpu", "-o", module])
+    run([*compiler, "-shared", *objects, *target.link_module, f"-L{work}", "-ltorch_cpu", "-o", module])
     return module
 
 

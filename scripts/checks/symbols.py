@@ -57,7 +57,8 @@ def read(path: Path) -> Needs:
         for symbol in binary.imported_symbols:
             info = symbol.binding_info if symbol.has_binding_info else None
             symbols[symbol.name] = info.library.name if info is not None and info.has_library else ""
-        names = frozenset(library.name for library in binary.libraries)
+        own = lief.MachO.LoadCommand.TYPE.ID_DYLIB  # the module's own name
+        names = frozenset(library.name for library in binary.libraries if library.command != own)
         return Needs(binary.header.cpu_type.name, names, symbols)
     raise ValueError(f"'{path}' is not a shared library")
 
