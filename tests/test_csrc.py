@@ -181,3 +181,12 @@ def test_no_folder_includes_one_above_it(header):
     assert set(others) <= BELOW[folder] | {folder, "."}
     if header.name in ("storage.cuh", "types.h"):
         assert set(others) <= {folder}
+
+
+def test_no_exception_reaches_torch():
+    """The module may have a C++ runtime of its own, through which torch's cannot unwind: csrc/boxed.h."""
+    sources = [path for path in FILES if path.suffix == ".cpp"]
+    unguarded = [
+        path.relative_to(CSRC) for path in sources if re.search(r"(?<!INTERNIMAGE_)\bTORCH_BOX\(", path.read_text())
+    ]
+    assert len(sources) > 5 and not unguarded

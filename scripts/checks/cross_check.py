@@ -102,7 +102,7 @@ def build(target: Target, include: Path, work: Path) -> Path:
         return output
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile, sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))))
+        objects = list(pool.map(compile, sorted((ROOT / "csrc").rglob("*.cpp"))))
     module = work / "_C.abi3.so"
     run([*compiler, "-shared", *objects, *target.link_module, f"-L{work}", "-ltorch_cpu", "-o", module])
     return module

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../../boxed.h"
 #include "../dcnv3/dcnv3.h"
 #include "launch.h"
 
@@ -73,8 +74,8 @@ void serve_cuda() {
     const auto add = [&](const char* name, void (*function)(StableIValue*, uint64_t, uint64_t)) {
       TORCH_ERROR_CODE_CHECK(torch_library_impl(library, name, function, TORCH_ABI_VERSION));
     };
-    add("dcnv3", TORCH_BOX(&dcnv3_or_reference));
-    add("dcnv3_backward", TORCH_BOX(&dcnv3_backward_or_reference));
+    add("dcnv3", INTERNIMAGE_BOX(&dcnv3_or_reference));
+    add("dcnv3_backward", INTERNIMAGE_BOX(&dcnv3_backward_or_reference));
     return true;
   }();
   (void)registered;
@@ -85,5 +86,5 @@ void serve_cuda() {
 }  // namespace internimage
 
 STABLE_TORCH_LIBRARY_IMPL(internimage, CompositeExplicitAutograd, m) {
-  m.impl("serve_cuda", TORCH_BOX(&internimage::cuda::serve_cuda));
+  m.impl("serve_cuda", INTERNIMAGE_BOX(&internimage::cuda::serve_cuda));
 }
