@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,17 +84,23 @@ def settings(data, output, **more):
     return FinetuneConfig(**(base | more))
 
 
-def stop_at(config, step):
-    """Run until a step, as if SIGTERM had arrived in it."""
+@contextmanager
+def stopping_at(step: int) -> Iterator[None]:
+    """Context in which runs stop at a step, as if SIGTERM had come in it."""
     run = trainer.Trainer.run
-    trainer.Trainer.run = lambda self, stop, progress=True: run(
-        self, lambda: self.progress.step + 1 >= step, progress
-    )  # fmt: skip
-    try:
-        with pytest.raises(Preempted):
-            finetune(config, progress=False)
-    finally:
-        trainer.Trainer.run = run
+
+    def patched(self, stop, progress=True):
+        return run(self, lambda: self.progress.step + 1 >= step, progress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "run", patched)
+        yield
+
+
+def stop_at(config, step):
+    """Run to a step, as if SIGTERM had come in it."""
+    with stopping_at(step), pytest.raises(Preempted):
+        finetune(config, progress=False)
 
 
 def wait_for_checkpoint(run, process, more_than=0):

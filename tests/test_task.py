@@ -10,11 +10,10 @@ import pytest
 import torch
 from center_of_mass import CenterConfig, CenterTask
 from double import bound
-from runs import losses, same_weights, torchrun
+from runs import losses, same_weights, stopping_at, torchrun
 from safetensors.torch import load_file
 
 from internimage.config import ConfigError
-from internimage.engine import trainer
 from internimage.engine.run import Preempted, train
 
 SETTINGS = dict(
@@ -35,16 +34,9 @@ def run(output, **more):
     return train(CenterTask(CenterConfig(output=str(output), **SETTINGS | more)), progress=False)
 
 
-def stop_at(step, output, monkeypatch):
-    whole = trainer.Trainer.run
-
-    def patched(self, stop, progress=True):
-        return whole(self, lambda: self.progress.step + 1 >= step, progress)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "run", patched)
-        with pytest.raises(Preempted, match=f"saved after step {step} of 9"):
-            run(output)
+def stop_at(step, output):
+    with stopping_at(step), pytest.raises(Preempted, match=f"saved after step {step} of 9"):
+        run(output)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +57,14 @@ def test_it_learns_and_its_metrics_are_in_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("step", [2, 3, 7])
-def test_a_run_that_was_stopped_resumes_exactly(whole, tmp_path, monkeypatch, step):
-    stop_at(step, tmp_path, monkeypatch)
+def test_a_run_that_was_stopped_resumes_exactly(whole, tmp_path, step):
+    stop_at(step, tmp_path)
     assert run(tmp_path).complete
     assert losses(tmp_path) == losses(whole) and same_weights(tmp_path, whole)
 
 
-def test_other_data_are_refused_in_the_task_s_words(tmp_path, monkeypatch):
-    stop_at(2, tmp_path, monkeypatch)
+def test_other_data_are_refused_in_the_task_s_words(tmp_path):
+    stop_at(2, tmp_path)
     with pytest.raises(ConfigError, match="digits was 24, now 32"):
         run(tmp_path, digits=32)
     text = (tmp_path / "finetune.yaml").read_text()

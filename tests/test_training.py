@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from double import bound, in_double
-from runs import ROOT, losses, same_weights, steps, write_noise
+from runs import ROOT, losses, same_weights, steps, stop_at, write_noise
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.layers import DropPath
@@ -27,7 +27,6 @@ from internimage.config import ConfigError, load_config
 from internimage.engine import checkpoint, trainer
 from internimage.engine.optimizer import create_optimizer, learning_rate
 from internimage.engine.rng import BatchPlan, DropPathDraws, PlanSampler
-from internimage.engine.run import Preempted
 from internimage.engine.run_folder import check_output, prepare_output
 from internimage.errors import UserError
 from internimage.tasks.classification.augment import training_transform
@@ -287,26 +286,10 @@ def test_workers_and_accumulation_leave_the_weights_what_they_are(data, tmp_path
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_a_run_in_mixed_precision_resumes_with_its_scaler(data, tmp_path, precision):
     finetune(settings(data, tmp_path / "whole", precision=precision, checkpoint_every=1), progress=False)
-    calls = iter(range(100))
     config = settings(data, tmp_path / "parts", precision=precision, checkpoint_every=1)
-    stop_at(config, 4, calls)
+    stop_at(config, 4)
     finetune(config, progress=False)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-
-
-def stop_at(config, step, calls=None):
-    """Run to a step, as if SIGTERM had come in it."""
-    run = trainer.Trainer.run
-
-    def patched(self, stop, progress=True):
-        return run(self, lambda: self.progress.step + 1 >= step, progress)
-
-    trainer.Trainer.run = patched
-    try:
-        with pytest.raises(Preempted):
-            finetune(config, progress=False)
-    finally:
-        trainer.Trainer.run = run
 
 
 def test_checkpoint_holds_everything_and_two_are_kept(data, tmp_path):
