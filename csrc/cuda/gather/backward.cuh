@@ -51,6 +51,45 @@ __device__ __forceinline__ T interpolate(const Cell<T, Index>& cell, const T (&d
          cell.below * ((1 - cell.right) * dots[2] + cell.right * dots[3]);
 }
 
+// From <grad_output, corner> for the corners of a point: the derivatives of <grad_output, sample> along x and y, and
+// that product itself, which is the gradient of the factor.
+template <typename T, typename Index>
+__device__ __forceinline__ void differentiate(const Cell<T, Index>& cell, const T (&dots)[4], T (&sums)[3]) {
+  sums[0] = (1 - cell.below) * (dots[1] - dots[0]) + cell.below * (dots[3] - dots[2]);
+  sums[1] = (1 - cell.right) * (dots[2] - dots[0]) + cell.right * (dots[3] - dots[1]);
+  sums[2] = interpolate(cell, dots);
+}
+
+// The gradient of a point's offset: that of its location, whose derivatives are sums[0] and sums[1].
+template <typename S, typename T, typename Index>
+__device__ __forceinline__ void store_shift(const Arguments<T, Index>& a, const Cell<T, Index>& cell, T factor,
+                                            const T (&sums)[3], S* grad_offset) {
+  const T scale = factor * a.offset_scale;
+  const T grad_shift[2] = {cell.inside ? sums[0] * scale : T(0), cell.inside ? sums[1] * scale : T(0)};
+  store<S, 2>(grad_offset, grad_shift);
+}
+
+// The gradient of a mask from that of its factor; `mean` is the sum of factor * its gradient over the unit.
+template <typename T>
+__device__ __forceinline__ T mask_gradient(bool softmax, T factor, T grad_factor, T mean) {
+  return softmax ? factor * (grad_factor - mean) : grad_factor;
+}
+
+// Adds a point's part of the gradient to its corners; `grad_image` is that of the first of N channels.
+template <int N, typename T, typename Index>
+__device__ __forceinline__ void add_to_corners(const Cell<T, Index>& cell, T factor, const T (&grad)[N],
+                                               T* grad_image) {
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    if (!cell.has(corner)) continue;
+    const T weight = factor * cell.weight(corner);
+    T values[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = weight * grad[i];
+    atomic_add<T, N>(grad_image + cell.at(corner), values);
+  }
+}
+
 // If kPoints > 0, each thread has all its channels at once (one chunk).
 // grad_input is filled with zeros and of the compute type. It may be null, or both grad_offset and grad_mask.
 template <typename S, int kChannels, int kPoints, typename Index>
@@ -103,22 +142,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (want_points) {
       T dots[4];
       dot_corners<S, kChannels>(a, cell, image, grad_output, chunks, grad, dots);
-      T sums[3] = {(1 - cell.below) * (dots[1] - dots[0]) + cell.below * (dots[3] - dots[2]),  // along x
-                   (1 - cell.right) * (dots[2] - dots[0]) + cell.right * (dots[3] - dots[1]),  // along y
-                   interpolate(cell, dots)};
+      T sums[3];
+      differentiate(cell, dots, sums);
       sum_over_lanes(a, sums);
       const T grad_factor = cell.inside ? sums[2] : T(0);
-      if (writes) {
-        const T scale = factor * a.offset_scale;
-        const T grad_shift[2] = {cell.inside ? sums[0] * scale : T(0), cell.inside ? sums[1] * scale : T(0)};
-        store<S, 2>(grad_offset + 2 * (first_point + k), grad_shift);
-      }
+      if (writes) store_shift(a, cell, factor, sums, grad_offset + 2 * (first_point + k));
       if constexpr (kPoints > 0) {
         grad_factors[k] = grad_factor;
         mean += factors.at(k) * grad_factor;
       } else if (writes) {
-        const T value = a.softmax ? factors.at(k) * (grad_factor - mean) : grad_factor;
-        grad_mask[first_point + k] = Storage<S>::narrow(value);
+        grad_mask[first_point + k] = Storage<S>::narrow(mask_gradient(a.softmax, factors.at(k), grad_factor, mean));
       }
     }
     if (grad_input != nullptr && is_active && cell.inside) {
@@ -126,15 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (uint32_t chunk = 0; chunk < chunks; ++chunk) {
         const uint32_t channel = chunk * a.lanes * kChannels;
         if (chunks > 1) load<S, kChannels>(grad_output + channel, grad);
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          if (!cell.has(corner)) continue;
-          const T weight = factor * cell.weight(corner);
-          T values[kChannels];
-#pragma unroll
-          for (int i = 0; i < kChannels; ++i) values[i] = weight * grad[i];
-          atomic_add<T, kChannels>(grad_image + channel + cell.at(corner), values);
-        }
+        add_to_corners(cell, factor, grad, grad_image + channel);
       }
     }
   });
@@ -143,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (want_points && writes) {
 #pragma unroll
       for (int k = 0; k < kPoints; ++k) {
-        const T value = a.softmax ? factors.at(k) * (grad_factors[k] - mean) : grad_factors[k];
+        const T value = mask_gradient(a.softmax, factors.at(k), grad_factors[k], mean);
         grad_mask[first_point + k] = Storage<S>::narrow(value);
       }
     }

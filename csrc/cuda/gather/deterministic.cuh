@@ -17,12 +17,10 @@ namespace cuda {
 // Each thread owns a channel of an image and visits all points that sampled it in a fixed order. Slow, as there are no
 // more threads than channels in the batch.
 template <typename S, typename Index>
-__global__ void __launch_bounds__(kThreads, 2)
-    deterministic_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
-                         const S* __restrict__ offset, const S* __restrict__ mask,
-                         Compute<S>* __restrict__ grad_input) {
+__device__ __forceinline__ void sum_in_order(const Arguments<Compute<S>, Index>& a, Index thread,
+                                             const S* __restrict__ grad_output, const S* __restrict__ offset,
+                                             const S* __restrict__ mask, Compute<S>* __restrict__ grad_input) {
   using T = Compute<S>;
-  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= a.threads) return;
   const Index image = thread / a.channels;
   const uint32_t channel = static_cast<uint32_t>(thread - image * a.channels);
@@ -46,6 +44,15 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (cell.has(corner)) grad_image[cell.at(corner)] = sums[corner] + factor * cell.weight(corner) * grad;
     });
   }
+}
+
+template <typename S, typename Index>
+__global__ void __launch_bounds__(kThreads, 2)
+    deterministic_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
+                         const S* __restrict__ offset, const S* __restrict__ mask,
+                         Compute<S>* __restrict__ grad_input) {
+  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  sum_in_order(a, thread, grad_output, offset, mask, grad_input);
 }
 
 }  // namespace cuda

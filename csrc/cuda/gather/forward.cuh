@@ -30,17 +30,14 @@ constexpr int kForwardBlocks = kPoints == 0 ? 3
                                : kSoftmax   ? INTERNIMAGE_SOFTMAX_BLOCKS
                                             : 0;
 
-// kSoftmax is used only if kPoints > 0; the generic kernel reads a.softmax.
+// A slice of a unit: the channels from slice * kChannels on. `thread` is where the slice is in the output. kSoftmax is
+// used only if kPoints > 0; with any other number of points it is a.softmax.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
-    forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
-                   const S* __restrict__ mask, S* __restrict__ output) {
+__device__ __forceinline__ void forward_slice(const Arguments<Compute<S>, Index>& a,
+                                              const Unit<Compute<S>, Index>& unit, Index index, Index slice,
+                                              Index thread, const S* __restrict__ input, const S* __restrict__ offset,
+                                              const S* __restrict__ mask, S* __restrict__ output) {
   using T = Compute<S>;
-  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
-  if (thread >= a.threads) return;
-  const Index index = quotient(thread, a.slices);
-  const Unit<T, Index> unit(a, index);
-  const Index slice = thread - index * a.slices.divisor;
   // A thread that needs 32 bytes of a pixel loads them in two halves. Of eight adjacent threads, which are served at
   // once, four begin with the second half: if all began with the first, they would use half of the cache's banks.
   constexpr int kHalves = kChannels * sizeof(S) / 16 > 0 ? kChannels * sizeof(S) / 16 : 1, kHalf = kChannels / kHalves;
@@ -75,6 +72,18 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
   output += static_cast<uint64_t>(thread) * kChannels;
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) store<S, kHalf>(output + (half == 0 ? begin : kHalf - begin), sums[half]);
+}
+
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints, kSoftmax>)
+    forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
+                   const S* __restrict__ mask, S* __restrict__ output) {
+  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= a.threads) return;
+  const Index index = quotient(thread, a.slices);
+  const Unit<Compute<S>, Index> unit(a, index);
+  const Index slice = thread - index * a.slices.divisor;
+  forward_slice<S, kChannels, kPoints, kSoftmax>(a, unit, index, slice, thread, input, offset, mask, output);
 }
 
 }  // namespace cuda

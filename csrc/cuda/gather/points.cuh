@@ -36,6 +36,12 @@ struct Unit {
     image = quotient(row, a.out_height);
     y = static_cast<T>(static_cast<int32_t>(row - image * a.out_height.divisor) * a.stride_h + a.first_y);
   }
+  // Of an output pixel of an image.
+  __device__ __forceinline__ Unit(const Arguments<T, Index>& a, Index group_, Index image_, int32_t column, int32_t row)
+      : group(group_),
+        image(image_),
+        x(static_cast<T>(column * a.stride_w + a.first_x)),
+        y(static_cast<T>(row * a.stride_h + a.first_y)) {}
 };
 
 constexpr int kZeroBytes = 32;  // at least what a thread loads from a pixel
@@ -50,6 +56,7 @@ template <typename T, typename Index>
 struct Cell {
   bool inside, has_column[2], has_row[2];
   T right, below;  // bilinear shares of the right and the lower pixels
+  int32_t column, row;  // of the upper left pixel
   Index upper_left, step_x, step_y;  // elements, within an image
 
   __device__ __forceinline__ Cell(const Arguments<T, Index>& a, T x, T y) : step_x(a.channels), step_y(a.row_elements) {
@@ -63,10 +70,10 @@ struct Cell {
     has_column[1] = inside && x_floor < a.last_column;
     has_row[0] = y >= 0;
     has_row[1] = y_floor < a.last_row;
+    column = static_cast<int32_t>(x_floor);
+    row = static_cast<int32_t>(y_floor);
     // wraps around to the left of the image and above it, where it is not used
-    upper_left = (static_cast<Index>(static_cast<int32_t>(y_floor)) * a.width +
-                  static_cast<Index>(static_cast<int32_t>(x_floor))) *
-                 a.channels;
+    upper_left = (static_cast<Index>(row) * a.width + static_cast<Index>(column)) * a.channels;
   }
   __device__ __forceinline__ bool has(int corner) const { return has_column[corner % 2] && has_row[corner / 2]; }
   __device__ __forceinline__ Index at(int corner) const {
