@@ -45,6 +45,7 @@ class Kernel:
     spilled_bytes: int = 0
     stack_bytes: int = 0
     instructions: Counter = field(default_factory=Counter)  # opcode with its modifiers, such as LDG.E.128.CONSTANT
+    loads_under_way: float = 0  # of 16 bytes, on average over the instructions
 
     def count(self, pattern: str = "") -> int:
         return sum(n for opcode, n in self.instructions.items() if re.match(pattern, opcode))
@@ -55,7 +56,7 @@ TYPES = {"6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16", "f": "float", 
 
 def readable(mangled: str) -> str:
     """_ZN...14forward_kernelI6__halfLi16ELi9ELb1EjEEv... -> forward_kernel<__half, 16, 9, true, 32>."""
-    name, arguments = re.search(r"\d+([a-z]+_kernel)I(.*?)EEv", mangled).groups()
+    name, arguments = re.search(r"4cuda\d+([a-z]\w*?_kernel)I(.*?)EEv", mangled).groups()
     storage, rest = re.match(r"(6__half|13__nv_bfloat16|f|d)(.*)", arguments).groups()
     numbers, index = re.fullmatch(r"((?:L[ib]\d+E)*)([jmy])", rest).groups()
     values = [
@@ -77,15 +78,31 @@ def parse_resources(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-def parse_instructions(sass: str) -> dict[str, Counter]:
-    """Instructions of each kernel, without what the assembler pads with after the end."""
+def parse_instructions(sass: str) -> dict[str, list[tuple[str, str]]]:
+    """Opcodes and operands of each kernel, without what the assembler pads with after the end."""
     found = {}
     for part in sass.split("Function : ")[1:]:
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?PT?\d* )?([A-Z][A-Za-z0-9_.]*)", part, re.MULTILINE)
-        while opcodes[-1] in ("NOP", "BRA"):
-            opcodes.pop()
-        found[readable(part.split()[0])] = Counter(opcodes)
+        line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?PT?\d* )?([A-Z][A-Za-z0-9_.]*)([^;]*);"
+        instructions = re.findall(line, part, re.MULTILINE)
+        while instructions[-1][0] in ("NOP", "BRA"):
+            instructions.pop()
+        found[readable(part.split()[0])] = instructions
     return found
+
+
+def loads_under_way(instructions: list[tuple[str, str]]) -> float:
+    """How many loads of 16 bytes have been issued and not yet been used, on average; for straight-line code."""
+    waiting: dict[int, set[int]] = {}  # first register of a load -> its four
+    total = 0
+    for opcode, operands in instructions:
+        total += len(waiting)
+        writes = 0 if re.match("ST|RED", opcode) else 1  # operands that are written to
+        used = {int(number) for number in re.findall(r"\bR(\d+)\b", ",".join(operands.split(",")[writes:]))}
+        waiting = {first: registers for first, registers in waiting.items() if not registers & used}
+        if opcode.startswith("LDG.E.128"):
+            first = int(re.search(r"\bR(\d+)\b", operands).group(1))
+            waiting[first] = set(range(first, first + 4))
+    return total / len(instructions)
 
 
 def compile_all(by: str, architecture: str, binary: Path) -> str:
@@ -102,7 +119,7 @@ def compile_all(by: str, architecture: str, binary: Path) -> str:
         nvrtc = compiler.load(found.library)
     except parts.Missing as missing:
         pytest.skip(f"needs NVRTC: {missing}")
-    families = ("forward", "backward", "deterministic")
+    families = ("forward", "backward", "backward_3x3", "deterministic")
     source = "".join(f'#include "cuda/gather/{family}.cuh"\n' for family in families)
     expressions = [f"internimage::cuda::{kernel}" for kernel in cuda_stand_in.layout()["kernels"]]
     target = compiler.Target("sm", int(architecture.removeprefix("sm_")))
@@ -118,8 +135,9 @@ def inspect(by: str, architecture: str, folder: Path) -> dict[str, Kernel]:
     result = parse_resources(said)
     sass = subprocess.run([CUOBJDUMP, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     for name, instructions in parse_instructions(sass).items():
-        result[name].instructions = instructions
-    assert len(result) == 66 and all(kernel.instructions for kernel in result.values())
+        result[name].instructions = Counter(opcode for opcode, _ in instructions)
+        result[name].loads_under_way = loads_under_way(instructions)
+    assert len(result) == 72 and all(kernel.instructions for kernel in result.values())
     return result
 
 
@@ -140,7 +158,7 @@ def test_nvrtc_makes_what_nvcc_makes(architecture, tmp_path):
     instructions. The general kernels have loops, which NVRTC unrolls further for compute capability 10.0 and 12.0."""
     by_nvrtc = inspect("nvrtc", architecture, tmp_path)
     test_no_spills(by_nvrtc)
-    test_registers_leave_room(by_nvrtc)
+    test_registers_leave_room(by_nvrtc, architecture)
     version = re.search(
         r"release (\d+\.\d+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
     )
@@ -152,15 +170,40 @@ def test_nvrtc_makes_what_nvcc_makes(architecture, tmp_path):
             assert by_nvrtc[name].count() == pytest.approx(kernel.count(), rel=0.01), name
 
 
+# The 3x3 forward without softmax is held to 64 registers for more loads at a time, and spills up to this for it: bytes
+# stored and loaded again, 4 each a register. Everything else spills nothing.
+FEW_REGISTERS = re.compile(r"forward_kernel<\w+, \d+, [89], false, 32>")
+FEW_BYTES = 96
+
+
 def test_no_spills(kernels):
-    spills = {name: kernel for name, kernel in kernels.items() if kernel.spilled_bytes or kernel.stack_bytes}
-    assert not spills, spills.keys()
+    limits = {name: FEW_BYTES if FEW_REGISTERS.fullmatch(name) else 0 for name in kernels}
+    spills = {
+        name: k.spilled_bytes for name, k in kernels.items() if max(k.spilled_bytes, k.stack_bytes) > limits[name]
+    }
+    assert not spills, spills
 
 
-def test_registers_leave_room(kernels):
-    """At least two blocks of 256 threads a multiprocessor, three of the 3x3 forward."""
+def test_registers_leave_room(kernels, architecture):
+    """Blocks of 256 threads a multiprocessor: four of the 3x3 forward, three of its backward with two lanes, and two of
+    all others."""
     for name, kernel in kernels.items():
-        assert kernel.registers <= (80 if re.match(r"forward_kernel<.*, [89], ", name) else 128), name
+        is_forward = re.match(r"forward_kernel<\w+, \d+, [89], ", name)
+        most = (
+            64
+            if is_forward and architecture != "sm_75"
+            else 80
+            if is_forward or re.match(r"backward_3x3_kernel<\w+, \d, 2, ", name)
+            else 128
+        )
+        assert kernel.registers <= most, name
+
+
+def test_forward_does_not_wait_for_each_load(kernels):
+    """At 55 registers, which nvcc chooses by itself, there are 1.5 at a time; at 64, 3.4 to 4.4."""
+    for name, kernel in kernels.items():
+        if re.fullmatch(r"forward_kernel<\w+, (16|8), [89], \w+, 32>", name):
+            assert kernel.loads_under_way >= 2.5, (name, kernel.loads_under_way)
 
 
 @pytest.mark.parametrize("softmax, limit", [("false", 125), ("true", 132)])  # 116 and 123, and room for another nvcc
@@ -197,31 +240,45 @@ def test_forward_loads_16_bytes_at_once(kernels):
 def test_all_addresses_are_known_to_be_global(kernels):
     """Else each access first asks which memory an address is in, and each atomic addition becomes a loop."""
     for name, kernel in kernels.items():
-        assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL|LDS|STS)(\.|$)") == 0, (name, kernel.instructions)
+        local = kernel.count(r"(LDL|STL)(\.|$)")  # what is spilled
+        assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL|LDS|STS)(\.|$)") == local, (name, kernel.instructions)
+        assert 4 * local <= kernel.spilled_bytes, name
 
 
-def test_backward_loads_4_channels_at_once(kernels):
-    loads = {"__half": r"LDG\.E\.64", "__nv_bfloat16": r"LDG\.E\.64", "float": r"LDG\.E\.128"}
-    for name in (n for n in kernels if n.startswith("backward_kernel")):
-        dtype, channels, points = vector_width(name)
-        if points:
-            assert channels == 4
-            assert kernels[name].count(loads[dtype]) >= 4 * points + 1, name
+# ---- the backward of a 3x3 kernel: 8 channels a thread, 9 points
+
+BACKWARD = "backward_3x3_kernel<{}, 9, {}, 32>"
+LANES = [2, 0]  # two, and what is known at launch
 
 
-def test_backward_adds_4_floats_at_once(kernels, architecture):
-    kernel = kernels["backward_kernel<__half, 4, 9, 32>"]
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("dtype", [*HALF, "float"])
+def test_backward_loads_16_bytes_at_once(dtype, lanes, kernels):
+    """The four corners of each point, and grad_output."""
+    a_corner = 8 * SIZES[dtype] // 16
+    loads = kernels[BACKWARD.format(dtype, lanes)].count(r"LDG\.E\.128")
+    assert loads == (4 * 9 + 1) * a_corner
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("dtype", [*HALF, "float"])
+def test_backward_adds_4_floats_at_once(dtype, lanes, kernels, architecture):
+    kernel = kernels[BACKWARD.format(dtype, lanes)]
     wide, all_of_them = kernel.count(r"REDG?\.E\.ADD\..*F32x4"), kernel.count(r"REDG?\.E\.ADD")
     # from compute capability 9.0 on
-    assert (wide, all_of_them) == ((36, 36) if architecture == "sm_90" else (0, 144)), kernel.instructions
+    assert (wide, all_of_them) == ((72, 72) if architecture == "sm_90" else (0, 288)), kernel.instructions
 
 
-@pytest.mark.parametrize("dtype, limit", [("__half", 520), ("__nv_bfloat16", 550), ("float", 470)])
+@pytest.mark.parametrize("dtype, limit", [("__half", 305), ("__nv_bfloat16", 305), ("float", 300)])
 def test_instructions_for_a_gradient_of_the_input(dtype, limit, kernels, architecture):
     """Both ways of each branch are counted; without an addition of 4 floats at once there are 27 more."""
-    count = kernels[f"backward_kernel<{dtype}, 4, 9, 32>"].count() / 4
+    count = kernels[BACKWARD.format(dtype, 2)].count() / 8
     assert count <= limit + (0 if architecture == "sm_90" else 27), count
 
 
-def test_backward_shuffles(kernels):
-    assert kernels["backward_kernel<__half, 4, 9, 32>"].count("SHFL") == 9 * 3
+@pytest.mark.parametrize("lanes", LANES)
+def test_backward_shuffles_and_stores(lanes, kernels):
+    """Three sums a point; two points of an offset, and of a mask, with one store, of the mask once for each branch."""
+    kernel = kernels[BACKWARD.format("__half", lanes)]
+    assert kernel.count("SHFL") == 9 * 3
+    assert kernel.count("STG") <= 5 + 2 * 5

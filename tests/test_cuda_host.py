@@ -58,6 +58,9 @@ CASES = {
     "softmax": ({"padding": (1, 1), "groups": 2, "softmax": True}, (6, 7), 16),
     "no center": ({"padding": (1, 1), "groups": 3, "remove_center": True}, (5, 4), 16),
     "no center, softmax": ({"padding": (1, 1), "remove_center": True, "softmax": True}, (5, 4), 16),
+    "an odd number of units": ({"padding": (1, 1), "groups": 3, "softmax": True}, (3, 3), 16),
+    "four lanes": ({"padding": (1, 1), "groups": 3}, (3, 5), 32),
+    "eight lanes, no center": ({"padding": (1, 1), "remove_center": True, "softmax": True}, (3, 5), 64),
     "two slices": ({"padding": (1, 1), "groups": 2, "softmax": True}, (5, 6), 32),
     "three slices": ({"padding": (1, 1), "groups": 2, "softmax": True}, (4, 5), 48),
     "many chunks": ({"padding": (1, 1), "softmax": True}, (3, 4), 192),
@@ -112,7 +115,8 @@ def test_deterministic(case, dtype, wide, host):
     tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
     compare(host, tensors, grad_output, arguments, dtype, deterministic=True, wide=wide)
     first, *others = host.kernels
-    assert first.startswith("deterministic_kernel<") and [k.split("<")[0] for k in others] == ["backward_kernel"]
+    (other,) = others
+    assert first.startswith("deterministic_kernel<") and other.startswith(("backward_kernel<", "backward_3x3_kernel<"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -271,7 +275,25 @@ def test_kernel_sizes(softmax, arguments, points, dtype, host):
     assert kernel.split(", ")[2:4] == [str(points), str(softmax and points > 0).lower()]
     host.backward(grad_output, *tensors, *schema(arguments))
     (kernel,) = host.kernels
-    assert kernel.split(", ")[1:3] == ["4", str(points)]
+    name, *parameters = re.split("<|, ", kernel)
+    assert (name, parameters[1]) == (("backward_3x3_kernel", str(points)) if points else ("backward_kernel", "4"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "group_channels, kernel",
+    [(16, "3x3, 2"), (32, "3x3, 0"), (64, "3x3, 0"), (256, "3x3, 0"), (8, 4), (48, 4), (512, 4), (12, 4), (6, 1)],
+    ids=str,
+)
+def test_lanes_of_the_backward(group_channels, kernel, dtype, host):
+    """Two lanes of 8 channels have a kernel of their own; 4, 8, 16 and 32 another; all else takes the general one."""
+    problem = large_problem(1, (9, 9), group_channels, (9, 9))
+    (found,) = host.kernels_for(problem, str(dtype)[6:], "backward")
+    name, *parameters = re.split("<|, ", found)
+    if isinstance(kernel, int):
+        assert (name, parameters[1]) == ("backward_kernel", str(kernel))
+    else:
+        assert (name, parameters[2]) == ("backward_3x3_kernel", kernel[-1])
 
 
 def test_division_by_multiplication(host):

@@ -47,10 +47,12 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.skipif(cuda_stand_in.CPP_COMPILER is None, reason="needs a C++ compiler (g++, or CXX)")
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_120", "compute_90"])
-@pytest.mark.parametrize("family", ["forward", "backward", "deterministic"])
+@pytest.mark.parametrize("family", ["forward", "backward", "backward_3x3", "deterministic"])
 def test_a_kernel(family, architecture, nvrtc):
     """All of them for seven architectures: test_cuda_compile.py."""
-    kernel, argument_bytes = next(item for item in cuda_stand_in.layout()["kernels"].items() if family in item[0])
+    kernel, argument_bytes = next(
+        item for item in cuda_stand_in.layout()["kernels"].items() if item[0].startswith(f"{family}_kernel")
+    )
     kind, number = architecture.split("_")
     image, name = nvrtc.compile(found(), kernel, argument_bytes, compiler.Target(kind, int(number)))
     assert f"{family}_kernel" in name and name.startswith("_ZN11internimage4cuda")

@@ -166,7 +166,17 @@ __device__ __forceinline__ void atomic_add(T* to, const T (&values)[N]) {
   }
 }
 
-// ---- addresses
+// ---- registers
+
+// The same value, kept in a register. Otherwise the compiler may convert it again for each use.
+__device__ __forceinline__ void keep(float& value) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+f"(value));
+#else
+  (void)value;
+#endif
+}
+
 
 // The same pointer to global memory, computed here and kept in a register. Otherwise the compiler recomputes it from
 // its terms for each access: six instructions instead of one.

@@ -52,7 +52,7 @@ void print_fields(const char* type) {
 }  // namespace
 
 int main() {
-  for (int64_t group_channels : {1, 2, 4, 8, 16, 512})
+  for (int64_t group_channels : {1, 2, 4, 8, 16, 32, 512})
     for (int64_t side : {2, 3})
       for (bool remove_center : {false, true})
         for (bool softmax : {false, true})

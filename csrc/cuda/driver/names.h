@@ -39,10 +39,15 @@ std::string name_of(ForwardKernel<S, kChannels, kPoints, kSoftmax, Index>) {
   return std::string("forward_kernel<") + kTypeName<S> + ", " + std::to_string(kChannels) + ", " +
          std::to_string(kPoints) + ", " + (kSoftmax ? "true" : "false") + ", " + kTypeName<Index> + ">";
 }
-template <typename S, int kChannels, int kPoints, typename Index>
-std::string name_of(BackwardKernel<S, kChannels, kPoints, Index>) {
-  return std::string("backward_kernel<") + kTypeName<S> + ", " + std::to_string(kChannels) + ", " +
-         std::to_string(kPoints) + ", " + kTypeName<Index> + ">";
+template <typename S, int kChannels, typename Index>
+std::string name_of(BackwardKernel<S, kChannels, Index>) {
+  return std::string("backward_kernel<") + kTypeName<S> + ", " + std::to_string(kChannels) + ", " + kTypeName<Index> +
+         ">";
+}
+template <typename S, int kPoints, int kLanes, typename Index>
+std::string name_of(Backward3x3Kernel<S, kPoints, kLanes, Index>) {
+  return std::string("backward_3x3_kernel<") + kTypeName<S> + ", " + std::to_string(kPoints) + ", " +
+         std::to_string(kLanes) + ", " + kTypeName<Index> + ">";
 }
 template <typename S, typename Index>
 std::string name_of(DeterministicKernel<S, Index>) {

@@ -12,6 +12,7 @@ namespace cuda {
 constexpr int kThreads = 256;  // per block
 constexpr int kForwardBytes = 32;  // that a thread of the forward loads from a pixel
 constexpr int kBackwardChannels = 4;  // that a thread of the backward processes at a time
+constexpr int kLaneChannels = 8;  // of a thread of the backward of a 3x3 kernel
 
 // Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31 (`quotient` in
 // points.cuh).

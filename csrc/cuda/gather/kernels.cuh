@@ -11,6 +11,9 @@
 //       for corner: sums += share * factor * corner, wide loads
 //     store the sums
 //
+//   backward_3x3_kernel: for unit, for lane:                                 one thread, 8 channels
+//     as the next, but unrolled, and without chunks
+//
 //   backward_kernel: for unit, for lane:                                     one thread, 4 channels a chunk
 //     factors of the unit's points
 //     for point of the unit:
@@ -39,6 +42,7 @@
 #pragma once
 
 #include "backward.cuh"
+#include "backward_3x3.cuh"
 #include "deterministic.cuh"
 #include "forward.cuh"
 #include "select.h"
@@ -50,9 +54,13 @@ template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
 auto function_of(ForwardKernel<S, kChannels, kPoints, kSoftmax, Index>) {
   return &forward_kernel<S, kChannels, kPoints, kSoftmax, Index>;
 }
-template <typename S, int kChannels, int kPoints, typename Index>
-auto function_of(BackwardKernel<S, kChannels, kPoints, Index>) {
-  return &backward_kernel<S, kChannels, kPoints, Index>;
+template <typename S, int kChannels, typename Index>
+auto function_of(BackwardKernel<S, kChannels, Index>) {
+  return &backward_kernel<S, kChannels, Index>;
+}
+template <typename S, int kPoints, int kLanes, typename Index>
+auto function_of(Backward3x3Kernel<S, kPoints, kLanes, Index>) {
+  return &backward_3x3_kernel<S, kPoints, kLanes, Index>;
 }
 template <typename S, typename Index>
 auto function_of(DeterministicKernel<S, Index>) {

@@ -15,8 +15,10 @@ namespace cuda {
 // S is the storage type, or a stand-in of its size. What the parameters mean is said in kernels.cuh.
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
 struct ForwardKernel {};
-template <typename S, int kChannels, int kPoints, typename Index>
+template <typename S, int kChannels, typename Index>
 struct BackwardKernel {};
+template <typename S, int kPoints, int kLanes, typename Index>
+struct Backward3x3Kernel {};
 template <typename S, typename Index>
 struct DeterministicKernel {};
 
@@ -62,28 +64,37 @@ void forward(const Problem& p, const S* input, const S* offset, const S* mask, S
   run(p, input, offset, mask, output, wide, launch);
 }
 
+// The threads of a unit, if its channels are 8 for each of 2, 4, 8, 16 or 32; else 0.
+inline int64_t lanes_of_3x3(const Problem& p) {
+  const int64_t lanes = p.group_channels / kLaneChannels;
+  const bool is_power = lanes >= 2 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
+  return is_3x3(p) && is_power && p.group_channels % kLaneChannels == 0 ? lanes : 0;
+}
+
 template <typename S, int kChannels, typename Launch>
 void backward_of_width(const Problem& p, const S* grad_output, const S* input, const S* offset, const S* mask,
                        Compute<S>* grad_input, S* grad_offset, S* grad_mask, bool wide, const Launch& launch) {
   int64_t lanes = 1;  // the largest power of two that gives each thread of a unit work
   while (lanes < 32 && p.group_channels % (2 * lanes * kChannels) == 0) lanes *= 2;
   const int64_t chunks = p.group_channels / (lanes * kChannels);
-  const int64_t threads = p.batch * p.out_height * p.out_width * p.groups * lanes;
-  if (wide || needs_wide_index(p, threads)) {
-    const Arguments<Compute<S>, uint64_t> a(p, 1, lanes, chunks, threads);
-    return launch(BackwardKernel<S, kChannels, 0, uint64_t>(), threads, a, grad_output, input, offset, mask, grad_input,
-                  grad_offset, grad_mask);
-  }
-  const Arguments<Compute<S>, uint32_t> a(p, 1, lanes, chunks, threads);
-  const auto run = [&](auto kernel) {
-    launch(kernel, threads, a, grad_output, input, offset, mask, grad_input, grad_offset, grad_mask);
+  const int64_t units = p.batch * p.out_height * p.out_width * p.groups, threads = units * lanes;
+  const auto run = [&](auto kernel, int64_t count, const auto& a) {
+    launch(kernel, count, a, grad_output, input, offset, mask, grad_input, grad_offset, grad_mask);
   };
+  if (wide || needs_wide_index(p, threads))
+    return run(BackwardKernel<S, kChannels, uint64_t>(), threads,
+               Arguments<Compute<S>, uint64_t>(p, 1, lanes, chunks, threads));
   if constexpr (kChannels > 1 && sizeof(S) < 8) {
-    if (is_3x3(p) && chunks == 1)
-      return p.remove_center ? run(BackwardKernel<S, kChannels, 8, uint32_t>())
-                             : run(BackwardKernel<S, kChannels, 9, uint32_t>());
+    if (const int64_t own = lanes_of_3x3(p)) {
+      const Arguments<Compute<S>, uint32_t> a(p, 1, own, 1, units * own);
+      if (p.remove_center)
+        return own == 2 ? run(Backward3x3Kernel<S, 8, 2, uint32_t>(), units * own, a)
+                        : run(Backward3x3Kernel<S, 8, 0, uint32_t>(), units * own, a);
+      return own == 2 ? run(Backward3x3Kernel<S, 9, 2, uint32_t>(), units * own, a)
+                      : run(Backward3x3Kernel<S, 9, 0, uint32_t>(), units * own, a);
+    }
   }
-  run(BackwardKernel<S, kChannels, 0, uint32_t>());
+  run(BackwardKernel<S, kChannels, uint32_t>(), threads, Arguments<Compute<S>, uint32_t>(p, 1, lanes, chunks, threads));
 }
 
 // grad_input may be null, or both grad_offset and grad_mask.
