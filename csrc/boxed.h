@@ -7,9 +7,23 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 
+#include "library.h"
+
 namespace internimage {
+
+// What to say of an exception. torch's functions return a code; its headers turn that into an exception that names the
+// call alone, and since torch 2.13 the thread's last error can be asked for: CUDA is out of memory, for example.
+inline const char* said_by(const std::exception& error) {
+  if (std::strstr(error.what(), "API call failed at") == nullptr) return error.what();
+  using Function = const char* (*)();
+  static const auto last_error =
+      reinterpret_cast<Function>(symbol_of_torch("torch_exception_get_what_without_backtrace"));
+  const char* said = last_error == nullptr ? nullptr : last_error();
+  return said == nullptr || *said == 0 ? error.what() : said;
+}
 
 // Calls a boxed function. If it throws, stores what the exception says and returns false.
 template <auto kBoxed, int kBytes>
@@ -19,7 +33,7 @@ __attribute__((noinline)) bool call_and_catch(StableIValue* stack, uint64_t argu
     kBoxed(stack, arguments, outputs);
     return true;
   } catch (const std::exception& error) {
-    std::snprintf(message, kBytes, "%s", error.what());
+    std::snprintf(message, kBytes, "%s", said_by(error));
   } catch (...) {
     std::snprintf(message, kBytes, "internimage: unknown exception");
   }
@@ -31,7 +45,7 @@ __attribute__((noinline)) bool call_and_catch(StableIValue* stack, uint64_t argu
 // and no handlers, so that its frame needs no C++ runtime.
 template <auto kBoxed>
 void boxed(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
-  char message[1024];
+  char message[4096];
   if (!call_and_catch<kBoxed>(stack, arguments, outputs, message))
     aoti_torch_check(false, "internimage", __FILE__, __LINE__, message);
 }

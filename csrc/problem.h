@@ -82,4 +82,17 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
   return p;
 }
 
+// Checks what the backward takes besides.
+inline void check_backward(const Problem& p, const torch::stable::Tensor& grad_output,
+                           const torch::stable::Tensor& input, const std::vector<bool>& output_mask) {
+  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
+                      grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
+                  "internimage::dcnv3_backward: grad_output must have the output's shape");
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
+                  "internimage::dcnv3_backward: grad_output must have input's dtype");
+  STD_TORCH_CHECK(same_device(grad_output, input),
+                  "internimage::dcnv3_backward: grad_output must be on the device of input");
+  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
+}
+
 }  // namespace internimage

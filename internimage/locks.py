@@ -4,6 +4,7 @@
 import datetime
 import errno
 import logging
+import math
 import os
 import socket
 import stat
@@ -98,18 +99,25 @@ def taken_over(path: Path) -> Iterator[bool | None]:
 
 
 @contextmanager
-def turn(path: Path) -> Iterator[BinaryIO]:
-    """Wait for the turn to replace a file, among all that use `turn`; creates it if there is none.
+def turn(path: Path, most_seconds: float = math.inf) -> Iterator[BinaryIO]:
+    """Wait for the turn to replace or remove a file, among all processes that use `turn`; creates it if there is none.
+
+    Args:
+        path: The file.
+        most_seconds: How long to wait.
 
     Yields:
         The file, for reading: opening it once more, and closing that, would release the lock.
 
     Raises:
-        OSError: The file cannot be opened.
+        OSError: The file cannot be opened, or the wait took too long (TimeoutError).
     """
+    end = time.monotonic() + most_seconds
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
             while _try_lock(file.fileno()) is False:
+                if time.monotonic() > end:
+                    raise TimeoutError(errno.ETIMEDOUT, "another process holds it", str(path))
                 time.sleep(0.01)
             if _is_at(file.fileno(), path):  # else it was replaced meanwhile
                 yield file

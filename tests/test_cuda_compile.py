@@ -57,7 +57,7 @@ TYPES = {"6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16", "f": "float", 
 def readable(mangled: str) -> str:
     """_ZN...14forward_kernelI6__halfLi16ELi9ELb1EjEEv... -> forward_kernel<__half, 16, 9, true, 32>."""
     name, arguments = re.search(r"4cuda\d+([a-z]\w*?_kernel)I(.*?)EEv", mangled).groups()
-    storage, rest = re.match(r"(6__half|13__nv_bfloat16|f|d)(.*)", arguments).groups()
+    storage, rest = re.match(f"({'|'.join(TYPES)})(.*)", arguments).groups()
     numbers, index = re.fullmatch(r"((?:L[ib]\d+E)*)([jmy])", rest).groups()
     values = [
         value if kind == "i" else str(value == "1").lower() for kind, value in re.findall(r"L([ib])(\d+)E", numbers)

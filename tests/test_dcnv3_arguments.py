@@ -235,3 +235,37 @@ def test_the_operator_refuses_numbers_that_would_overflow(name, value):
     for call in both_ways(operator_arguments(**{name: [value, 3]})):
         with pytest.raises(RuntimeError, match="must"):
             call()
+
+
+@pytest.mark.skipif(not has_kernel("dcnv3", "cpu"), reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"shape": (2, 5, 6, 5)}, "grad_output must have the output's shape"),
+        ({"shape": (2, 6, 5, 4)}, "grad_output must have the output's shape"),
+        ({"shape": (2, 5, 6)}, "grad_output must have the output's shape"),
+        ({"dtype": torch.float64}, "grad_output must have input's dtype"),
+        ({"output_mask": [True] * 2}, "output_mask must have 3 entries"),
+        ({"output_mask": []}, "output_mask must have 3 entries"),
+    ],
+    ids=str,
+)
+def test_the_backward_refuses_what_does_not_fit(changes, message):
+    grad_output = torch.zeros(changes.get("shape", (2, 5, 6, 4)), dtype=changes.get("dtype", torch.float32))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.internimage.dcnv3_backward(
+            grad_output, *operator_arguments(), False, changes.get("output_mask", [True] * 3)
+        )
+
+
+@pytest.mark.skipif(not has_kernel("dcnv3", "cpu"), reason="needs the compiled CPU kernels")
+def test_what_torch_says_is_passed_on():
+    """Output and offset take 64 and 72 TiB, more than there are addresses. Before 2.13 torch does not tell."""
+    n = 1 << 20
+    input, value = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 1, 1)
+    offset, mask = value.expand(1, n - 1, n - 1, 18), value.expand(1, n - 1, n - 1, 9)
+    arguments = [3, 3], [1, 1], [n // 2, n // 2], [1, 1], 1, 1.0, False, True
+    tells = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    with pytest.raises(RuntimeError, match="you tried to allocate" if tells else "API call failed") as failure:
+        torch.ops.internimage.dcnv3(input, offset, mask, *arguments)
+    assert not tells or "API call failed" not in str(failure.value)

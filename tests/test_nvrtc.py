@@ -15,7 +15,7 @@ import cuda_stand_in
 import pytest
 import torch
 
-from internimage import extension
+from internimage import extension, locks
 from internimage.nvrtc import RUN_TIME_KERNELS, cache, compiler, kernels, parts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,6 +245,77 @@ def test_a_writer_that_is_killed(folder):
     assert cache.read(KEY) == (b"image", "name") and len(list(folder.iterdir())) == 1
 
 
+TURN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from internimage import locks
+from internimage.nvrtc import cache
+sleep = locks.time.sleep
+def waits(seconds):
+    global waits_already
+    if not waits_already:
+        print("waits", flush=True)
+    waits_already = True
+    sleep(seconds)
+locks.time.sleep, waits_already = waits, False
+cache._LONGEST = float(sys.argv[2])
+with cache.turn(KEY):
+    print("mine", flush=True)
+    if sys.argv[3:] == ["stay"]:
+        sys.stdin.read()
+"""
+
+
+def take_turn(seconds: float, *stay: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", f"KEY = {KEY!r}\n{TURN}", str(ROOT), str(seconds), *stay]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def holder(folder):
+    """A process whose turn it is, until its standard input ends."""
+    with take_turn(600, "stay") as process:
+        assert process.stdout.readline() == "mine\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_process_compiles_at_a_time(killed, holder, folder):
+    """The next one waits for its end, or its death."""
+    assert [path.suffix for path in folder.iterdir()] == [".lock"]
+    with take_turn(600) as second:
+        assert second.stdout.readline() == "waits\n"
+        if killed:
+            holder.kill()
+        holder.stdin.close()
+        assert second.stdout.read() == "mine\n"
+    assert second.returncode == 0
+    assert sys.platform == "win32" or list(folder.iterdir()) == []
+
+
+def test_a_process_that_compiles_forever_is_not_waited_for(holder):
+    with take_turn(0.1) as second:
+        assert second.stdout.read() == "waits\nmine\n"
+    assert second.returncode == 0
+
+
+@pytest.mark.parametrize("problem", ["a file", "no home", "a folder in its place", "no locks"])
+def test_without_locks_nobody_waits(problem, folder, monkeypatch):
+    if problem == "a file":
+        (folder.parent).write_text("")
+    elif problem == "no home":
+        monkeypatch.setattr(cache, "folder", lambda: None)
+    elif problem == "a folder in its place":
+        cache._path(KEY).with_suffix(".lock").mkdir(parents=True)
+    else:
+        monkeypatch.setattr(locks, "_try_lock", lambda file: None)
+    with cache.turn(KEY):
+        pass
+    with pytest.raises(ZeroDivisionError), cache.turn(KEY):
+        raise ZeroDivisionError
+
+
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv(cache.VARIABLE, raising=False)
     if sys.platform != "win32":
@@ -334,15 +405,61 @@ def test_the_first_call_compiles_and_the_next_process_does_not(variables, tmp_pa
     assert re.fullmatch(line, first.stderr) and second.stderr == ""
 
 
+# compiles only when another process waits for that, or compiles as well
+SLOWLY = """
+from pathlib import Path
+from internimage import locks
+from internimage.nvrtc import compiler
+compile, sleep = compiler.Nvrtc.compile, locks.time.sleep
+def slowly(*arguments):
+    Path(f"{os.getpid()}.compiles").touch()
+    while not list(Path().glob("*.waits")) and len(list(Path().glob("*.compiles"))) < 2:
+        sleep(0.01)
+    return compile(*arguments)
+def waits(seconds):
+    Path(f"{os.getpid()}.waits").touch()
+    sleep(seconds)
+compiler.Nvrtc.compile, locks.time.sleep = slowly, waits
+call(); print(events())
+"""
+
+
 def test_two_processes_at_once(variables, tmp_path):
-    command = [sys.executable, "-c", CALL + "call(); print(events())"]
-    running = [
-        subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    said = [process.communicate()[0] for process in running]
-    assert all(process.returncode == 0 for process in running) and all("launch " in text for text in said)
+    """One compiles; the other waits, takes the result, and says nothing."""
+    command = [sys.executable, "-c", f"import os\n{CALL}{SLOWLY}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes) for _ in range(2)]
+    said = [process.communicate() for process in running]
+    assert all(process.returncode == 0 for process in running), said
+    assert all("launch " in out for out, _ in said)
+    assert len(list(tmp_path.glob("*.compiles"))) == 1
+    assert sorted("compiles the CUDA kernels" in errors for _, errors in said) == [False, True]
+    assert "" in [errors for _, errors in said]
     (entry,) = (tmp_path / "cache" / "cuda").iterdir()
     assert entry.suffix == ".kernel"
+
+
+@pytest.mark.parametrize("can_be_kept", [True, False])
+def test_threads_and_devices_of_a_process_compile_once(can_be_kept, variables, tmp_path):
+    """Also where nothing can be kept on disk."""
+    code = (
+        "import threading\n"
+        "from internimage.nvrtc import compiler\n"
+        "compile, compiled = compiler.Nvrtc.compile, []\n"
+        "def counted(*arguments):\n"
+        "    compiled.append(1)\n"
+        "    return compile(*arguments)\n"
+        "compiler.Nvrtc.compile = counted\n"
+        "threads = [threading.Thread(target=call, args=(f'cuda:{i % 2}',)) for i in range(6)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "print(events()); print('compiled', len(compiled))\n"
+    )
+    if not can_be_kept:
+        (tmp_path / "cache").write_text("")
+    result = run(code, variables, tmp_path)
+    assert "compiled 1\n" in result.stdout and result.stdout.count("launch ") == 6, result.stdout + result.stderr
+    assert {"load device=0", "load device=1"} <= {line[:13] for line in result.stdout.splitlines()}
 
 
 @pytest.mark.parametrize(

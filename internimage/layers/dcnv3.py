@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_act_layer
 from torch import Tensor, nn
 
 from ..ops.arguments import as_pair, check_channels, check_kernel, check_offset_scale
 from ..ops.dcnv3 import apply_dcnv3  # the import defines torch.ops.internimage.dcnv3
 from ..ops.sampling import Geometry, Pair, num_points, sampling_locations
 from ..ops.transforms import is_transformed
+from .activation import activation_class
 from .factory import FactoryKwargs
 from .linear import Linear
 from .norm import create_norm
@@ -27,16 +27,6 @@ def _query_padding(kernel: int, dilation: int, padding: int, dw_kernel: int) -> 
             f"even and not negative"
         )
     return twice // 2
-
-
-def _create_act(act_layer: str) -> nn.Module:
-    try:
-        act = create_act_layer(act_layer)
-    except KeyError:
-        act = None
-    if act is None:  # timm returns None for an empty name
-        raise ValueError(f"act_layer must be timm's name of an activation, such as 'gelu', got {act_layer!r}")
-    return act
 
 
 class DCNv3(nn.Module):
@@ -124,7 +114,7 @@ class DCNv3(nn.Module):
         self.dw_conv = nn.Sequential(
             nn.Conv2d(channels, channels, self.dw_kernel_size, self.stride, dw_padding, groups=channels, **dd),
             create_norm(channels, norm_layer, in_format="NCHW", out_format="NHWC", **dd),
-            _create_act(act_layer),
+            activation_class(act_layer)(),
         )
         points = num_points(self.kernel_size, self.remove_center)
         self.offset = Linear(channels, groups * points * 2, **dd)

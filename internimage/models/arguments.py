@@ -12,7 +12,7 @@ from numbers import Real
 from reprlib import repr  # shortens, so that a message stays on one line whatever a file contains
 from typing import Any
 
-from timm.layers import get_act_layer
+from ..layers.activation import activation_class
 
 MOST_CLASSES = 10_000_000
 _MOST_CHANNELS = 8192  # of the first stage; giant has 512
@@ -52,16 +52,6 @@ def _whole_numbers(name: str, values: Any, least: int, most: int) -> None:
         raise ValueError(f"{name} must be a sequence of whole numbers, got {repr(values)}")
     for value in values:
         check_whole_number(f"each of {name}", value, least, most)
-
-
-def check_act_layer(act_layer: Any) -> None:
-    """Raises ValueError unless it is timm's name of an activation, or the class of one."""
-    try:
-        known = get_act_layer(act_layer)
-    except (KeyError, TypeError):
-        known = None
-    if not callable(known):  # timm returns None for an empty name, and anything that is not a name as it is
-        raise ValueError(f"act_layer must be timm's name of an activation, such as 'gelu', got {repr(act_layer)}")
 
 
 def check_arguments(
@@ -118,7 +108,7 @@ def check_arguments(
     _whole_numbers("stage3_post_norm_blocks", stage3_post_norm_blocks, 0, depths[2] - 1)
     if len(set(stage3_post_norm_blocks)) < len(tuple(stage3_post_norm_blocks)):
         raise ValueError(f"stage3_post_norm_blocks must name each block once, got {repr(stage3_post_norm_blocks)}")
-    check_act_layer(act_layer)
+    activation_class(act_layer)  # raises
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not is_number(rate) or not 0 <= rate <= 1:
             raise ValueError(f"{name} must be a number from 0 to 1, got {repr(rate)}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compiled kernels on disk, shared by processes: an entry is there whole or not at all, and is checked when it is read.
 
-An entry is a line of JSON with its key, its name, and the checksum of the image that follows. Deleting entries, or the
-folder, is safe at any time.
+An entry is a line of JSON with its key, its name, and the checksum of the image that follows. Beside it is a lock file
+while a process compiles it. Deleting entries, locks or the folder is safe at any time.
 """
 
 import hashlib
@@ -12,15 +12,19 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .. import locks
 from ..atomic import replacing
 
 _logger = logging.getLogger(__name__)
 
 VARIABLE = "INTERNIMAGE_CACHE"
 _LARGEST = 1 << 26  # bytes; an image has some 50000
+_LONGEST = 30.0  # seconds that a process waits for another one, which takes up to 2; it may be suspended
 _complained: set[str] = set()  # folders that cannot be written to
 
 
@@ -60,18 +64,39 @@ def read(key: dict[str, Any]) -> tuple[bytes, str] | None:
     return (image, name) if right and image else None
 
 
-def write(key: dict[str, Any], image: bytes, name: str) -> None:
-    """Keep an image. Warns once, and never fails, if that is impossible."""
+@contextmanager
+def turn(key: dict[str, Any]) -> Iterator[None]:
+    """Wait for the turn to compile a kernel, so that processes that start together compile it once.
+
+    Does not wait in a folder that cannot be written to or has no locks, nor for a process that has died.
+    """
+    path = _path(key)
+    with ExitStack() as stack:
+        if path is not None:
+            lock = path.with_suffix(".lock")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locks.turn(lock, _LONGEST))
+                stack.callback(_remove, lock)  # while it is held
+            except OSError as error:
+                _logger.debug("not waiting for other processes: %s", error)
+        yield
+
+
+def write(key: dict[str, Any], image: bytes, name: str) -> bool:
+    """Keep an image; returns whether it is kept. Warns once, and never fails, if that is impossible."""
     path = _path(key)
     if path is None:
         _complain("", "the user has no home folder")
-        return
+        return False
     facts = {"key": key, "name": name, "sha256": hashlib.sha256(image).hexdigest()}
     try:
         with replacing(path) as file:
             file.write(json.dumps(facts).encode() + b"\n" + image)
     except OSError as error:
         _complain(str(path.parent), error.strerror or str(error))
+        return False
+    return True
 
 
 def entries() -> int:
@@ -88,6 +113,11 @@ def _path(key: dict[str, Any]) -> Path | None:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     readable = re.sub(r"\W+", "-", f"{key['kernel']} {key['target']}")
     return None if where is None else where / f"{readable}-{digest}.kernel"
+
+
+def _remove(lock: Path) -> None:
+    with suppress(OSError):  # Windows does not remove open files; an empty one stays
+        lock.unlink()
 
 
 def _complain(where: str, problem: str) -> None:

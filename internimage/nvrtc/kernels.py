@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..progress import message
 from . import cache
-from .compiler import OPTIONS, CompileError, Target, load
+from .compiler import OPTIONS, CompileError, Nvrtc, Target, load
 from .parts import Missing, Parts, find, fingerprint
 
 _logger = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ _logger = logging.getLogger(__name__)
 VARIABLE = "INTERNIMAGE_NVRTC"  # 0: never; 1: also where nvcc's module is installed; unset: where it is not
 _lock = threading.Lock()
 _from_cache: set[tuple[str, str]] = set()  # kernels and targets whose image was not compiled by this process
+_in_memory: dict[tuple[str, str], tuple[bytes, str]] = {}  # images that cannot be kept on disk, for other devices
 _failed: dict[tuple[str, str], str] = {}  # kernels and targets that are not tried again, and why
 _said: set[str] = set()  # messages that were printed
 problems: dict[int, str] = {}  # device -> why plain torch serves there, for `internimage info`
@@ -70,22 +71,39 @@ def _image(kernel: str, argument_bytes: int, device: int, refusal: str) -> tuple
         _failed[one] = f"the CUDA driver does not take what NVRTC {nvrtc.version} compiles for {gpu}: {refusal}"
         raise Missing(_failed[one])
     key = cache_key(parts, kernel, argument_bytes, target)
-    found = None if refusal else cache.read(key)
-    if found is not None:
-        _from_cache.add(one)
-    else:
-        _from_cache.discard(one)
-        where = cache.folder()
-        kept = "" if where is None else f", and keeps them in '{where}'"
-        _say(f"NVRTC {nvrtc.version} compiles the CUDA kernels that {gpu} needs, in seconds each{kept}")
-        try:
-            found = nvrtc.compile(parts, kernel, argument_bytes, target)
-        except CompileError as error:
-            _failed[one] = f"NVRTC {nvrtc.version} does not compile {kernel} for {gpu}: {error}"
-            raise Missing(_failed[one]) from error
-        cache.write(key, *found)
+    found = None if refusal else _kept(key, one)
+    if found is None:
+        with cache.turn(key):
+            found = None if refusal else _kept(key, one)  # another process may have compiled it meanwhile
+            if found is None:
+                found = _compile(parts, nvrtc, gpu, kernel, argument_bytes, target)
+                _from_cache.discard(one)
+                if not cache.write(key, *found):
+                    _in_memory[one] = found
     problems.pop(device, None)
     return _tensor(found[0]), _tensor(found[1].encode())
+
+
+def _kept(key: dict[str, str | int], one: tuple[str, str]) -> tuple[bytes, str] | None:
+    """An image that was compiled before, and its name."""
+    if (found := cache.read(key)) is not None:
+        _from_cache.add(one)
+        return found
+    return _in_memory.get(one)
+
+
+def _compile(
+    parts: Parts, nvrtc: Nvrtc, gpu: str, kernel: str, argument_bytes: int, target: Target
+) -> tuple[bytes, str]:
+    where = cache.folder()
+    kept = "" if where is None else f", and keeps them in '{where}'"
+    _say(f"NVRTC {nvrtc.version} compiles the CUDA kernels that {gpu} needs, in seconds each{kept}")
+    try:
+        return nvrtc.compile(parts, kernel, argument_bytes, target)
+    except CompileError as error:
+        problem = f"NVRTC {nvrtc.version} does not compile {kernel} for {gpu}: {error}"
+        _failed[kernel, str(target)] = problem
+        raise Missing(problem) from error
 
 
 def cache_key(parts: Parts, kernel: str, argument_bytes: int, target: Target) -> dict[str, str | int]:

@@ -283,6 +283,29 @@ def test_a_driver_that_is_too_old(stand_in, caplog):
     kernels._said.clear()
 
 
+def test_what_plain_torch_says_is_passed_on(stand_in):
+    """It is called through the stable ABI, where an exception ends as a code; from 2.13 on torch tells what it was."""
+    from internimage.nvrtc import kernels
+
+    def no_memory(*arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with torch.library._scoped_library("internimage", "IMPL") as library:
+        for name in ("dcnv3_reference", "dcnv3_backward_reference"):
+            library.impl(name, no_memory, "CUDA")
+        geometry, _, tensors = draw(torch.float16, "cuda:1", group_channels=9)
+        stand_in.load_error, stand_in.loads_to_fail = 222, 100
+        tells = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+        message = r"OutOfMemoryError: CUDA out of memory\. Tried to allocate 20\.00 GiB" if tells else "API call failed"
+        with pytest.raises(RuntimeError, match=message):
+            OP(*tensors[:3], *geometry)
+        with pytest.raises(RuntimeError, match=message):
+            OP_BACKWARD(tensors[3], *tensors[:3], *geometry, False, [True] * 3)
+    kernels.problems.clear()
+    kernels._failed.clear()
+    kernels._said.clear()
+
+
 def test_what_is_said_of_it():
     served = extension.backend("dcnv3", "cuda")
     assert served.name == "compiled kernel, by NVRTC when it is first needed" and not served.reason

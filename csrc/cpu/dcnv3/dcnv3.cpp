@@ -78,12 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
   check_size(p);
-  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
-                      grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
-                  "internimage::dcnv3_backward: grad_output must have the output's shape");
-  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
-                  "internimage::dcnv3_backward: grad_output must have input's dtype");
-  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
+  check_backward(p, grad_output, input, output_mask);
   const Kernels& kernels = kernels_of(input.scalar_type());
   const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
   const bool is_empty = input.numel() == 0;  // only padding is sampled, and no gradient depends on it

@@ -88,14 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
   check_size(p);
-  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
-                      grad_output.size(2) == p.out_width && grad_output.size(3) == p.channels,
-                  "internimage::dcnv3_backward: grad_output must have the output's shape");
-  STD_TORCH_CHECK(grad_output.scalar_type() == dtype,
-                  "internimage::dcnv3_backward: grad_output must have input's dtype");
-  STD_TORCH_CHECK(grad_output.is_cuda() && grad_output.get_device_index() == input.get_device_index(),
-                  "internimage::dcnv3_backward: grad_output must be on the device of input");
-  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
+  check_backward(p, grad_output, input, output_mask);
   const DeviceGuard guard(input.get_device_index());
   const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
   // summed in the compute type and rounded once

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "library.h"
+#include "../../library.h"
 
 namespace internimage {
 namespace cuda {
