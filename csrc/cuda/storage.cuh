@@ -177,7 +177,6 @@ __device__ __forceinline__ void keep(float& value) {
 #endif
 }
 
-
 // The same pointer to global memory, computed here and kept in a register. Otherwise the compiler recomputes it from
 // its terms for each access: six instructions instead of one.
 template <typename T>
