@@ -55,7 +55,7 @@ TYPES = {"6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16", "f": "float", 
 
 def readable(mangled: str) -> str:
     """_ZN...14forward_kernelI6__halfLi16ELi9ELb1EjEEv... -> forward_kernel<__half, 16, 9, true, 32>."""
-    name, arguments = re.search(r"\d+([a-z]+_kernel)I(.*?)EEv", mangled).groups()
+    name, arguments = re.search(r"\d+([a-z_]+_kernel)I(.*?)EEv", mangled).groups()
     storage, rest = re.match(r"(6__half|13__nv_bfloat16|f|d)(.*)", arguments).groups()
     numbers, index = re.fullmatch(r"((?:L[ib]\d+E)*)([jmy])", rest).groups()
     values = [
@@ -102,7 +102,7 @@ def compile_all(by: str, architecture: str, binary: Path) -> str:
         nvrtc = compiler.load(found.library)
     except parts.Missing as missing:
         pytest.skip(f"needs NVRTC: {missing}")
-    families = ("forward", "backward", "deterministic")
+    families = ("forward", "backward", "deterministic", "tiles", "window", "fixed")
     source = "".join(f'#include "cuda/gather/{family}.cuh"\n' for family in families)
     expressions = [f"internimage::cuda::{kernel}" for kernel in cuda_stand_in.layout()["kernels"]]
     target = compiler.Target("sm", int(architecture.removeprefix("sm_")))

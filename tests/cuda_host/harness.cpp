@@ -3,6 +3,7 @@
 #include "cuda_host.h"
 // last, as it needs the names above
 #include "../../csrc/cuda/gather/kernels.cuh"
+#include "../../csrc/cuda/gather/variants.h"
 
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -19,6 +20,7 @@ namespace {
 
 std::string message, kernels;
 bool runs_kernels = true;
+internimage::cuda::Variants variants = {};
 
 // The name of a template instantiation, as in "forward_kernel<__half, 16, 9, true, unsigned int>".
 std::string readable(const char* mangled) {
@@ -40,12 +42,12 @@ std::map<std::string, std::function<void(int64_t, void**)>> by_name;
 std::vector<char> first_argument;  // of the last launch
 
 template <typename Kernel, typename... A, size_t... I>
-void remember(const std::string& name, Kernel* kernel, std::index_sequence<I...>) {
-  by_name[name] = [kernel](int64_t threads, void** arguments) {
+void remember(const std::string& name, Kernel* kernel, int width, std::index_sequence<I...>) {
+  by_name[name] = [kernel, width](int64_t threads, void** arguments) {
     using First = std::tuple_element_t<0, std::tuple<A...>>;
     const char* begin = static_cast<const char*>(arguments[0]);
     first_argument.assign(begin, begin + sizeof(First));
-    message = cuda_host::launch(kernel, threads, internimage::cuda::kThreads, *static_cast<A*>(arguments[I])...);
+    message = cuda_host::launch(kernel, threads, width, *static_cast<A*>(arguments[I])...);
   };
 }
 
@@ -56,7 +58,8 @@ struct Launch {
     const auto kernel = internimage::cuda::function_of(name);
     const std::string readable_name = name_of(reinterpret_cast<const void*>(kernel));
     kernels += readable_name + ";";
-    remember<std::remove_pointer_t<decltype(kernel)>, A...>(readable_name, kernel, std::index_sequence_for<A...>());
+    remember<std::remove_pointer_t<decltype(kernel)>, A...>(
+        readable_name, kernel, internimage::cuda::kBlockThreads<Kernel>, std::index_sequence_for<A...>());
     void* pointers[] = {&arguments...};
     if (runs_kernels) by_name[readable_name](threads, pointers);
   }
@@ -90,22 +93,32 @@ const char* launched() { return kernels.c_str(); }
 // Whether calls run their kernels, or only record their names.
 void set_runs_kernels(bool value) { runs_kernels = value; }
 
+// The variants of the next calls, as in INTERNIMAGE_CUDA_VARIANTS; false if there is no such list.
+bool set_variants(const char* list) { return internimage::cuda::parse_variants(list, variants); }
+
+// The order in which threads run from now on: another one for each seed, ascending for 0.
+void set_order(unsigned seed) { cuda_host::order = seed; }
+
 const char* forward(const char* dtype, const internimage::Problem* p, const void* input, const void* offset,
                     const void* mask, void* output, bool wide) {
   return with_dtype(dtype, [&](auto zero) {
     using S = decltype(zero);
-    internimage::cuda::forward(*p, (const S*)input, (const S*)offset, (const S*)mask, (S*)output, wide, Launch());
+    internimage::cuda::forward(*p, (const S*)input, (const S*)offset, (const S*)mask, (S*)output, wide, variants,
+                               Launch());
   });
 }
 
 const char* backward(const char* dtype, const internimage::Problem* p, const void* grad_output, const void* input,
                      const void* offset, const void* mask, void* grad_input, void* grad_offset, void* grad_mask,
                      bool deterministic, bool wide) {
+  std::vector<uint64_t> memory;
   return with_dtype(dtype, [&](auto zero) {
     using S = decltype(zero);
+    if (runs_kernels && grad_input != nullptr)
+      memory.resize(internimage::cuda::fixed_elements<S>(*p, deterministic, variants));
     internimage::cuda::backward(*p, (const S*)grad_output, (const S*)input, (const S*)offset, (const S*)mask,
                                 (internimage::cuda::Compute<S>*)grad_input, (S*)grad_offset, (S*)grad_mask,
-                                deterministic, wide, Launch());
+                                deterministic, memory.data(), wide, variants, Launch());
   });
 }
 

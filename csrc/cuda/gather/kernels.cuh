@@ -40,8 +40,11 @@
 
 #include "backward.cuh"
 #include "deterministic.cuh"
+#include "fixed.cuh"
 #include "forward.cuh"
 #include "select.h"
+#include "tiles.cuh"
+#include "window.cuh"
 
 namespace internimage {
 namespace cuda {
@@ -57,6 +60,30 @@ auto function_of(BackwardKernel<S, kChannels, kPoints, Index>) {
 template <typename S, typename Index>
 auto function_of(DeterministicKernel<S, Index>) {
   return &deterministic_kernel<S, Index>;
+}
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
+auto function_of(TilesKernel<S, kChannels, kPoints, kSoftmax, Index>) {
+  return &tiles_kernel<S, kChannels, kPoints, kSoftmax, Index>;
+}
+template <typename S, int kPoints, typename Index>
+auto function_of(WindowKernel<S, kPoints, Index>) {
+  return &window_kernel<S, kPoints, Index>;
+}
+template <typename S, typename Index>
+auto function_of(FixedRangeKernel<S, Index>) {
+  return &fixed_range_kernel<S, Index>;
+}
+template <typename S, int kChannels, typename Index>
+auto function_of(FixedSumKernel<S, kChannels, Index>) {
+  return &fixed_sum_kernel<S, kChannels, Index>;
+}
+template <typename S, typename Index>
+auto function_of(FixedSlowKernel<S, Index>) {
+  return &fixed_slow_kernel<S, Index>;
+}
+template <typename S, typename Index>
+auto function_of(FixedRoundKernel<S, Index>) {
+  return &fixed_round_kernel<S, Index>;
 }
 
 }  // namespace cuda
