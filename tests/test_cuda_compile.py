@@ -119,7 +119,7 @@ def inspect(by: str, architecture: str, folder: Path) -> dict[str, Kernel]:
     sass = subprocess.run([CUOBJDUMP, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     for name, instructions in parse_instructions(sass).items():
         result[name].instructions = instructions
-    assert len(result) == 66 and all(kernel.instructions for kernel in result.values())
+    assert len(result) == 66 + 46 and all(kernel.instructions for kernel in result.values())
     return result
 
 
@@ -158,20 +158,25 @@ def test_no_spills(kernels):
 
 
 def test_registers_leave_room(kernels):
-    """At least two blocks of 256 threads a multiprocessor, three of the 3x3 forward."""
+    """At least two blocks of 256 threads a multiprocessor, three of the 3x3 forward. Of the window kernel, a block is a
+    warp, and nine of them: there is shared memory for ten (compute capability 9.0)."""
     for name, kernel in kernels.items():
-        assert kernel.registers <= (80 if re.match(r"forward_kernel<.*, [89], ", name) else 128), name
+        limit = (
+            227 if name.startswith("window") else 80 if re.match(r"(forward|tiles)_kernel<.*, [89], ", name) else 128
+        )
+        assert kernel.registers <= limit, name
 
 
+@pytest.mark.parametrize("family, more", [("forward", 0), ("tiles", 3)])
 @pytest.mark.parametrize("softmax, limit", [("false", 125), ("true", 132)])  # 116 and 123, and room for another nvcc
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("points", [9, 8])
-def test_instructions_for_an_output_element(points, dtype, softmax, limit, kernels):
+def test_instructions_for_an_output_element(points, dtype, softmax, limit, family, more, kernels):
     """Straight-line code, so that what is there is what runs: 16 channels a thread."""
-    kernel = kernels[f"forward_kernel<{dtype}, 16, {points}, {softmax}, 32>"]
+    kernel = kernels[f"{family}_kernel<{dtype}, 16, {points}, {softmax}, 32>"]
     assert kernel.count("CALL|BRX|WARPSYNC") == 0
     assert kernel.count("BRA") == 0  # but for the padding, which was cut off
-    assert kernel.count() / 16 <= limit, kernel.instructions.most_common()
+    assert kernel.count() / 16 <= limit + more, kernel.instructions.most_common()
 
 
 def vector_width(name: str) -> tuple[str, int, int]:
@@ -183,7 +188,7 @@ SIZES = {"__half": 2, "__nv_bfloat16": 2, "float": 4, "double": 8}
 
 
 def test_forward_loads_16_bytes_at_once(kernels):
-    for name in (n for n in kernels if n.startswith("forward_kernel")):
+    for name in (n for n in kernels if n.startswith(("forward_kernel", "tiles_kernel"))):
         dtype, channels, points = vector_width(name)
         if channels == 1:
             continue
@@ -195,9 +200,11 @@ def test_forward_loads_16_bytes_at_once(kernels):
 
 
 def test_all_addresses_are_known_to_be_global(kernels):
-    """Else each access first asks which memory an address is in, and each atomic addition becomes a loop."""
+    """Else each access first asks which memory an address is in, and each atomic addition becomes a loop. Only the window
+    kernel has shared memory."""
     for name, kernel in kernels.items():
-        assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL|LDS|STS)(\.|$)") == 0, (name, kernel.instructions)
+        assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL)(\.|$)") == 0, (name, kernel.instructions)
+        assert name.startswith("window") or kernel.count(r"(LDS|STS)(\.|$)") == 0, (name, kernel.instructions)
 
 
 def test_backward_loads_4_channels_at_once(kernels):
@@ -225,3 +232,31 @@ def test_instructions_for_a_gradient_of_the_input(dtype, limit, kernels, archite
 
 def test_backward_shuffles(kernels):
     assert kernels["backward_kernel<__half, 4, 9, 32>"].count("SHFL") == 9 * 3
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("points", [9, 8])
+def test_window_on_tensor_cores(points, dtype, kernels, architecture):
+    """16 channels a thread. Both ways of each branch are counted: the way of a point outside of the window, which is a
+    quarter of the 236 of sm_90, and atomic additions one by one."""
+    kernel = kernels[f"window_kernel<{dtype}, {points}, 32>"]
+    assert kernel.count(r"HMMA\.16816\.F32") == 40 + 80
+    assert kernel.count(r"(LDS|STS)\.128") == 40 + 40 + 40  # dots and zeros go there, weights come back
+    wide = kernel.count(r"REDG?\.E\.ADD\..*F32x4")
+    assert wide == (20 + 16 if architecture == "sm_90" else 0)  # of the window's pixels, and of a point's corners
+    assert kernel.count() / 16 <= 245, kernel.instructions.most_common()
+
+
+def test_window_of_sm_75_has_no_products(tmp_path):
+    kernels = inspect("nvrtc", "sm_75", tmp_path)
+    assert kernels["window_kernel<__half, 9, 32>"].count("HMMA") == 0
+    test_no_spills(kernels)
+    test_registers_leave_room(kernels)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, "float"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_fixed_point_sums_are_added_by_one_instruction(channels, dtype, kernels):
+    """Of 64 bits, and not by a loop that compares and swaps."""
+    kernel = kernels[f"fixed_sum_kernel<{dtype}, {channels}, 32>"]
+    assert kernel.count(r"REDG?\.E\.ADD\.64") == 4 * channels and kernel.count(r"ATOMG?\.") == 0

@@ -7,6 +7,7 @@ namespace internimage {
 namespace cuda {
 
 struct Launch {
+  static constexpr bool kHasVariants = true;
   template <typename Kernel, typename... A>
   void operator()(Kernel kernel, int64_t threads, A... arguments) const {
     constexpr int kWidth = kBlockThreads<Kernel>;

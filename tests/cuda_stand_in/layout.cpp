@@ -18,6 +18,7 @@ namespace {
 std::map<std::string, size_t> kernels;
 
 struct Launch {
+  static constexpr bool kHasVariants = true;
   template <typename Kernel, typename First, typename... A>
   void operator()(Kernel kernel, int64_t, First, A...) const {
     kernels[cuda::name_of(kernel)] = sizeof(First);

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -52,12 +53,17 @@ void with_dtype(ScalarType dtype, const Run& run) {
 }
 
 // The variants that the environment asks for; the same for the life of the process.
-inline const Variants& chosen_variants() {
+template <typename Launch>
+const Variants& chosen_variants() {
   static const Variants chosen = [] {  // tried again by the next call if it throws
     const char* list = std::getenv(kVariantsVariable);
     Variants found;
     STD_TORCH_CHECK(parse_variants(list, found), "internimage: ", kVariantsVariable,
                     " must be names out of tiles, window and fixed, separated by commas, got '", list, "'");
+    STD_TORCH_CHECK(
+        Launch::kHasVariants || list == nullptr || *list == 0, "internimage: ", kVariantsVariable,
+        " needs kernels that are compiled at run time, but those that nvcc compiled serve: INTERNIMAGE_NVRTC "
+        "must not be 0, and torch's packages must have NVRTC");
     return found;
   }();
   return chosen;
@@ -78,7 +84,7 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
   check_size(p);
-  const Variants& variants = chosen_variants();
+  const Variants& variants = chosen_variants<Launch>();
   const DeviceGuard guard(input.get_device_index());
   Tensor output = torch::stable::new_empty(input, {p.batch, p.out_height, p.out_width, p.channels});
   if (output.numel() == 0) return output;
@@ -112,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   STD_TORCH_CHECK(grad_output.is_cuda() && grad_output.get_device_index() == input.get_device_index(),
                   "internimage::dcnv3_backward: grad_output must be on the device of input");
   STD_TORCH_CHECK(output_mask.size() == 3, "internimage::dcnv3_backward: output_mask must have 3 entries");
-  const Variants& variants = chosen_variants();
+  const Variants& variants = chosen_variants<Launch>();
   const DeviceGuard guard(input.get_device_index());
   const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
   // summed in the compute type and rounded once
@@ -133,13 +139,14 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
       using S = decltype(zero);
       using T = Compute<S>;
       const int64_t elements = want_input ? fixed_elements<S>(p, deterministic, variants) : 0;
-      const Tensor memory = torch::stable::new_zeros(input, {elements}, ScalarType::Long);
+      std::optional<Tensor> memory;
+      if (elements > 0) memory = torch::stable::new_zeros(input, {elements}, ScalarType::Long);
       backward(p, static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(in.const_data_ptr()),
                static_cast<const S*>(off.const_data_ptr()), static_cast<const S*>(m.const_data_ptr()),
                want_input ? static_cast<T*>(grad_input.mutable_data_ptr()) : nullptr,
                want_points ? static_cast<S*>(grad_offset.mutable_data_ptr()) : nullptr,
                want_points ? static_cast<S*>(grad_mask.mutable_data_ptr()) : nullptr, deterministic,
-               static_cast<uint64_t*>(memory.mutable_data_ptr()), false, variants, launch);
+               memory ? static_cast<uint64_t*>(memory->mutable_data_ptr()) : nullptr, false, variants, launch);
     });
   }
   if (sum_dtype != dtype) grad_input = torch::stable::to(grad_input, dtype);

@@ -23,6 +23,9 @@
 //   deterministic_kernel: for image, for channel:                            one thread; grad_input alone
 //     for output pixel, for point of its unit, for corner: grad_input[corner] += share * factor * grad_output
 //
+// Variants, which serve only if they are asked for (variants.h): tiles.cuh and window.cuh process tiles of output
+// pixels, fixed.cuh sums integers; each begins with what it does.
+//
 // Glossary:
 //   unit    one output pixel of one group: it has P sampling points and group_channels channels
 //   factor  what a point is multiplied by: its mask, or the softmax of the masks of its unit

@@ -40,7 +40,8 @@ template <typename S, int kPoints, typename Index>
 constexpr int kBlockThreads<WindowKernel<S, kPoints, Index>> = kWindowThreads;
 
 // `launch(kernel, threads, arguments...)` runs a kernel in blocks of kBlockThreads<Kernel>. Tensors are contiguous, not
-// empty, and aligned to kForwardBytes. `wide` forces 64-bit indices, for tests.
+// empty, and aligned to kForwardBytes. `wide` forces 64-bit indices, for tests. With Launch::kHasVariants false, there
+// are default kernels only, and `variants` has no effect.
 
 inline bool needs_wide_index(const Problem& p, int64_t threads) {
   constexpr int64_t kLimit = int64_t{1} << 31;
@@ -83,12 +84,14 @@ void forward_of_width(const Problem& p, const S* input, const S* offset, const S
   const Arguments<Compute<S>, uint32_t> a(p, slices, 1, 1, threads);
   const auto run = [&](auto kernel) { launch(kernel, threads, a, input, offset, mask, output); };
   if constexpr (kChannels * sizeof(S) == kForwardBytes && sizeof(S) < 8) {
-    const Tile tile = forward_tile(p);
-    const int64_t of_tiles = p.batch * tiles_of_image(p, tile) * tile.width * tile.height * p.groups * slices;
-    if (is_3x3(p) && variants.tiles && !needs_wide_index(p, of_tiles)) {
-      const Arguments<Compute<S>, uint32_t> by_tiles(p, slices, 1, 1, of_tiles, tile);
-      return forward_of_3x3<TilesKernel, S, kChannels>(
-          p, [&](auto kernel) { launch(kernel, of_tiles, by_tiles, input, offset, mask, output); });
+    if constexpr (Launch::kHasVariants) {
+      const Tile tile = forward_tile(p);
+      const int64_t of_tiles = p.batch * tiles_of_image(p, tile) * tile.width * tile.height * p.groups * slices;
+      if (is_3x3(p) && variants.tiles && !needs_wide_index(p, of_tiles)) {
+        const Arguments<Compute<S>, uint32_t> by_tiles(p, slices, 1, 1, of_tiles, tile);
+        return forward_of_3x3<TilesKernel, S, kChannels>(
+            p, [&](auto kernel) { launch(kernel, of_tiles, by_tiles, input, offset, mask, output); });
+      }
     }
     if (is_3x3(p)) return forward_of_3x3<ForwardKernel, S, kChannels>(p, run);
   }
@@ -133,7 +136,7 @@ void backward_of_width(const Problem& p, const S* grad_output, const S* input, c
 template <typename S, typename Launch>
 bool backward_by_windows(const Problem& p, const S* grad_output, const S* input, const S* offset, const S* mask,
                          Compute<S>* grad_input, S* grad_offset, S* grad_mask, bool wide, const Launch& launch) {
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (sizeof(S) == 2 && Launch::kHasVariants) {
     constexpr Tile kTile = {kWindowTileWidth, kWindowTileHeight};
     const int64_t threads = p.batch * tiles_of_image(p, kTile) * p.groups * kWindowThreads;
     if (!is_3x3(p) || p.group_channels != kWindowChannels || p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 ||
@@ -209,7 +212,7 @@ void backward(const Problem& p, const S* grad_output, const S* input, const S* o
                          (is_fixed && (needs_wide_index(p, units * p.group_channels) ||
                                        needs_wide_index(p, threads * p.height * p.width)));
     if (is_fixed) {
-      if constexpr (sizeof(S) < 8) {
+      if constexpr (sizeof(S) < 8 && Launch::kHasVariants) {
         const auto run = is_wide ? fixed_backward<S, uint64_t, Launch> : fixed_backward<S, uint32_t, Launch>;
         run(p, grad_output, offset, mask, grad_input, memory, launch);
       }

@@ -10,8 +10,9 @@
 //   weights                  [pixel][unit]; a lane adds share * factor of its points' corners in its own column
 //   grad_window = weights G  [pixel][channel], added to grad_input with one atomic addition for 4 channels of a pixel
 //
-// dots and weights are in the same shared memory, one after the other. A lane accesses its own column without care for
-// conflicts (`word_of`), and matrix fragments go there and come from there 16 bytes at a time.
+// dots, the gradients of offset and mask, and weights are in the same shared memory, one after the other. A lane
+// accesses its own column without care for conflicts (`word_of`), and matrix fragments go there and come from there 16
+// bytes at a time.
 //
 // Precision: a weight is the sum of two values of S, `high` and `low`. For __half, these are 22 bits if no lower bit is
 // below 2^-24; so that this does not matter, weights are scaled by a power of two until the warp's largest sum of
@@ -199,6 +200,7 @@ __global__ void __launch_bounds__(kWindowThreads)
   uint32_t left_word[kPoints], right_word[kPoints];  // of the upper corners; any if the point is not here
   uint32_t here = 0, others = 0;  // points whose corners are in the window, and those that take the other way
   [[maybe_unused]] float grad_factors[kPoints];
+  [[maybe_unused]] uint32_t shifts[kPoints];  // the gradients of the offsets, two values each
   for_each_point<kPoints>(a, [&](int k, float grid_x, float grid_y) {
     const Cell<float, Index> cell = cells[k] = locate<S>(a, unit, offset, k, grid_x, grid_y);
     const uint32_t x = static_cast<uint32_t>(cell.column - window_x), y = static_cast<uint32_t>(cell.row - window_y);
@@ -215,8 +217,19 @@ __global__ void __launch_bounds__(kWindowThreads)
     for (int corner = 0; corner < 4; ++corner) dots[corner] = __uint_as_float(*corners[corner]);
     differentiate(cell, dots, sums);
     grad_factors[k] = cell.inside ? sums[2] : 0;  // of another point than those that are here: replaced below
-    if (is_active) store_shift(a, cell, factors.at(k), sums, grad_offset + 2 * (first_point + k));
+    store_shift(a, cell, factors.at(k), sums, reinterpret_cast<S*>(shifts + k));
   });
+
+  // The gradients of offset and mask go through shared memory, as those of a unit are adjacent: else each store of the
+  // warp would write a word or less to each of 32 places.
+  constexpr uint32_t kStride = kPoints | 1;  // of a unit, odd so that units are in different banks
+  constexpr uint32_t kMasks = kWindowThreads * kStride, kIndices = 2 * kMasks, kNobody = 0xffffffffu;
+  uint32_t* results = words + lane * kStride;
+  if (want_points) {
+    __syncwarp();  // all have read their dots
+#pragma unroll
+    for (int k = 0; k < kPoints; ++k) results[k] = shifts[k];
+  }
 
   if (others != 0) {
     float grad[kWindowChannels];
@@ -232,7 +245,7 @@ __global__ void __launch_bounds__(kWindowThreads)
         float dots[4], sums[3];
         dot_corners<S, kWindowChannels>(a, cell, own_image, own_grad, 1, grad, dots);
         differentiate(cell, dots, sums);
-        store_shift(a, cell, factor, sums, grad_offset + 2 * (first_point + k));
+        store_shift(a, cell, factor, sums, reinterpret_cast<S*>(results + k));
 #pragma unroll
         for (int i = 0; i < kPoints; ++i) grad_factors[i] = i == k ? sums[2] : grad_factors[i];
       }
@@ -246,13 +259,24 @@ __global__ void __launch_bounds__(kWindowThreads)
     }
   }
 
-  if (want_points && is_active) {
+  if (want_points) {
     float mean = 0;
 #pragma unroll
     for (int k = 0; k < kPoints; ++k) mean += factors.at(k) * grad_factors[k];
 #pragma unroll
     for (int k = 0; k < kPoints; ++k)
-      grad_mask[first_point + k] = Storage<S>::narrow(mask_gradient(a.softmax, factors.at(k), grad_factors[k], mean));
+      *reinterpret_cast<S*>(results + kMasks + k) =
+          Storage<S>::narrow(mask_gradient(a.softmax, factors.at(k), grad_factors[k], mean));
+    words[kIndices + lane] = is_active ? index : kNobody;
+    __syncwarp();
+#pragma unroll
+    for (uint32_t i = 0; i < kPoints; ++i) {
+      const uint32_t of = (i * kWindowThreads + lane) / kPoints, k = (i * kWindowThreads + lane) % kPoints;
+      if (words[kIndices + of] == kNobody) continue;
+      const uint64_t point = static_cast<uint64_t>(words[kIndices + of]) * kPoints + k;
+      reinterpret_cast<uint32_t*>(grad_offset)[point] = words[of * kStride + k];
+      grad_mask[point] = *reinterpret_cast<const S*>(words + kMasks + of * kStride + k);
+    }
   }
 
   if (!want_input || !is_dense) return;
@@ -275,7 +299,7 @@ __global__ void __launch_bounds__(kWindowThreads)
       doubled[step][0][next] = (two & 0xffffu) | two << 16;
       doubled[step][1][next] = two >> 16 | (two & 0xffff0000u);
     }
-  __syncwarp();  // all have read their dots
+  __syncwarp();  // all have read the results
 #pragma unroll
   for (int i = 0; i < kWindowWords / 4 / kWindowThreads; ++i)
     memory[i * kWindowThreads + lane] = make_uint4(0, 0, 0, 0);
