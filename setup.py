@@ -27,7 +27,7 @@ import build_cuda  # noqa: E402
 TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
 SOURCES = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))  # sorted: the same binary everywhere
 # what the CUDA kernels are compiled from at run time; a wheel has a copy, an editable installation reads csrc itself
-KERNEL_SOURCES = ["common.h", "cuda/storage.cuh", "cuda/types.h", "cuda/gather/*"]
+KERNEL_SOURCES = ["common.h", "cuda/mma.cuh", "cuda/storage.cuh", "cuda/types.h", "cuda/gather/*"]
 HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
 
 option = os.environ.get("INTERNIMAGE_BUILD_CPU", "auto")

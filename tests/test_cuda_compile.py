@@ -119,7 +119,7 @@ def compile_all(by: str, architecture: str, binary: Path) -> str:
         nvrtc = compiler.load(found.library)
     except parts.Missing as missing:
         pytest.skip(f"needs NVRTC: {missing}")
-    families = ("forward", "backward", "backward_3x3", "deterministic")
+    families = ("forward", "backward", "backward3x3", "deterministic", "tiles", "window", "fixed")
     source = "".join(f'#include "cuda/gather/{family}.cuh"\n' for family in families)
     expressions = [f"internimage::cuda::{kernel}" for kernel in cuda_stand_in.layout()["kernels"]]
     target = compiler.Target("sm", int(architecture.removeprefix("sm_")))
@@ -137,7 +137,7 @@ def inspect(by: str, architecture: str, folder: Path) -> dict[str, Kernel]:
     for name, instructions in parse_instructions(sass).items():
         result[name].instructions = Counter(opcode for opcode, _ in instructions)
         result[name].loads_under_way = loads_under_way(instructions)
-    assert len(result) == 72 and all(kernel.instructions for kernel in result.values())
+    assert len(result) == 72 + 46 and all(kernel.instructions for kernel in result.values())
     return result
 
 
@@ -172,7 +172,7 @@ def test_nvrtc_makes_what_nvcc_makes(architecture, tmp_path):
 
 # The 3x3 forward without softmax is held to 64 registers for more loads at a time, and spills up to this for it: bytes
 # stored and loaded again, 4 each a register. Everything else spills nothing.
-FEW_REGISTERS = re.compile(r"forward_kernel<\w+, \d+, [89], false, 32>")
+FEW_REGISTERS = re.compile(r"(forward|tiles)_kernel<\w+, \d+, [89], false, 32>")
 FEW_BYTES = 96
 
 
@@ -186,35 +186,35 @@ def test_no_spills(kernels):
 
 def test_registers_leave_room(kernels, architecture):
     """Blocks of 256 threads a multiprocessor: four of the 3x3 forward, three of its backward with two lanes, and two of
-    all others."""
+    all others. Of the window kernel, a block is a warp, and nine of them: there is shared memory for ten (compute
+    capability 9.0)."""
     for name, kernel in kernels.items():
-        is_forward = re.match(r"forward_kernel<\w+, \d+, [89], ", name)
-        most = (
-            64
-            if is_forward and architecture != "sm_75"
-            else 80
-            if is_forward or re.match(r"backward_3x3_kernel<\w+, \d, 2, ", name)
-            else 128
-        )
+        if name.startswith("window"):
+            most = 227
+        elif re.match(r"(forward|tiles)_kernel<\w+, \d+, [89], ", name):
+            most = 64 if architecture != "sm_75" else 80
+        else:
+            most = 80 if re.match(r"backward3x3_kernel<\w+, \d, 2, ", name) else 128
         assert kernel.registers <= most, name
 
 
 def test_forward_does_not_wait_for_each_load(kernels):
     """At 55 registers, which nvcc chooses by itself, there are 1.5 at a time; at 64, 3.4 to 4.4."""
     for name, kernel in kernels.items():
-        if re.fullmatch(r"forward_kernel<\w+, (16|8), [89], \w+, 32>", name):
+        if re.fullmatch(r"(forward|tiles)_kernel<\w+, (16|8), [89], \w+, 32>", name):
             assert kernel.loads_under_way >= 2.5, (name, kernel.loads_under_way)
 
 
+@pytest.mark.parametrize("family, more", [("forward", 0), ("tiles", 3)])
 @pytest.mark.parametrize("softmax, limit", [("false", 125), ("true", 132)])  # 116 and 123, and room for another nvcc
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("points", [9, 8])
-def test_instructions_for_an_output_element(points, dtype, softmax, limit, kernels):
+def test_instructions_for_an_output_element(points, dtype, softmax, limit, family, more, kernels):
     """Straight-line code, so that what is there is what runs: 16 channels a thread."""
-    kernel = kernels[f"forward_kernel<{dtype}, 16, {points}, {softmax}, 32>"]
+    kernel = kernels[f"{family}_kernel<{dtype}, 16, {points}, {softmax}, 32>"]
     assert kernel.count("CALL|BRX|WARPSYNC") == 0
     assert kernel.count("BRA") == 0  # but for the padding, which was cut off
-    assert kernel.count() / 16 <= limit, kernel.instructions.most_common()
+    assert kernel.count() / 16 <= limit + more, kernel.instructions.most_common()
 
 
 def vector_width(name: str) -> tuple[str, int, int]:
@@ -226,7 +226,7 @@ SIZES = {"__half": 2, "__nv_bfloat16": 2, "float": 4, "double": 8}
 
 
 def test_forward_loads_16_bytes_at_once(kernels):
-    for name in (n for n in kernels if n.startswith("forward_kernel")):
+    for name in (n for n in kernels if n.startswith(("forward_kernel", "tiles_kernel"))):
         dtype, channels, points = vector_width(name)
         if channels == 1:
             continue
@@ -238,16 +238,18 @@ def test_forward_loads_16_bytes_at_once(kernels):
 
 
 def test_all_addresses_are_known_to_be_global(kernels):
-    """Else each access first asks which memory an address is in, and each atomic addition becomes a loop."""
+    """Else each access first asks which memory an address is in, and each atomic addition becomes a loop. Only the window
+    kernel has shared memory."""
     for name, kernel in kernels.items():
         local = kernel.count(r"(LDL|STL)(\.|$)")  # what is spilled
-        assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL|LDS|STS)(\.|$)") == local, (name, kernel.instructions)
+        assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL)(\.|$)") == local, (name, kernel.instructions)
         assert 4 * local <= kernel.spilled_bytes, name
+        assert name.startswith("window") or kernel.count(r"(LDS|STS)(\.|$)") == 0, (name, kernel.instructions)
 
 
 # ---- the backward of a 3x3 kernel: 8 channels a thread, 9 points
 
-BACKWARD = "backward_3x3_kernel<{}, 9, {}, 32>"
+BACKWARD = "backward3x3_kernel<{}, 9, {}, 32>"
 LANES = [2, 0]  # two, and what is known at launch
 
 
@@ -282,3 +284,31 @@ def test_backward_shuffles_and_stores(lanes, kernels):
     kernel = kernels[BACKWARD.format("__half", lanes)]
     assert kernel.count("SHFL") == 9 * 3
     assert kernel.count("STG") <= 5 + 2 * 5
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("points", [9, 8])
+def test_window_on_tensor_cores(points, dtype, kernels, architecture):
+    """16 channels a thread. Both ways of each branch are counted: the way of a point outside of the window, which is a
+    quarter of the 236 of sm_90, and atomic additions one by one."""
+    kernel = kernels[f"window_kernel<{dtype}, {points}, 32>"]
+    assert kernel.count(r"HMMA\.16816\.F32") == 40 + 80
+    assert kernel.count(r"(LDS|STS)\.128") == 40 + 40 + 40  # dots and zeros go there, weights come back
+    wide = kernel.count(r"REDG?\.E\.ADD\..*F32x4")
+    assert wide == (20 + 16 if architecture == "sm_90" else 0)  # of the window's pixels, and of a point's corners
+    assert kernel.count() / 16 <= 245, kernel.instructions.most_common()
+
+
+def test_window_of_sm_75_has_no_products(tmp_path):
+    kernels = inspect("nvrtc", "sm_75", tmp_path)
+    assert kernels["window_kernel<__half, 9, 32>"].count("HMMA") == 0
+    test_no_spills(kernels)
+    test_registers_leave_room(kernels)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, "float"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_fixed_point_sums_are_added_by_one_instruction(channels, dtype, kernels):
+    """Of 64 bits, and not by a loop that compares and swaps."""
+    kernel = kernels[f"fixed_sum_kernel<{dtype}, {channels}, 32>"]
+    assert kernel.count(r"REDG?\.E\.ADD\.64") == 4 * channels and kernel.count(r"ATOMG?\.") == 0

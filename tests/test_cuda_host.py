@@ -116,7 +116,7 @@ def test_deterministic(case, dtype, wide, host):
     compare(host, tensors, grad_output, arguments, dtype, deterministic=True, wide=wide)
     first, *others = host.kernels
     (other,) = others
-    assert first.startswith("deterministic_kernel<") and other.startswith(("backward_kernel<", "backward_3x3_kernel<"))
+    assert first.startswith("deterministic_kernel<") and other.startswith(("backward_kernel<", "backward3x3_kernel<"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -276,7 +276,7 @@ def test_kernel_sizes(softmax, arguments, points, dtype, host):
     host.backward(grad_output, *tensors, *schema(arguments))
     (kernel,) = host.kernels
     name, *parameters = re.split("<|, ", kernel)
-    assert (name, parameters[1]) == (("backward_3x3_kernel", str(points)) if points else ("backward_kernel", "4"))
+    assert (name, parameters[1]) == (("backward3x3_kernel", str(points)) if points else ("backward_kernel", "4"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -293,7 +293,7 @@ def test_lanes_of_the_backward(group_channels, kernel, dtype, host):
     if isinstance(kernel, int):
         assert (name, parameters[1]) == ("backward_kernel", str(kernel))
     else:
-        assert (name, parameters[2]) == ("backward_3x3_kernel", kernel[-1])
+        assert (name, parameters[2]) == ("backward3x3_kernel", kernel[-1])
 
 
 def test_division_by_multiplication(host):

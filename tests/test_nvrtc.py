@@ -19,6 +19,7 @@ from internimage import extension, locks
 from internimage.nvrtc import RUN_TIME_KERNELS, cache, compiler, kernels, parts
 
 ROOT = Path(__file__).resolve().parent.parent
+FIXED = ["range", "sum", "slow", "round"]
 KEY = {"kernel": "forward_kernel<float, 8, 9, true, uint32_t>", "target": "sm_90", "sources": "1"}
 
 
@@ -47,7 +48,9 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.skipif(cuda_stand_in.CPP_COMPILER is None, reason="needs a C++ compiler (g++, or CXX)")
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_120", "compute_90"])
-@pytest.mark.parametrize("family", ["forward", "backward", "backward_3x3", "deterministic"])
+@pytest.mark.parametrize(
+    "family", ["forward", "backward", "backward3x3", "deterministic", "tiles", "window", *(f"fixed_{f}" for f in FIXED)]
+)
 def test_a_kernel(family, architecture, nvrtc):
     """All of them for seven architectures: test_cuda_compile.py."""
     kernel, argument_bytes = next(
@@ -387,12 +390,15 @@ def run(code: str, variables: dict[str, str], tmp_path) -> subprocess.CompletedP
     return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
 
 
-def test_launches(variables, tmp_path):
-    """cuda_stand_in/on_stand_in.py, in a process of its own."""
+@pytest.mark.parametrize(
+    "checks, variants", [("on_stand_in.py", ""), ("variants_on_stand_in.py", "tiles,window,fixed")], ids=str
+)
+def test_launches(checks, variants, variables, tmp_path):
+    """Files of cuda_stand_in, each in a process of its own."""
+    variables["INTERNIMAGE_CUDA_VARIANTS"] = variants
     built = os.environ.get("INTERNIMAGE_TEST_CUDA_HOST") or cuda_host.build(tmp_path / "kernels.so")
     variables["INTERNIMAGE_TEST_CUDA_HOST"] = str(built)
-    checks = cuda_stand_in.FOLDER / "on_stand_in.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cuda_stand_in.FOLDER / checks)]
     result = subprocess.run(command, cwd=ROOT / "tests", env=variables, capture_output=True, text=True)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
 
@@ -509,6 +515,24 @@ def test_a_value_that_does_not_exist(variables, tmp_path):
     assert f"RuntimeWarning: internimage: {said}" in result.stderr
     note, error = result.stdout.splitlines()
     assert note == f"none: {said}" and error.endswith(f"internimage: {said}")
+
+
+def test_variants_that_do_not_exist(variables, tmp_path):
+    """Nothing at import; an error of one line in each call, until the variable is right."""
+    code = (
+        "import os\n"
+        "for name in ('tiles, windows', 'tiles'):\n"
+        "    os.environ['INTERNIMAGE_CUDA_VARIANTS'] = name\n"
+        "    try: call(); print(events().count('launch'))\n"
+        "    except RuntimeError as error: print(str(error).splitlines()[0])\n"
+    )
+    result = run(code, {**variables, "INTERNIMAGE_CUDA_VARIANTS": "windows"}, tmp_path)
+    error, launches = result.stdout.splitlines()
+    assert error.endswith(
+        "internimage: INTERNIMAGE_CUDA_VARIANTS must be names out of tiles, window and fixed, separated by commas, "
+        "got 'tiles, windows'"
+    )
+    assert launches == "1" and result.stderr.count("\n") == 1  # of NVRTC, at the second call
 
 
 def test_fork(variables, tmp_path):

@@ -13,14 +13,15 @@
 #include <cstdint>
 #include <limits>
 
-#include "gather/arguments.h"
 #include "gather/kernels.cuh"
+#include "gather/select.h"
 
 namespace internimage {
 namespace cuda {
 
 // Runs kernels on torch's current stream of a device, asynchronously.
 struct CompiledLaunch {
+  static constexpr bool kHasVariants = false;  // their kernels would make the module larger by more than half
   using Half = __half;
   using BFloat16 = __nv_bfloat16;
   cudaStream_t stream;
@@ -32,10 +33,11 @@ struct CompiledLaunch {
   }
   template <typename Kernel, typename... A>
   void operator()(Kernel kernel, int64_t threads, A... arguments) const {
-    const int64_t blocks = (threads + kThreads - 1) / kThreads;
+    constexpr int kWidth = kBlockThreads<Kernel>;
+    const int64_t blocks = (threads + kWidth - 1) / kWidth;
     STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "internimage::dcnv3: a problem of ", threads,
                     " threads is too large for one launch; split the batch");
-    function_of(kernel)<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments...);
+    function_of(kernel)<<<static_cast<unsigned>(blocks), kWidth, 0, stream>>>(arguments...);
     const cudaError_t error = cudaGetLastError();
     STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion,
                     "internimage::dcnv3: the CUDA kernels were not compiled for this GPU (", cudaGetErrorString(error),

@@ -167,7 +167,7 @@ def _program(kernel: str, argument_bytes: int) -> str:
     arguments = kernel[kernel.index("<") + 1 : -1].split(", ")
     compute, index = ("double" if arguments[0] == "double" else "float"), arguments[-1]
     return (
-        f'#include "cuda/gather/{kernel.partition("_kernel")[0]}.cuh"\n'
+        f'#include "cuda/gather/{kernel.partition("_")[0]}.cuh"\n'
         f"static_assert(sizeof(internimage::cuda::Arguments<{compute}, {index}>) == {argument_bytes}, "
         '"the host lays out the arguments differently");\n'
     )

@@ -17,6 +17,7 @@ from .parts import Missing, Parts, find, fingerprint
 _logger = logging.getLogger(__name__)
 
 VARIABLE = "INTERNIMAGE_NVRTC"  # 0: never; 1: also where nvcc's module is installed; unset: where it is not
+VARIANTS = "INTERNIMAGE_CUDA_VARIANTS"  # kernels that only this way has; csrc/cuda/gather/variants.h reads their names
 _lock = threading.Lock()
 _from_cache: set[tuple[str, str]] = set()  # kernels and targets whose image was not compiled by this process
 _in_memory: dict[tuple[str, str], tuple[bytes, str]] = {}  # images that cannot be kept on disk, for other devices

@@ -63,7 +63,7 @@ def find_sources() -> Path:
 
 def source_files(folder: Path) -> list[Path]:
     """The files of csrc that a kernel is compiled from, and that a wheel therefore contains."""
-    fixed = [folder / "common.h", folder / "cuda" / "storage.cuh", folder / "cuda" / "types.h"]
+    fixed = [folder / "common.h", *(folder / "cuda" / name for name in ("mma.cuh", "storage.cuh", "types.h"))]
     return [*fixed, *sorted((folder / "cuda" / "gather").glob("*.*h"))]
 
 

@@ -20,10 +20,11 @@ class RunTimeKernels:
         self.serves = False
 
     def is_preferred(self) -> bool:
-        """Whether it should serve although the module that nvcc compiled is installed. Warns of an invalid variable."""
+        """Whether it should serve although the module that nvcc compiled is installed: if that is asked for, or variants
+        of the kernels, which the module does not have. Warns of an invalid variable."""
         if error := kernels.option_error():
             warnings.warn(f"internimage: {error}", RuntimeWarning, stacklevel=3)
-        return os.environ.get(VARIABLE) == "1"
+        return os.environ.get(VARIABLE) == "1" or bool(os.environ.get(kernels.VARIANTS))
 
     def serve(self) -> bool:
         """Register the kernels under the CUDA key, if there is what it takes; returns whether they serve."""

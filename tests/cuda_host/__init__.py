@@ -49,7 +49,16 @@ class Host:
         for name in ("launched", "forward", "backward"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.round_trip.restype = ctypes.c_float
+        self.library.set_variants.restype = ctypes.c_bool
         self.kernels: list[str] = []  # of the last call
+
+    def choose(self, variants: str = "") -> None:
+        """Variants for the next calls, as in INTERNIMAGE_CUDA_VARIANTS."""
+        assert self.library.set_variants(variants.encode())
+
+    def shuffle(self, seed: int = 0) -> None:
+        """Run blocks, their warps and the threads of these in another order for each seed; 0 is ascending."""
+        self.library.set_order(ctypes.c_uint(seed))
 
     def problem(self, input: Tensor, mask: Tensor, geometry: tuple) -> Problem:
         kernel, stride, padding, dilation, groups, offset_scale, remove_center, softmax = geometry

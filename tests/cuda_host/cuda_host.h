@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: MIT
 // What csrc/cuda/gather/kernels.cuh uses of CUDA, for a CPU: the kernels run one thread at a time, as fibers.
 //
-// A fiber runs until its kernel returns or reaches a shuffle, where it waits for the other 31 of its warp. Vector
-// loads, stores and atomics check their alignment; bounds are left to AddressSanitizer. An error ends the launch with a
-// message. Not covered: races between threads, code that is compiled for a GPU only, and speed.
+// A fiber runs until its kernel returns or reaches an operation of its whole warp, such as a shuffle, where it waits
+// for the other 31. Vector loads, stores and atomics check their alignment; bounds are left to AddressSanitizer. An
+// error ends the launch with a message. Warps run one after the other, so a kernel may have shared memory if its blocks
+// are one warp; it keeps what the block before has left there. Not covered: races between threads, code that is
+// compiled for a GPU only, and speed.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -23,6 +29,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __shared__ static
 
 namespace cuda_host {
 
@@ -37,9 +44,11 @@ struct Index {
 struct Warp {
   ucontext_t scheduler, threads[kWarp];
   std::unique_ptr<char[]> stacks{new char[kWarp * kStack]};
-  enum { kRuns, kShuffles, kDone } state[kWarp];
-  unsigned distance[kWarp];
-  double value[kWarp];
+  enum { kRuns, kWaits, kDone } state[kWarp];
+  const char* operation[kWarp];  // that a thread waits in, and what must be the same for all threads
+  unsigned parameter[kWarp];
+  double value[kWarp];  // of a shuffle or a vote
+  float a[kWarp][8], b[kWarp][4];  // parts of matrices
   int current = 0;
   std::string failure;
   void (*body)(void*) = nullptr;
@@ -48,6 +57,18 @@ struct Warp {
 
 inline Warp warp;
 inline Index block, thread;
+inline unsigned order = 0;  // seed of the order of blocks, of the warps of each and of their threads; 0: ascending
+
+inline std::vector<int64_t> permutation(int64_t count) {
+  std::vector<int64_t> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  static std::mt19937 generator;
+  if (order != 0) {
+    generator.seed(order + static_cast<unsigned>(count));
+    std::shuffle(numbers.begin(), numbers.end(), generator);
+  }
+  return numbers;
+}
 
 // Switches from one fiber to another, and tells AddressSanitizer.
 inline void switch_fiber(ucontext_t& from, ucontext_t& to, bool to_scheduler) {
@@ -91,6 +112,7 @@ inline void enter() {
 
 // Runs one warp to its end; false after a failure.
 inline bool run_warp(unsigned first_thread) {
+  const std::vector<int64_t> order = permutation(kWarp);
   for (int i = 0; i < kWarp; ++i) {
     getcontext(&warp.threads[i]);
     warp.threads[i].uc_stack.ss_sp = warp.stacks.get() + i * kStack;
@@ -101,7 +123,8 @@ inline bool run_warp(unsigned first_thread) {
   }
   for (;;) {
     int done = 0;
-    for (int i = 0; i < kWarp; ++i) {
+    for (const int64_t next : order) {
+      const int i = static_cast<int>(next);
       if (warp.state[i] == Warp::kDone) {
         ++done;
         continue;
@@ -114,11 +137,12 @@ inline bool run_warp(unsigned first_thread) {
       done += warp.state[i] == Warp::kDone;
     }
     if (done == kWarp) return true;
-    for (int i = 0; i < kWarp; ++i) {
+    for (int i = 0; i < kWarp && warp.failure.empty(); ++i) {
       if (warp.state[i] == Warp::kDone)
-        warp.failure = "a thread left the kernel while others of its warp wait in a shuffle";
-      else if (warp.distance[i] != warp.distance[0])
-        warp.failure = "the threads of a warp came to different shuffles";
+        warp.failure = "a thread left the kernel while others of its warp wait in a shuffle or the like";
+      else if (std::strcmp(warp.operation[i], warp.operation[0]) != 0 || warp.parameter[i] != warp.parameter[0])
+        warp.failure = std::string("the threads of a warp came to different operations, ") + warp.operation[0] +
+                       " and " + warp.operation[i];
     }
     if (!warp.failure.empty()) return false;
   }
@@ -131,10 +155,10 @@ std::string launch(Kernel* kernel, int64_t threads, int width, A... arguments) {
   warp.failure.clear();
   warp.argument = &call;
   warp.body = [](void* c) { (*static_cast<decltype(call)*>(c))(); };
-  for (int64_t b = 0; b < (threads + width - 1) / width; ++b) {
+  for (const int64_t b : permutation((threads + width - 1) / width)) {
     block.x = static_cast<unsigned>(b);
-    for (int first = 0; first < width; first += kWarp)
-      if (!run_warp(first)) return warp.failure;
+    for (const int64_t w : permutation(width / kWarp))
+      if (!run_warp(static_cast<unsigned>(w * kWarp))) return warp.failure;
   }
   return "";
 }
@@ -261,19 +285,97 @@ inline void atomicAdd(float4* address, float4 value) {
   address->w += value.w;
 }
 
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, unsigned distance) {
-  using namespace cuda_host;
-  if (mask != 0xffffffffu) fail("only full warps are supported");
-  const int lane = warp.current;
-  warp.value[lane] = static_cast<double>(value);
-  warp.distance[lane] = distance;
-  warp.state[lane] = Warp::kShuffles;
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+  cuda_host::check_aligned(address);
+  const unsigned before = *address;
+  *address = before > value ? before : value;
+  return before;
+}
+
+namespace cuda_host {
+
+// Waits until all threads of the warp are here.
+inline void meet(const char* operation, unsigned parameter) {
+  warp.operation[warp.current] = operation;
+  warp.parameter[warp.current] = parameter;
+  warp.state[warp.current] = Warp::kWaits;
   to_scheduler();
-  const T result = static_cast<T>(warp.value[lane ^ distance]);
-  // no thread may write its next value before all have read this one
-  warp.distance[lane] = 0;
-  warp.state[lane] = Warp::kShuffles;
-  to_scheduler();
+}
+
+// An operation of the warp: `give` leaves what other threads need, `take` reads what they left. No thread gives
+// something to the next operation before all have taken.
+template <typename Give, typename Take>
+auto collect(const char* operation, unsigned parameter, Give give, Take take) {
+  give(warp.current);
+  meet(operation, parameter);
+  const auto result = take(warp.current);
+  meet(operation, parameter);
   return result;
 }
+
+inline void check_full(unsigned mask) {
+  if (mask != 0xffffffffu) fail("only full warps are supported");
+}
+
+}  // namespace cuda_host
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned distance) {
+  using cuda_host::warp;
+  cuda_host::check_full(mask);
+  return cuda_host::collect(
+      "shuffle", distance, [&](int lane) { warp.value[lane] = static_cast<double>(value); },
+      [&](int lane) { return static_cast<T>(warp.value[lane ^ distance]); });
+}
+
+inline int __any_sync(unsigned mask, int value) {
+  using cuda_host::warp;
+  cuda_host::check_full(mask);
+  return cuda_host::collect(
+      "vote", 0, [&](int lane) { warp.value[lane] = value != 0; },
+      [&](int) {
+        return static_cast<int>(std::count(warp.value, warp.value + cuda_host::kWarp, 0.0) < cuda_host::kWarp);
+      });
+}
+
+inline void __syncwarp() { cuda_host::meet("synchronization", 0); }
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+inline long long __float2ll_rn(float x) { return std::llrint(x); }
+inline float __ll2float_rn(long long x) { return static_cast<float>(x); }
+
+namespace internimage {
+namespace cuda {
+
+template <typename S>
+struct Storage;
+
+// What csrc/cuda/mma.cuh describes. The sums are in float32, in the order of k.
+template <typename S>
+void emulate_mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  using cuda_host::warp;
+  const auto unpack = [](uint32_t word, float* to) { Storage<S>::template unpack<2>(&word, to); };
+  const auto result = cuda_host::collect(
+      "mma", sizeof(S),
+      [&](int lane) {
+        for (int i = 0; i < 4; ++i) unpack(a[i], warp.a[lane] + 2 * i);
+        for (int i = 0; i < 2; ++i) unpack(b[i], warp.b[lane] + 2 * i);
+      },
+      [&](int lane) {
+        float4 total = {sums[0], sums[1], sums[2], sums[3]};
+        float* const totals[4] = {&total.x, &total.y, &total.z, &total.w};
+        for (int i = 0; i < 4; ++i)
+          for (int k = 0; k < 16; ++k) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2, from = k % 8 / 2;
+            const float left = warp.a[row % 8 * 4 + from][2 * (row / 8 + k / 8 * 2) + k % 2];
+            const float right = warp.b[column * 4 + from][k / 8 * 2 + k % 2];
+            *totals[i] += left * right;
+          }
+        return total;
+      });
+  sums[0] = result.x, sums[1] = result.y, sums[2] = result.z, sums[3] = result.w;
+}
+
+}  // namespace cuda
+}  // namespace internimage

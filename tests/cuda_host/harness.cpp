@@ -3,6 +3,8 @@
 #include "cuda_host.h"
 // last, as it needs the names above
 #include "../../csrc/cuda/gather/kernels.cuh"
+#include "../../csrc/cuda/gather/variants.h"
+#include "../../csrc/cuda/mma.cuh"
 
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -19,6 +21,7 @@ namespace {
 
 std::string message, kernels;
 bool runs_kernels = true;
+internimage::cuda::Variants variants = {};
 
 // The name of a template instantiation, as in "forward_kernel<__half, 16, 9, true, unsigned int>".
 std::string readable(const char* mangled) {
@@ -40,23 +43,25 @@ std::map<std::string, std::function<void(int64_t, void**)>> by_name;
 std::vector<char> first_argument;  // of the last launch
 
 template <typename Kernel, typename... A, size_t... I>
-void remember(const std::string& name, Kernel* kernel, std::index_sequence<I...>) {
-  by_name[name] = [kernel](int64_t threads, void** arguments) {
+void remember(const std::string& name, Kernel* kernel, int width, std::index_sequence<I...>) {
+  by_name[name] = [kernel, width](int64_t threads, void** arguments) {
     using First = std::tuple_element_t<0, std::tuple<A...>>;
     const char* begin = static_cast<const char*>(arguments[0]);
     first_argument.assign(begin, begin + sizeof(First));
-    message = cuda_host::launch(kernel, threads, internimage::cuda::kThreads, *static_cast<A*>(arguments[I])...);
+    message = cuda_host::launch(kernel, threads, width, *static_cast<A*>(arguments[I])...);
   };
 }
 
 struct Launch {
+  static constexpr bool kHasVariants = true;
   template <typename Kernel, typename... A>
   void operator()(Kernel name, int64_t threads, A... arguments) const {
     if (!message.empty()) return;
     const auto kernel = internimage::cuda::function_of(name);
     const std::string readable_name = name_of(reinterpret_cast<const void*>(kernel));
     kernels += readable_name + ";";
-    remember<std::remove_pointer_t<decltype(kernel)>, A...>(readable_name, kernel, std::index_sequence_for<A...>());
+    remember<std::remove_pointer_t<decltype(kernel)>, A...>(
+        readable_name, kernel, internimage::cuda::kBlockThreads<Kernel>, std::index_sequence_for<A...>());
     void* pointers[] = {&arguments...};
     if (runs_kernels) by_name[readable_name](threads, pointers);
   }
@@ -90,22 +95,32 @@ const char* launched() { return kernels.c_str(); }
 // Whether calls run their kernels, or only record their names.
 void set_runs_kernels(bool value) { runs_kernels = value; }
 
+// The variants of the next calls, as in INTERNIMAGE_CUDA_VARIANTS; false if there is no such list.
+bool set_variants(const char* list) { return internimage::cuda::parse_variants(list, variants); }
+
+// The order in which threads run from now on: another one for each seed, ascending for 0.
+void set_order(unsigned seed) { cuda_host::order = seed; }
+
 const char* forward(const char* dtype, const internimage::Problem* p, const void* input, const void* offset,
                     const void* mask, void* output, bool wide) {
   return with_dtype(dtype, [&](auto zero) {
     using S = decltype(zero);
-    internimage::cuda::forward(*p, (const S*)input, (const S*)offset, (const S*)mask, (S*)output, wide, Launch());
+    internimage::cuda::forward(*p, (const S*)input, (const S*)offset, (const S*)mask, (S*)output, wide, variants,
+                               Launch());
   });
 }
 
 const char* backward(const char* dtype, const internimage::Problem* p, const void* grad_output, const void* input,
                      const void* offset, const void* mask, void* grad_input, void* grad_offset, void* grad_mask,
                      bool deterministic, bool wide) {
+  std::vector<uint64_t> memory;
   return with_dtype(dtype, [&](auto zero) {
     using S = decltype(zero);
+    if (runs_kernels && grad_input != nullptr)
+      memory.resize(internimage::cuda::fixed_elements<S>(*p, deterministic, variants));
     internimage::cuda::backward(*p, (const S*)grad_output, (const S*)input, (const S*)offset, (const S*)mask,
                                 (internimage::cuda::Compute<S>*)grad_input, (S*)grad_offset, (S*)grad_mask,
-                                deterministic, wide, Launch());
+                                deterministic, memory.data(), wide, variants, Launch());
   });
 }
 
@@ -131,6 +146,50 @@ const char* last_arguments(int64_t* size) {
 void divide(uint32_t divisor, const uint32_t* dividends, uint32_t* quotients, int64_t n) {
   const internimage::cuda::Divider<uint32_t> divider(divisor);
   for (int64_t i = 0; i < n; ++i) quotients[i] = internimage::cuda::quotient(dividends[i], divider);
+}
+
+// A warp whose first thread comes to another operation than the others; returns what is said of it.
+const char* different_operations(int which) {
+  const auto kernel = [](int chosen) {
+    const bool is_first = threadIdx.x == 0;
+    if (chosen == 0) {
+      is_first ? __syncwarp() : static_cast<void>(__any_sync(0xffffffffu, 1));
+    } else if (chosen == 1) {
+      __shfl_xor_sync(0xffffffffu, 1, is_first ? 2 : 1);
+    } else {
+      float sums[4] = {};
+      const uint32_t a[4] = {}, b[2] = {};
+      is_first ? internimage::cuda::mma<__half>(sums, a, b) : __syncwarp();
+    }
+  };
+  message = cuda_host::launch(+kernel, 32, 32, which);
+  return message.c_str();
+}
+
+// result = a * b + c: 16 x 16 and 16 x 8 matrices of __half, then 16 x 8 of float.
+void product(const uint16_t* a, const uint16_t* b, const float* c, float* result) {
+  const auto kernel = [](const uint16_t* a, const uint16_t* b, const float* c, float* result) {
+    const unsigned row = threadIdx.x / 4, column = threadIdx.x % 4 * 2;
+    const auto word = [](uint16_t low, uint16_t high) { return uint32_t{low} | uint32_t{high} << 16; };
+    const auto of_a = [&](unsigned i, unsigned k) { return word(a[16 * i + k], a[16 * i + k + 1]); };
+    const auto of_b = [&](unsigned k) { return word(b[8 * k + row], b[8 * (k + 1) + row]); };
+    const uint32_t left[4] = {of_a(row, column), of_a(row + 8, column), of_a(row, column + 8),
+                              of_a(row + 8, column + 8)};
+    const uint32_t right[2] = {of_b(column), of_b(column + 8)};
+    float sums[4];
+    for (unsigned i = 0; i < 4; ++i) sums[i] = c[8 * (row + i / 2 * 8) + column + i % 2];
+    internimage::cuda::mma<__half>(sums, left, right);
+    for (unsigned i = 0; i < 4; ++i) result[8 * (row + i / 2 * 8) + column + i % 2] = sums[i];
+  };
+  message = cuda_host::launch(+kernel, 32, 32, a, b, c, result);
+}
+
+// Where the window kernel has a value in shared memory, and the pixel of a unit in its tile.
+unsigned window_word(unsigned line, unsigned column, unsigned unit) {
+  return internimage::cuda::word_of(line, column, unit);
+}
+unsigned window_position(unsigned unit) {
+  return 8 * internimage::cuda::row_of_unit(unit) + internimage::cuda::column_of_unit(unit);
 }
 
 // Converts a value to the storage type and back.

@@ -7,6 +7,8 @@
 #include <string>
 
 #include "../../csrc/cuda/driver/names.h"
+#include "../../csrc/cuda/gather/select.h"
+#include "../../csrc/cuda/gather/variants.h"
 
 namespace cuda = internimage::cuda;
 using internimage::Problem;
@@ -16,6 +18,7 @@ namespace {
 std::map<std::string, size_t> kernels;
 
 struct Launch {
+  static constexpr bool kHasVariants = true;
   template <typename Kernel, typename First, typename... A>
   void operator()(Kernel kernel, int64_t, First, A...) const {
     kernels[cuda::name_of(kernel)] = sizeof(First);
@@ -23,13 +26,13 @@ struct Launch {
 };
 
 template <typename S>
-void ask(const Problem& p, bool wide) {
+void ask(const Problem& p, bool wide, const cuda::Variants& variants) {
   using T = cuda::Compute<S>;
   S* s = reinterpret_cast<S*>(32);
   T* t = reinterpret_cast<T*>(32);
-  cuda::forward(p, s, s, s, s, wide, Launch());
+  cuda::forward(p, s, s, s, s, wide, variants, Launch());
   for (bool deterministic : {false, true}) {
-    cuda::backward(p, s, s, s, s, t, s, s, deterministic, wide, Launch());
+    cuda::backward(p, s, s, s, s, t, s, s, deterministic, nullptr, wide, variants, Launch());
   }
 }
 
@@ -45,7 +48,10 @@ void print_fields(const char* type) {
   FIELD(points), FIELD(kernel_h), FIELD(kernel_w), FIELD(dilation_h), FIELD(dilation_w), FIELD(center_h);
   FIELD(center_w), FIELD(stride_h), FIELD(stride_w), FIELD(first_y), FIELD(first_x), FIELD(out_rows);
   FIELD(out_columns), FIELD(right_end), FIELD(lower_end), FIELD(last_column), FIELD(last_row), FIELD(grid_x);
-  FIELD(grid_y), FIELD(offset_scale), FIELD(remove_center), FIELD(softmax);
+  FIELD(grid_y), FIELD(offset_scale), FIELD(remove_center), FIELD(softmax), FIELD(height), FIELD(tiles_across),
+      FIELD(tiles_down);
+  FIELD(tile_width), FIELD(tile_height), FIELD(tile_threads), FIELD(chunk_threads), FIELD(last_slices);
+  FIELD(full_chunks);
   std::printf("]}");
 }
 
@@ -65,10 +71,13 @@ int main() {
             p.points = side * side - remove_center;
             p.remove_center = remove_center;
             p.softmax = softmax;
-            ask<cuda::HalfBits>(p, wide);
-            ask<cuda::BFloat16Bits>(p, wide);
-            ask<float>(p, wide);
-            ask<double>(p, wide);
+            for (const bool chosen : {false, true}) {
+              const cuda::Variants variants = {chosen, chosen, chosen};
+              ask<cuda::HalfBits>(p, wide, variants);
+              ask<cuda::BFloat16Bits>(p, wide, variants);
+              ask<float>(p, wide, variants);
+              ask<double>(p, wide, variants);
+            }
           }
   std::printf("{\"kernels\": {");
   int first = 0;

@@ -12,6 +12,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -19,6 +21,7 @@
 #include "../../problem.h"
 #include "../gather/arguments.h"
 #include "../gather/select.h"
+#include "../gather/variants.h"
 #include "../types.h"
 
 namespace internimage {
@@ -49,6 +52,23 @@ void with_dtype(ScalarType dtype, const Run& run) {
     STD_TORCH_CHECK(false, "internimage::dcnv3: dtype must be float64, float32, bfloat16 or float16");
 }
 
+// The variants that the environment asks for; the same for the life of the process.
+template <typename Launch>
+const Variants& chosen_variants() {
+  static const Variants chosen = [] {  // tried again by the next call if it throws
+    const char* list = std::getenv(kVariantsVariable);
+    Variants found;
+    STD_TORCH_CHECK(parse_variants(list, found), "internimage: ", kVariantsVariable,
+                    " must be names out of tiles, window and fixed, separated by commas, got '", list, "'");
+    STD_TORCH_CHECK(
+        Launch::kHasVariants || list == nullptr || *list == 0, "internimage: ", kVariantsVariable,
+        " needs kernels that are compiled at run time, but those that nvcc compiled serve: INTERNIMAGE_NVRTC "
+        "must not be 0, and torch's packages must have NVRTC");
+    return found;
+  }();
+  return chosen;
+}
+
 // Coordinates are 32-bit; the number of elements of an image may be larger.
 inline void check_size(const Problem& p) {
   constexpr int64_t kLimit = int64_t{1} << 30;
@@ -64,6 +84,7 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
   const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
                                  remove_center, softmax);
   check_size(p);
+  const Variants& variants = chosen_variants<Launch>();
   const DeviceGuard guard(input.get_device_index());
   Tensor output = torch::stable::new_empty(input, {p.batch, p.out_height, p.out_width, p.channels});
   if (output.numel() == 0) return output;
@@ -72,7 +93,8 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
   with_dtype<Launch>(input.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     forward(p, static_cast<const S*>(in.const_data_ptr()), static_cast<const S*>(off.const_data_ptr()),
-            static_cast<const S*>(m.const_data_ptr()), static_cast<S*>(output.mutable_data_ptr()), false, launch);
+            static_cast<const S*>(m.const_data_ptr()), static_cast<S*>(output.mutable_data_ptr()), false, variants,
+            launch);
   });
   return output;
 }
@@ -89,6 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
                                  remove_center, softmax);
   check_size(p);
   check_backward(p, grad_output, input, output_mask);
+  const Variants& variants = chosen_variants<Launch>();
   const DeviceGuard guard(input.get_device_index());
   const bool want_input = output_mask[0], want_points = output_mask[1] || output_mask[2];
   // summed in the compute type and rounded once
@@ -108,11 +131,15 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
     with_dtype<Launch>(dtype, [&](auto zero) {
       using S = decltype(zero);
       using T = Compute<S>;
+      const int64_t elements = want_input ? fixed_elements<S>(p, deterministic, variants) : 0;
+      std::optional<Tensor> memory;
+      if (elements > 0) memory = torch::stable::new_zeros(input, {elements}, ScalarType::Long);
       backward(p, static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(in.const_data_ptr()),
                static_cast<const S*>(off.const_data_ptr()), static_cast<const S*>(m.const_data_ptr()),
                want_input ? static_cast<T*>(grad_input.mutable_data_ptr()) : nullptr,
                want_points ? static_cast<S*>(grad_offset.mutable_data_ptr()) : nullptr,
-               want_points ? static_cast<S*>(grad_mask.mutable_data_ptr()) : nullptr, deterministic, false, launch);
+               want_points ? static_cast<S*>(grad_mask.mutable_data_ptr()) : nullptr, deterministic,
+               memory ? static_cast<uint64_t*>(memory->mutable_data_ptr()) : nullptr, false, variants, launch);
     });
   }
   if (sum_dtype != dtype) grad_input = torch::stable::to(grad_input, dtype);

@@ -13,7 +13,6 @@
 #include <string>
 #include <utility>
 
-#include "../gather/arguments.h"
 #include "driver.h"
 
 namespace internimage {
@@ -64,8 +63,8 @@ DriverLaunch::DriverLaunch(int32_t device_) : device(device_), stream(current_st
 }
 
 void DriverLaunch::run(Functions& functions, std::string (*kernel)(), int64_t argument_bytes, int64_t threads,
-                       void** arguments) const {
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+                       int width, void** arguments) const {
+  const int64_t blocks = (threads + width - 1) / width;
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "internimage::dcnv3: a problem of ", threads,
                   " threads is too large for one launch; split the batch");
   DriverFunction function = functions[device].load(std::memory_order_acquire);
@@ -74,7 +73,7 @@ void DriverLaunch::run(Functions& functions, std::string (*kernel)(), int64_t ar
     functions[device].store(function, std::memory_order_release);
   }
   const DriverResult error =
-      launch_function(device, function, static_cast<unsigned>(blocks), kThreads, stream, arguments);
+      launch_function(device, function, static_cast<unsigned>(blocks), static_cast<unsigned>(width), stream, arguments);
   if (error != 0) check(error, kernel());
 }
 

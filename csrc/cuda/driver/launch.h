@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "../gather/select.h"
 #include "driver.h"
 #include "names.h"
 
@@ -21,6 +22,7 @@ using Functions = std::atomic<DriverFunction>[kMostDevices];
 
 // Runs kernels on torch's current stream of a device, asynchronously. Throws NoKernel.
 struct DriverLaunch {
+  static constexpr bool kHasVariants = true;
   using Half = HalfBits;
   using BFloat16 = BFloat16Bits;
   int32_t device;
@@ -31,11 +33,11 @@ struct DriverLaunch {
   void operator()(Kernel, int64_t threads, First first, A... others) const {
     static Functions functions;  // of this kernel
     void* arguments[] = {&first, &others...};
-    run(functions, [] { return name_of(Kernel()); }, sizeof(First), threads, arguments);
+    run(functions, [] { return name_of(Kernel()); }, sizeof(First), threads, kBlockThreads<Kernel>, arguments);
   }
 
  private:
-  void run(Functions& functions, std::string (*kernel)(), int64_t argument_bytes, int64_t threads,
+  void run(Functions& functions, std::string (*kernel)(), int64_t argument_bytes, int64_t threads, int width,
            void** arguments) const;
 };
 

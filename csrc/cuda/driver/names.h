@@ -33,25 +33,56 @@ inline constexpr const char* kTypeName<uint32_t> = "uint32_t";
 template <>
 inline constexpr const char* kTypeName<uint64_t> = "uint64_t";
 
-// As in "forward_kernel<__half, 16, 9, true, uint32_t>".
+inline std::string text_of(int number) { return std::to_string(number); }
+inline std::string text_of(bool value) { return value ? "true" : "false"; }
+
+// As in "forward_kernel<__half, 16, 9, true, uint32_t>": the kernel, its storage type, numbers, and type of indices.
+template <typename S, typename Index, typename... Numbers>
+std::string expression(const char* kernel, Numbers... numbers) {
+  std::string text = std::string(kernel) + "<" + kTypeName<S> + ", ";
+  ((text += text_of(numbers) + ", "), ...);
+  return text + kTypeName<Index> + ">";
+}
+
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
 std::string name_of(ForwardKernel<S, kChannels, kPoints, kSoftmax, Index>) {
-  return std::string("forward_kernel<") + kTypeName<S> + ", " + std::to_string(kChannels) + ", " +
-         std::to_string(kPoints) + ", " + (kSoftmax ? "true" : "false") + ", " + kTypeName<Index> + ">";
+  return expression<S, Index>("forward_kernel", kChannels, kPoints, kSoftmax);
 }
 template <typename S, int kChannels, typename Index>
 std::string name_of(BackwardKernel<S, kChannels, Index>) {
-  return std::string("backward_kernel<") + kTypeName<S> + ", " + std::to_string(kChannels) + ", " + kTypeName<Index> +
-         ">";
+  return expression<S, Index>("backward_kernel", kChannels);
 }
 template <typename S, int kPoints, int kLanes, typename Index>
 std::string name_of(Backward3x3Kernel<S, kPoints, kLanes, Index>) {
-  return std::string("backward_3x3_kernel<") + kTypeName<S> + ", " + std::to_string(kPoints) + ", " +
-         std::to_string(kLanes) + ", " + kTypeName<Index> + ">";
+  return expression<S, Index>("backward3x3_kernel", kPoints, kLanes);
 }
 template <typename S, typename Index>
 std::string name_of(DeterministicKernel<S, Index>) {
-  return std::string("deterministic_kernel<") + kTypeName<S> + ", " + kTypeName<Index> + ">";
+  return expression<S, Index>("deterministic_kernel");
+}
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
+std::string name_of(TilesKernel<S, kChannels, kPoints, kSoftmax, Index>) {
+  return expression<S, Index>("tiles_kernel", kChannels, kPoints, kSoftmax);
+}
+template <typename S, int kPoints, typename Index>
+std::string name_of(WindowKernel<S, kPoints, Index>) {
+  return expression<S, Index>("window_kernel", kPoints);
+}
+template <typename S, typename Index>
+std::string name_of(FixedRangeKernel<S, Index>) {
+  return expression<S, Index>("fixed_range_kernel");
+}
+template <typename S, int kChannels, typename Index>
+std::string name_of(FixedSumKernel<S, kChannels, Index>) {
+  return expression<S, Index>("fixed_sum_kernel", kChannels);
+}
+template <typename S, typename Index>
+std::string name_of(FixedSlowKernel<S, Index>) {
+  return expression<S, Index>("fixed_slow_kernel");
+}
+template <typename S, typename Index>
+std::string name_of(FixedRoundKernel<S, Index>) {
+  return expression<S, Index>("fixed_round_kernel");
 }
 
 }  // namespace cuda

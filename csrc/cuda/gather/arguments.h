@@ -13,6 +13,13 @@ constexpr int kThreads = 256;  // per block
 constexpr int kForwardBytes = 32;  // that a thread of the forward loads from a pixel
 constexpr int kBackwardChannels = 4;  // that a thread of the backward processes at a time
 constexpr int kLaneChannels = 8;  // of a thread of the backward of a 3x3 kernel
+constexpr int kTileSide = 8;  // of a tile of the forward, at most
+constexpr int kTileSlices = 4;  // adjacent slices of a pixel in a tile of the forward: a cache line of 128 bytes
+// of the window kernel: a warp for a tile of output pixels and a group
+constexpr int kWindowThreads = 32, kWindowTileWidth = 8, kWindowTileHeight = 4, kWindowChannels = 16;
+// of the fixed-point sums: channels that a thread processes if there are enough, threads that read for the range, words
+// of memory before the sums, log2 of the largest scaled product, and the fewest bits below it
+constexpr int kFixedChannels = 4, kFixedReaders = 1 << 17, kFixedHeader = 1, kFixedProduct = 4, kFixedLeast = 28;
 
 // Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31 (`quotient` in
 // points.cuh).
@@ -28,6 +35,11 @@ struct Divider {
       multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - number)) / number + 1);
     }
   }
+};
+
+// A tile of output pixels, for the kernels that process them by tiles; tiles cover each image separately.
+struct Tile {
+  int64_t width, height;
 };
 
 // T: the compute type. Index: uint32_t if there are fewer than 2^31 threads and elements per image, else uint64_t; the
@@ -48,8 +60,17 @@ struct Arguments {
   T grid_x[3], grid_y[3];  // of a 3x3 kernel
   T offset_scale;
   bool remove_center, softmax;
+  // of the variants, last, so that the code of the default kernels does not change
+  Index height;
+  // tiles: how many there are of an image, and their size
+  Divider<Index> tiles_across, tiles_down, tile_width;
+  uint32_t tile_height;
+  // of the threads of a tile of the forward: in a tile, for kTileSlices slices of its pixels, and for what is left of
+  // the slices after `full_chunks` times as many
+  Divider<Index> tile_threads, chunk_threads, last_slices;
+  uint32_t full_chunks;
 
-  Arguments(const Problem& p, int64_t slices_, int64_t lanes_, int64_t chunks_, int64_t threads_)
+  Arguments(const Problem& p, int64_t slices_, int64_t lanes_, int64_t chunks_, int64_t threads_, Tile tile = {1, 1})
       : threads(static_cast<Index>(threads_)),
         slices(slices_),
         lane_bits(0),
@@ -82,7 +103,16 @@ struct Arguments {
         last_row(static_cast<T>(p.height - 1)),
         offset_scale(static_cast<T>(p.offset_scale)),
         remove_center(p.remove_center),
-        softmax(p.softmax) {
+        softmax(p.softmax),
+        height(static_cast<Index>(p.height)),
+        tiles_across((p.out_width + tile.width - 1) / tile.width),
+        tiles_down((p.out_height + tile.height - 1) / tile.height),
+        tile_width(tile.width),
+        tile_height(static_cast<uint32_t>(tile.height)),
+        tile_threads(tile.width * tile.height * p.groups * slices_),
+        chunk_threads(tile.width * tile.height * kTileSlices),
+        last_slices(p.groups * slices_ % kTileSlices + (p.groups * slices_ % kTileSlices == 0 ? kTileSlices : 0)),
+        full_chunks(static_cast<uint32_t>(p.groups * slices_ / kTileSlices)) {
     while ((uint32_t{1} << lane_bits) < lanes) ++lane_bits;
     for (int i = 0; i < 3; ++i) {
       grid_x[i] = static_cast<T>(i * p.dilation_w - center_w);

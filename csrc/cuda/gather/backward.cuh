@@ -20,13 +20,13 @@ namespace cuda {
 // This thread's part of <grad, corner> for the four corners.
 template <typename S, int kChannels, typename T, typename Index>
 __device__ __forceinline__ void dot_corners(const Arguments<T, Index>& a, const Cell<T, Index>& cell, const S* image,
-                                            const S* grad_output, T (&grad)[kChannels], T (&dots)[4]) {
+                                            const S* grad_output, uint32_t chunks, T (&grad)[kChannels], T (&dots)[4]) {
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) dots[corner] = 0;
 #pragma unroll 1
-  for (uint32_t chunk = 0; chunk < a.chunks; ++chunk) {
+  for (uint32_t chunk = 0; chunk < chunks; ++chunk) {
     const uint32_t channel = chunk * a.lanes * kChannels;
-    if (a.chunks > 1) load<S, kChannels>(grad_output + channel, grad);
+    if (chunks > 1) load<S, kChannels>(grad_output + channel, grad);
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       T values[kChannels];
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for_each_point<0>(a, [&](int k, T grid_x, T grid_y) {
       const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
       T dots[4];
-      dot_corners<S, kChannels>(a, cell, image, grad_output, grad[0], dots);
+      dot_corners<S, kChannels>(a, cell, image, grad_output, a.chunks, grad[0], dots);
       sums[0] += cell.inside ? factors.at(k) * interpolate(cell, dots) : T(0);
     });
     sum_over_lanes<0>(a, sums);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T factor = cell.inside ? factors.at(k) : T(0);
     if (want_points) {
       T dots[4], sums[3], shift[2];
-      dot_corners<S, kChannels>(a, cell, image, grad_output, grad[0], dots);
+      dot_corners<S, kChannels>(a, cell, image, grad_output, a.chunks, grad[0], dots);
       differentiate(cell, dots, sums);
       sum_over_lanes<0>(a, sums);
       shift_gradient(a, cell, factor, sums, shift);

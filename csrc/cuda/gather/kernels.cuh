@@ -11,7 +11,7 @@
 //       for corner: sums += share * factor * corner, wide loads
 //     store the sums
 //
-//   backward_3x3_kernel: for unit, for lane:                                 one thread, 8 channels
+//   backward3x3_kernel: for unit, for lane:                                 one thread, 8 channels
 //     as the next, but unrolled, and without chunks
 //
 //   backward_kernel: for unit, for lane:                                     one thread, 4 channels a chunk
@@ -25,6 +25,9 @@
 //
 //   deterministic_kernel: for image, for channel:                            one thread; grad_input alone
 //     for output pixel, for point of its unit, for corner: grad_input[corner] += share * factor * grad_output
+//
+// Variants, which serve only if they are asked for (variants.h): tiles.cuh and window.cuh process tiles of output
+// pixels, fixed.cuh sums integers; each begins with what it does.
 //
 // Glossary:
 //   unit    one output pixel of one group: it has P sampling points and group_channels channels
@@ -42,10 +45,13 @@
 #pragma once
 
 #include "backward.cuh"
-#include "backward_3x3.cuh"
+#include "backward3x3.cuh"
 #include "deterministic.cuh"
+#include "fixed.cuh"
 #include "forward.cuh"
 #include "select.h"
+#include "tiles.cuh"
+#include "window.cuh"
 
 namespace internimage {
 namespace cuda {
@@ -60,11 +66,35 @@ auto function_of(BackwardKernel<S, kChannels, Index>) {
 }
 template <typename S, int kPoints, int kLanes, typename Index>
 auto function_of(Backward3x3Kernel<S, kPoints, kLanes, Index>) {
-  return &backward_3x3_kernel<S, kPoints, kLanes, Index>;
+  return &backward3x3_kernel<S, kPoints, kLanes, Index>;
 }
 template <typename S, typename Index>
 auto function_of(DeterministicKernel<S, Index>) {
   return &deterministic_kernel<S, Index>;
+}
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
+auto function_of(TilesKernel<S, kChannels, kPoints, kSoftmax, Index>) {
+  return &tiles_kernel<S, kChannels, kPoints, kSoftmax, Index>;
+}
+template <typename S, int kPoints, typename Index>
+auto function_of(WindowKernel<S, kPoints, Index>) {
+  return &window_kernel<S, kPoints, Index>;
+}
+template <typename S, typename Index>
+auto function_of(FixedRangeKernel<S, Index>) {
+  return &fixed_range_kernel<S, Index>;
+}
+template <typename S, int kChannels, typename Index>
+auto function_of(FixedSumKernel<S, kChannels, Index>) {
+  return &fixed_sum_kernel<S, kChannels, Index>;
+}
+template <typename S, typename Index>
+auto function_of(FixedSlowKernel<S, Index>) {
+  return &fixed_slow_kernel<S, Index>;
+}
+template <typename S, typename Index>
+auto function_of(FixedRoundKernel<S, Index>) {
+  return &fixed_round_kernel<S, Index>;
 }
 
 }  // namespace cuda

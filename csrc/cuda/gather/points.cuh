@@ -59,6 +59,7 @@ struct Cell {
   int32_t column, row;  // of the upper left pixel
   Index upper_left, step_x, step_y;  // elements, within an image
 
+  Cell() = default;
   __device__ __forceinline__ Cell(const Arguments<T, Index>& a, T x, T y) : step_x(a.channels), step_y(a.row_elements) {
     inside = x > -1 && x < a.right_end && y > -1 && y < a.lower_end;  // false for NaN
     x = inside ? x : T(0);

@@ -28,9 +28,9 @@ constexpr int kBackwardBlocks = kLanes > 0 || sizeof(S) < 4 ? 3 : 2;
 // kLanes: threads of a unit, a power of two; 0 if that is known at launch alone.
 template <typename S, int kPoints, int kLanes, typename Index>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kLanes>)
-    backward_3x3_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
-                        const S* __restrict__ input, const S* __restrict__ offset, const S* __restrict__ mask,
-                        Compute<S>* __restrict__ grad_input, S* __restrict__ grad_offset, S* __restrict__ grad_mask) {
+    backward3x3_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
+                       const S* __restrict__ input, const S* __restrict__ offset, const S* __restrict__ mask,
+                       Compute<S>* __restrict__ grad_input, S* __restrict__ grad_offset, S* __restrict__ grad_mask) {
   using T = Compute<S>;
   constexpr int kVector = 16 / sizeof(S), kVectors = kLaneChannels / kVector, kQuads = kLaneChannels / 4;
   Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
