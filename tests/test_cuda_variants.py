@@ -35,8 +35,8 @@ def chosen(host):  # noqa: F811
 
 
 def families(host) -> list[str]:  # noqa: F811
-    """Of the kernels of the last call: such as "tiles"."""
-    return [kernel.split("_kernel")[0] for kernel in host.kernels]
+    """Of the kernels of the last call: such as "tiles"; "backward" is that of 3x3 kernels, too."""
+    return [kernel.split("_kernel")[0].removesuffix("3x3") for kernel in host.kernels]
 
 
 def draw(case: str, dtype: torch.dtype, std: float = 2.0, n: int = 2, seed: int = 1):

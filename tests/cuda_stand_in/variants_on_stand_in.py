@@ -20,7 +20,7 @@ def launches(stand_in) -> list[tuple[str, int, int]]:  # noqa: F811
         mangled, blocks, threads = re.search(
             r"cuda\d+(\w+?_kernel)I.* grid=(\d+),1,1 block=(\d+),1,1 shared=0", event
         ).groups()
-        found.append((mangled.removesuffix("_kernel"), int(blocks), int(threads)))
+        found.append((mangled.removesuffix("_kernel").removesuffix("3x3"), int(blocks), int(threads)))
     return found
 
 
