@@ -200,8 +200,8 @@ def test_forward_loads_16_bytes_at_once(kernels):
 
 
 def test_all_addresses_are_known_to_be_global(kernels):
-    """Else each access first asks which memory an address is in, and each atomic addition becomes a loop. Only the window
-    kernel has shared memory."""
+    """Else each access first asks which memory an address is in, and each atomic addition becomes a loop. Only
+    the window kernel has shared memory."""
     for name, kernel in kernels.items():
         assert kernel.count(r"(LD|ST|ATOM|QSPC|ATOMS|LDL|STL)(\.|$)") == 0, (name, kernel.instructions)
         assert name.startswith("window") or kernel.count(r"(LDS|STS)(\.|$)") == 0, (name, kernel.instructions)
