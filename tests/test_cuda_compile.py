@@ -149,7 +149,7 @@ def test_nvrtc_makes_what_nvcc_makes(architecture, tmp_path):
     by_nvcc = inspect("nvcc", architecture, tmp_path)
     for name, kernel in by_nvcc.items():
         if re.search(r"<\w+, \d+, [89], ", name):
-            assert by_nvrtc[name].count() == pytest.approx(kernel.count(), rel=0.01), name
+            assert by_nvrtc[name].count() == pytest.approx(kernel.count(), rel=0.02), name
 
 
 def test_no_spills(kernels):
