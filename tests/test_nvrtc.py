@@ -535,6 +535,23 @@ def test_variants_that_do_not_exist(variables, tmp_path):
     assert launches == "1" and result.stderr.count("\n") == 1  # of NVRTC, at the second call
 
 
+def test_variants_make_these_kernels_serve(monkeypatch):
+    """Also where nvcc's module is installed, which has no variants."""
+    for name, value, preferred in (("", "", False), (kernels.VARIANTS, "tiles", True), (kernels.VARIABLE, "1", True)):
+        for variable in (kernels.VARIANTS, kernels.VARIABLE):
+            monkeypatch.setenv(variable, value if variable == name else "")
+        assert RUN_TIME_KERNELS.is_preferred() == preferred
+
+
+def test_variants_where_nothing_is_compiled_at_run_time(variables, tmp_path):
+    """Nvcc's module says that it has none, rather than to serve with its default kernels."""
+    if not any(Path(extension.__file__).parent.glob("_C_cuda.*so")):
+        pytest.skip("needs the module that nvcc compiles")
+    code = "try: call()\nexcept RuntimeError as error: print(str(error).splitlines()[0])"
+    result = run(code, {**variables, kernels.VARIABLE: "0", kernels.VARIANTS: "tiles"}, tmp_path)
+    assert "INTERNIMAGE_CUDA_VARIANTS needs kernels that are compiled at run time" in result.stdout, result.stderr
+
+
 def test_fork(variables, tmp_path):
     """A loader's worker that uses the GPU, where the parent has not."""
     code = (

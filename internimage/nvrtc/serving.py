@@ -20,8 +20,8 @@ class RunTimeKernels:
         self.serves = False
 
     def is_preferred(self) -> bool:
-        """Whether it should serve although the module that nvcc compiled is installed: if that is asked for, or variants
-        of the kernels, which the module does not have. Warns of an invalid variable."""
+        """Whether it should serve although the module that nvcc compiled is installed: if that is asked for, or if
+        variants of the kernels are, which the module does not have. Warns of an invalid variable."""
         if error := kernels.option_error():
             warnings.warn(f"internimage: {error}", RuntimeWarning, stacklevel=3)
         return os.environ.get(VARIABLE) == "1" or bool(os.environ.get(kernels.VARIANTS))

@@ -8,8 +8,8 @@ import cuda_host
 import pytest
 import torch
 from conftest import assert_close
-from on_stand_in import CASES, OP, OP_BACKWARD, draw, host, stand_in  # noqa: F401
 
+from cuda_stand_in.on_stand_in import CASES, OP, OP_BACKWARD, draw, host, stand_in  # noqa: F401
 from internimage.ops import dcnv3_reference as reference
 
 

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "../storage.cuh"
 #include "../types.h"
 #include "arguments.h"
 #include "forward.cuh"

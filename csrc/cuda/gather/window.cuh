@@ -17,7 +17,7 @@
 // Precision: a weight is the sum of two values of S, `high` and `low`. For __half, these are 22 bits if no lower bit is
 // below 2^-24; so that this does not matter, weights are scaled by a power of two until the warp's largest sum of
 // |factors| is near 2^14. For __nv_bfloat16, they are 16 bits, and the sum of a unit's corners in one pixel is rounded
-// at most 36 times, by 2^-17: little beside the 2^-9 of the result. Products are exact, sums are in float32.
+// at most 9 times, by 2^-17: little beside the 2^-9 of the result. Products are exact, sums are in float32.
 //
 // A dense product also multiplies values that do not belong together: a weight of zero with a gradient that is infinite
 // gives NaN. So these tiles take the way of all points outside of the window, one by one as in backward.cuh: those with
