@@ -21,6 +21,17 @@ template <int kOperation>
 __device__ __forceinline__ void perform(char* row, uint32_t lane) {
   const uint32_t bytes = kOperation == kRedU64 ? 8 : 4;
   char* const at = row + lane * Width<kOperation>::value * bytes;
+#ifndef __CUDA_ARCH__  // on a host, which has no atomic operations of this kind
+  constexpr bool is_nothing = kOperation == kNothingV4 || kOperation == kNothing;
+  for (uint32_t i = 0; i < Width<kOperation>::value && !is_nothing; ++i) {
+    if (kOperation == kRedU64) {
+      reinterpret_cast<uint64_t*>(at)[i] += 1;
+    } else {
+      float& value = reinterpret_cast<float*>(at)[i];
+      value = kOperation == kStoreV4 ? 1.0f : value + 1.0f;
+    }
+  }
+#else
   if constexpr (kOperation == kNothingV4 || kOperation == kNothing) {
     asm volatile("" ::"l"(at));  // the address alone
   } else if constexpr (kOperation == kRedU64) {
@@ -41,6 +52,7 @@ __device__ __forceinline__ void perform(char* row, uint32_t lane) {
       asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %1};" ::"l"(at), "f"(1.0f) : "memory");
 #endif
   }
+#endif
 }
 
 __device__ __forceinline__ uint32_t scramble(uint32_t value) {
@@ -96,6 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+#ifdef __CUDA_ARCH__
 // The multiprocessors' clock: how many of its cycles pass in so many nanoseconds.
 __global__ void count_cycles(uint64_t nanoseconds, uint64_t* cycles_and_nanoseconds) {
   uint64_t begin, now;
@@ -107,3 +120,4 @@ __global__ void count_cycles(uint64_t nanoseconds, uint64_t* cycles_and_nanoseco
   cycles_and_nanoseconds[0] = clock64() - first;
   cycles_and_nanoseconds[1] = now - begin;
 }
+#endif

@@ -110,6 +110,7 @@ def main() -> None:
     print(f"L2 cache {l2 / 2**20:.0f} MiB; a copy of 1 GiB moves {copy_bandwidth() / 1e9:.0f} GB/s.")
     if capability < (9, 0):
         print("\nThere are no red.v4.f32 and red.v2.f32 before compute capability 9.0.")
+    all_right = True
     for images in IMAGES:
         size = images * SIDE * SIDE * GROUPS * CHANNELS * 4 / 2**20
         print(f"\n### {size:.1f} MiB of floats, or twice that for red.u64\n")
@@ -122,7 +123,11 @@ def main() -> None:
                 if budget.is_over():
                     print("\nThe rest was skipped: out of time.")
                     return
-                print(f"| {operation} | {pattern} | {measure(module, operation, pattern, images)}", flush=True)
+                figures = measure(module, operation, pattern, images)
+                all_right &= not figures.startswith("wrong")
+                print(f"| {operation} | {pattern} | {figures}", flush=True)
+    if not all_right:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

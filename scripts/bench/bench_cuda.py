@@ -121,7 +121,7 @@ def deviation(result: Tensor, right: Tensor) -> float:
 
 
 def problem(work: str, groups: int, tensors: list[Tensor]) -> str:
-    """How our results differ from the reference's in float32, in the first and the last image; empty if they do not.
+    """How our results differ from the reference's in float32 on the CPU, in the first and the last image; or empty.
 
     A sum over many values, such as a gradient, has no bound on its largest relative error: its norm is compared.
     """
@@ -133,12 +133,17 @@ def problem(work: str, groups: int, tensors: list[Tensor]) -> str:
         return "two calls differ"
     limit = LIMITS[tensors[0].dtype]
     for image in (0, tensors[0].shape[0] - 1):
-        expected = right(*(t[image : image + 1].float() for t in tensors))
+        expected = right(*(t[image : image + 1].cpu().float() for t in tensors))
         for own, exact in zip(results, [expected] if isinstance(expected, Tensor) else expected):
-            off = ((own[image : image + 1].float() - exact).norm() / exact.norm()).item()
-            if not off <= limit:  # also if it is not a number
+            off = ((own[image : image + 1].cpu().float() - exact).norm() / exact.norm()).item()
+            if not off <= limit:  # also if it is not a number, as with a GPU that computes nothing
                 return f"deviates by {off:.1e} from the reference, allowed {limit:.0e}"
     return ""
+
+
+def first_line(error: Exception) -> str:
+    """What a table has room for."""
+    return f"failed: {str(error).splitlines()[0][:150] if str(error) else type(error).__name__}"
 
 
 class Rows:
@@ -147,9 +152,11 @@ class Rows:
     def __init__(self, dtype: str, stage: str, floor: float, as_json: bool) -> None:
         self.dtype, self.stage, self.floor, self.as_json = dtype, stage, floor, as_json
         self.times: dict[tuple[str, str], float] = {}
+        self.all_right = True  # ours
 
     def wrong(self, work: str, who: str, why: str) -> None:
         """Results that are not right, and are not timed."""
+        self.all_right &= who != "ours"
         self._print(work, None, why, f"| {self.stage} | {work} | {who} | | | | | {why} |")
 
     def right(self, work: str, who: str, ms: float, note: str) -> None:
@@ -169,7 +176,8 @@ class Rows:
 
 def bench_stage(
     arguments: argparse.Namespace, where: tuple[int, int], dtype: torch.dtype, peers: tuple, copy: float, budget: Budget
-) -> None:
+) -> bool:
+    """The rows of a stage and type; whether our results are right."""
     side, groups = where
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     bytes_a_set = sum(t.numel() * t.element_size() for t in draw(1, side, groups, dtype, 0)) * arguments.batch
@@ -180,20 +188,26 @@ def bench_stage(
     right = None if arguments.ours else our_works(groups)["forward"][1](*(t.float() for t in sets[0]))
     for (work, who), calls in works(sets, groups, *peers, dtype, arguments.ours).items():
         if budget.is_over():
-            return
+            break
         notes = []
-        if who == "ours":
-            if why := problem(work, groups, sets[0]):
-                rows.wrong(work, who, why)
-                continue
-        elif work == "forward" and not (off := deviation(calls[0](), right)) < 0.02:
-            # DCNv4's launch settings may let a block span two images
-            notes.append(f"its output deviates by {off:.1e} of the largest value")
-        ms, how = replay_ms(calls)
-        rows.right(work, who, ms, " ".join([*([] if how == "graph" else [how]), *notes]))
+        try:
+            if who == "ours":
+                if why := problem(work, groups, sets[0]):
+                    rows.wrong(work, who, why)
+                    continue
+            elif work == "forward" and not (off := deviation(calls[0](), right)) < 0.02:
+                # DCNv4's launch settings may let a block span two images
+                notes.append(f"its output deviates by {off:.1e} of the largest value")
+            ms, how = replay_ms(calls)
+        except RuntimeError as error:  # also if the memory does not suffice
+            rows.wrong(work, who, first_line(error))
+        else:
+            rows.right(work, who, ms, " ".join([*([] if how == "graph" else [how]), *notes]))
+    return rows.all_right
 
 
-def bench_ops(arguments: argparse.Namespace, budget: Budget) -> None:
+def bench_ops(arguments: argparse.Namespace, budget: Budget) -> bool:
+    """All tables; whether our results are right."""
     official, why_not_official = cuda_peers.build(cuda_peers.OfficialDCNv3, arguments.official, not arguments.built)
     dcnv4, why_not_dcnv4 = cuda_peers.build(cuda_peers.DCNv4, arguments.dcnv4, not arguments.built)
     copy = copy_bandwidth()
@@ -205,16 +219,18 @@ def bench_ops(arguments: argparse.Namespace, budget: Budget) -> None:
         say()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     say(f"{AIMS}. A copy of 1 GiB moves {copy / 1e12:.2f} TB/s; L2 cache {l2 / 2**20:.0f} MiB.\n")
+    all_right = True
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         say(f"### {str(dtype).removeprefix('torch.')}, batch {arguments.batch}\n")
         say("| stage | work | who | ms | ours is faster by | share of the floor | expected ms | |")
         say("|---|---|---|--:|--:|--:|--:|---|", flush=True)
         for where in STAGES:
-            bench_stage(arguments, where, dtype, (official, dcnv4), copy, budget)
+            all_right &= bench_stage(arguments, where, dtype, (official, dcnv4), copy, budget)
             if budget.is_over():
                 say(f"\nThe rest of {where[0]}x{where[0]} and what follows was skipped: out of time.\n")
-                return
+                return all_right
         say()
+    return all_right
 
 
 # ---- models
@@ -292,7 +308,7 @@ def contenders(ours: str, official, training: bool, compiled: bool) -> list[tupl
 
 
 def measure_model(contender: tuple, official, batch: int, training: bool, compiled: bool) -> float:
-    """Images per second; not a number if the memory does not suffice."""
+    """Images per second."""
     name, dtype, on_official = contender
     channels_last = name.startswith("convnext")
     torch.compiler.reset()
@@ -303,19 +319,18 @@ def measure_model(contender: tuple, official, batch: int, training: bool, compil
             with WithOfficialOperator(official):
                 return images_per_second(function, batch, dtype, channels_last, training)
         return images_per_second(function, batch, dtype, channels_last, training)
-    except torch.OutOfMemoryError:
-        return float("nan")
     finally:
         del model, function
         torch.cuda.empty_cache()
 
 
-def bench_models(arguments: argparse.Namespace, budget: Budget) -> None:
+def bench_models(arguments: argparse.Namespace, budget: Budget) -> bool:
+    """The table; whether our models run."""
     official, reason = cuda_peers.build(cuda_peers.OfficialDCNv3, arguments.official, not arguments.built)
     print("Images per second at 224 px, with the whole model in the dtype.")
     print(f"The same model on the official operator: {reason or 'in float16, the only 16-bit type it supports'}.")
     print("\n| model | dtype | work | batch | images/s | ours is faster by |\n|---|---|---|--:|--:|--:|", flush=True)
-    skipped = []
+    skipped, all_right = [], True
     for ours in OURS:
         for training, compiled in ((False, False), (False, True), (True, False), (True, True)):
             batch = arguments.training_batch if training else arguments.batch
@@ -327,12 +342,20 @@ def bench_models(arguments: argparse.Namespace, budget: Budget) -> None:
                 if budget.is_over():  # each may take a minute, to compile
                     skipped.append(f"{shown} ({work})")
                     continue
-                speeds[contender] = speed = measure_model(contender, official, batch, training, compiled)
-                ratio = f"{speeds[ours, dtype, False] / speed:.2f}" if name != ours or on_official else ""
                 kind = str(dtype).removeprefix("torch.") + (", channels_last" if name.startswith("convnext") else "")
-                print(f"| {shown} | {kind} | {work} | {batch} | {speed:.0f} | {ratio} |", flush=True)
+                try:
+                    speeds[contender] = measure_model(contender, official, batch, training, compiled)
+                    figures = f"{speeds[contender]:.0f} | "
+                except RuntimeError as error:  # also if the memory does not suffice
+                    figures = f"{first_line(error)} | "
+                    all_right &= name != ours or on_official
+                right = speeds.get((ours, dtype, False))
+                if contender in speeds and right is not None and (name != ours or on_official):
+                    figures += f"{right / speeds[contender]:.2f} "
+                print(f"| {shown} | {kind} | {work} | {batch} | {figures}|", flush=True)
     if skipped:
         print(f"\nOut of time for {', '.join(skipped)}.")
+    return all_right
 
 
 def main() -> None:
@@ -349,7 +372,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")
-    (bench_ops if arguments.what == "ops" else bench_models)(arguments, Budget(arguments.budget))
+    bench = bench_ops if arguments.what == "ops" else bench_models
+    sys.exit(not bench(arguments, Budget(arguments.budget)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 
 from internimage.nvrtc import compiler, parts
 
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
 
 class DriverError(Exception):
     """The driver refuses something; the message is one line."""
@@ -35,10 +37,21 @@ class Module:
 
     def __init__(self, source: Path, expressions: list[str]) -> None:
         image, self.names = compile_source(source, expressions, torch.cuda.get_device_capability())
-        torch.empty(1, device="cuda")  # makes the context
+        torch.empty(1, device="cuda")  # makes the context, but does not always make it this thread's
         self._driver = ctypes.CDLL("libcuda.so.1")
+        context = ctypes.c_void_p()
+        self._check("cuCtxGetCurrent", self._driver.cuCtxGetCurrent(ctypes.byref(context)))
+        if context.value is None:
+            device = torch.cuda.current_device()
+            status = self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+            self._check("cuDevicePrimaryCtxRetain", status)
+            self._check("cuCtxSetCurrent", self._driver.cuCtxSetCurrent(context))
         self._module = ctypes.c_void_p()
-        self._check("cuModuleLoadData", self._driver.cuModuleLoadData(ctypes.byref(self._module), image))
+        mode = ctypes.c_int(RELAXED)  # loading is not allowed while a thread captures a graph, unless this one says so
+        self._driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        status = self._driver.cuModuleLoadData(ctypes.byref(self._module), image)
+        self._driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        self._check("cuModuleLoadData", status)
         self._functions: dict[str, ctypes.c_void_p] = {}
 
     def launch(self, expression: str, blocks: int, threads: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
@@ -59,4 +72,4 @@ class Module:
         if status != 0:
             name = ctypes.c_char_p()
             self._driver.cuGetErrorName(status, ctypes.byref(name))
-            raise DriverError(f"{function}: {(name.value or str(status).encode()).decode()}")
+            raise DriverError(f"{function}: {name.value.decode() if name.value else status}")

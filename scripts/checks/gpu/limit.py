@@ -25,8 +25,12 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 class Told(BaseException):
     """A signal asks this process to end."""
 
-    def __init__(self, number: int, _frame: object) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
+
+
+def tell(number: int, _frame: object) -> None:
+    raise Told(number)
 
 
 def descendants() -> list[int]:
@@ -72,7 +76,7 @@ def main(seconds: float, command: list[str]) -> int:
     if prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, Told)
+        signal.signal(number, tell)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # it ends with what started it
     try:
         try:

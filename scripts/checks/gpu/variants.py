@@ -44,7 +44,7 @@ def run(report: Report, settings: Settings, clock: Clock) -> int:
         report.write(f"{len(found)} rows{'' if wrong else ', all results right'}. {verdict(running)}".rstrip())
         for row in wrong:
             report.write(f"- {row['dtype']}, {row['stage']}, {row['work']}: {row['problem']}")
-        if status not in (0, 124):
+        if status not in (0, 124) and not found:
             report.write("```\n" + "\n".join(running.lines[-8:]) + "\n```")
         failed |= status not in (0, 124) or bool(wrong)
     report.write(table(rows))
