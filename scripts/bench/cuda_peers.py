@@ -257,6 +257,8 @@ def main() -> None:
     parser.add_argument("--dcnv4", type=Path, help="checkout of OpenGVLab/DCNv4")
     arguments = parser.parse_args()
     for kind, checkout in ((OfficialDCNv3, arguments.official), (DCNv4, arguments.dcnv4)):
+        if checkout is None:
+            continue
         peer, reason = build(kind, checkout)
         print(f"{kind.name}: {reason or 'built'}", flush=True)
         for change in peer.changes if peer is not None else []:

@@ -40,17 +40,16 @@ def run(report: Report, settings: Settings, clock: Clock) -> int:
     return int(not machine.is_compiled(served))
 
 
-def start_peers(report: Report, settings: Settings, seconds: float) -> Running | None:
-    """Build the operators of the checkouts, in the background; what is built already takes a second or two."""
-    peers = settings.peers("official", "dcnv4")
-    return report.start([sys.executable, "scripts/bench/cuda_peers.py", *peers], seconds) if peers else None
+def start_peers(report: Report, settings: Settings, seconds: float) -> dict[str, Running]:
+    """Build the operators of the checkouts, in the background; what is built already takes some seconds."""
+    command = [sys.executable, "scripts/bench/cuda_peers.py"]
+    given = {name: arguments for name in ("official", "dcnv4") if (arguments := settings.peers(name))}
+    return {name: report.start([*command, *arguments], seconds) for name, arguments in given.items()}
 
 
-def finish_peers(report: Report, building: Running | None) -> None:
+def finish_peers(report: Report, building: dict[str, Running]) -> None:
     """Wait for them, and say what was built; the benchmarks leave out the others."""
-    if building is None:
-        return
-    building.wait()
-    report.write("\nPeers:\n\n" + "\n".join(building.lines[-30:]))
-    if problem := verdict(building):
-        report.write(problem)
+    for name, running in building.items():
+        running.wait()
+        said = [line for line in running.lines if not line.startswith("-")][-1:]  # without what was patched
+        report.write(f"\nPeer {name}: {' '.join([*said, verdict(running)])}".rstrip())

@@ -51,9 +51,12 @@ def facts() -> list[str]:
 
 
 def backend(**variables: str) -> str:
-    """What serves DCNv3 on CUDA: a name, and why it is not a compiled kernel if it is not."""
+    """What serves DCNv3 on CUDA, as a call shows: a name, and why it is not a compiled kernel if it is not."""
     code = (
-        "import internimage; from internimage.extension import backend; b = backend('dcnv3', 'cuda')\n"
+        "import torch, internimage; from internimage.extension import backend\n"
+        "x, offset, mask = (torch.zeros(1, 4, 4, c, device='cuda') for c in (16, 18, 9))\n"
+        "torch.ops.internimage.dcnv3(x, offset, mask, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1.0, False, True)\n"
+        "torch.cuda.synchronize(); b = backend('dcnv3', 'cuda')\n"
         "print(b.name, b.reason, sep='; ' if b.reason else '')"
     )
     environment = {**os.environ, **variables}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Stage test: the tests that use the GPU, with nvcc's kernels and with NVRTC's."""
 
+import collections
 import os
+import re
 import sys
 
 from . import build, machine
@@ -9,8 +11,11 @@ from .report import ROOT, Clock, Report, Running, verdict
 from .settings import Settings
 
 NO_TESTS = 5  # pytest's exit status if no tests are selected
+RESULT = re.compile(r"^(?:\[gw\d+\].*\] )?(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b|^(ERROR) (\S+)")
+SECONDS = 15  # less is not worth a start
+SHOWN = 40  # tests that failed
 PYTEST = [
-    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rsfE"),
+    *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-rfE"),
     "--continue-on-collection-errors",  # what cannot be imported here must not keep the others from running
 ]
 # what, pytest's -m, INTERNIMAGE_NVRTC, share of the time that is left when it starts
@@ -32,8 +37,12 @@ def run(report: Report, settings: Settings, clock: Clock) -> int:
             report.write(f"Not run: {served}.")
             continue
         tested = True
-        command = [*PYTEST, "-m", selection, "tests"]
-        failed |= not judge(report, report.run(command, clock.left() * share - 5, tail=15, **variables))
+        seconds = clock.left() * share - 5
+        if seconds < SECONDS:
+            report.write("Not run: out of time.")
+            failed = True
+            continue
+        failed |= not judge(report, report.run([*PYTEST, "-m", selection, "tests"], seconds, tail=3, **variables))
     if settings.cpu_tests:
         report.write("\nTests that use no GPU:\n")
         failed |= not on_the_cpu(report, clock)
@@ -45,10 +54,18 @@ def run(report: Report, settings: Settings, clock: Clock) -> int:
 
 def judge(report: Report, *ended: Running) -> bool:
     """Say how pytest ended; whether all tests passed."""
+    results = [found for running in ended for line in running.lines if (found := RESULT.match(line))]
+    counts = collections.Counter(found[2] or found[3] for found in results)
+    report.write(", ".join(f"{count} {result.lower()}" for result, count in counts.items()) or "No tests.")
+    bad = dict.fromkeys(found[1] or found[4] for found in results if (found[2] or found[3]) in ("FAILED", "ERROR"))
+    for name in list(bad)[:SHOWN]:
+        report.write(f"- {name}")
+    if len(bad) > SHOWN:
+        report.write(f"- and {len(bad) - SHOWN} others, in the log")
     problems = [
         problem for running in ended if running.process.returncode != NO_TESTS and (problem := verdict(running))
     ]
-    report.write(" ".join(dict.fromkeys(problems)) or "All passed.")
+    report.write(f"\n{' '.join(dict.fromkeys(problems)) or 'All passed.'}")
     return not problems
 
 
