@@ -376,8 +376,8 @@ def test_additions_of_the_benchmark(tmp_path):
     command = [cuda_host.COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{BENCH}"]
     subprocess.run([*command, str(tmp_path / "host.cpp"), "-o", str(tmp_path / "host.so")], check=True)
     library = ctypes.CDLL(str(tmp_path / "host.so"))
-    images, side, groups, repeats, guard = 2, 8, 4, 3, 64
-    rows = images * side * side * groups
+    images, side, groups, repeats = 2, 8, 4, 3
+    rows, guard = images * side * side * groups, 1 << 14
     units = repeats * rows
     for (operation, pattern), function in exported.items():
         _, width, value_bytes, _ = bench_atomics.OPERATIONS[operation]
