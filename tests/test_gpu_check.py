@@ -25,7 +25,7 @@ sys.path.insert(0, str(CHECKS))
 
 import gpu_check  # noqa: E402
 import gpu_pack  # noqa: E402
-from gpu import environment, profile, sanitize, variants  # noqa: E402
+from gpu import build, environment, profile, sanitize, tests, variants  # noqa: E402
 from gpu import report as reports  # noqa: E402
 from gpu.settings import Settings  # noqa: E402
 
@@ -613,3 +613,84 @@ def test_a_module_for_other_gpus_is_not_packed(tmp_path, checkout, index, monkey
     assert json.loads((package / "_build.json").read_text())["cuda"] == {"reason": "no nvcc for ['10.0']"}
     manifest = json.loads((tmp_path / "pack" / "manifest.json").read_text())
     assert manifest["modules"] == "_C.abi3.so alone: no nvcc for ['10.0']"
+
+
+# ---- the tests that use the GPU
+
+OUTPUT = """
+print("tests/test_a.py::test_x[a b-cuda] PASSED  [ 10%]")
+print("tests/test_a.py::test_y[cuda] FAILED  [ 20%]", flush=True)
+print("tests/test_b.py::test_z SKIPPED (needs x)  [ 30%]", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "end, words, passed",
+    [
+        ("raise SystemExit(1)", "1 passed, 1 failed, 1 skipped\n- tests/test_a.py::test_y[cuda]\n\nStatus 1.\n", False),
+        (
+            "import time; time.sleep(600)",
+            "1 passed, 1 failed, 1 skipped\n- tests/test_a.py::test_y[cuda]\n\nOut of time: ended after 6 s.\n",
+            False,
+        ),
+    ],
+)
+def test_results_are_counted_also_if_the_time_is_over(end, words, passed, report):
+    running = report.start([sys.executable, "-c", OUTPUT + end], 6)
+    running.wait()
+    assert tests.judge(report, running) == passed and report.path.read_text() == words
+
+
+def test_all_passed_and_none_selected(report):
+    for code in ("print('tests/test_a.py::test_x PASSED [100%]')", f"raise SystemExit({tests.NO_TESTS})"):
+        running = report.start([sys.executable, "-c", code], 60)
+        running.wait()
+        assert tests.judge(report, running)
+    assert report.path.read_text() == "1 passed\n\nAll passed.\nNo tests.\n\n"
+
+
+def test_both_ways_to_a_kernel_are_tested(tmp_path, report, monkeypatch):
+    """Each in a process with INTERNIMAGE_NVRTC set, and only if a call is served by a compiled kernel."""
+    served = {
+        "0": "plain torch; no module",
+        "1": "compiled kernel, by NVRTC when it is first needed",
+        None: "plain torch",
+    }
+    monkeypatch.setattr(tests.machine, "backend", lambda **variables: served[variables.get("INTERNIMAGE_NVRTC")])
+    code = (
+        "import os, sys; print('tests/a.py::' + os.environ.get('INTERNIMAGE_NVRTC', '-') + sys.argv[2][:3] + ' PASSED')"
+    )
+    monkeypatch.setattr(tests, "PYTEST", [sys.executable, "-c", code])
+    assert tests.run(report, settings(tmp_path), reports.Clock(300)) == 0
+    text = report.path.read_text()
+    assert "With the kernels that nvcc has compiled:\n\nNot run: plain torch; no module.\n" in text
+    assert (
+        "With the kernels that NVRTC compiles:\n\n```\ntests/a.py::1gpu PASSED\n```\n1 passed\n\nAll passed.\n" in text
+    )
+    served["1"] = "plain torch; no NVRTC"
+    assert tests.run(report, settings(tmp_path), reports.Clock(300)) == 1
+    assert report.path.read_text().endswith("No CUDA kernels are in use: nothing was tested.\n")
+
+
+# ---- building
+
+
+def test_what_is_there_is_not_built(tmp_path, report, monkeypatch):
+    monkeypatch.setattr(build.machine, "nvccs_module", lambda: Path("_C_cuda.abi3.so"))
+    monkeypatch.setattr(build.machine, "backend", lambda **_: "compiled kernel")
+    monkeypatch.setattr(build.machine, "lacks_code_for_this_gpu", lambda: "")
+    assert build.run(report, settings(tmp_path), reports.Clock(300)) == 0
+    assert report.path.read_text() == "`_C_cuda.abi3.so` is there and serves this GPU: not built.\n"
+
+
+def test_without_nvcc_nothing_is_built(tmp_path, report, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(build.machine, "nvccs_module", lambda: Path("_C_cuda.abi3.so"))
+    monkeypatch.setattr(build.machine, "backend", lambda **_: "compiled kernel")
+    monkeypatch.setattr(build.machine, "lacks_code_for_this_gpu", lambda: "loaded, but not for it")
+    monkeypatch.setattr(build.machine, "tool", lambda name: None)
+    assert build.run(report, settings(tmp_path), reports.Clock(300)) == 0
+    assert report.path.read_text() == (
+        "`_C_cuda.abi3.so` is there, but does not serve this GPU: loaded, but not for it\n\n"
+        "Not built: there is no nvcc. NVRTC compiles the kernels when they are first needed.\n"
+    )

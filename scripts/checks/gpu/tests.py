@@ -65,7 +65,7 @@ def judge(report: Report, *ended: Running) -> bool:
     problems = [
         problem for running in ended if running.process.returncode != NO_TESTS and (problem := verdict(running))
     ]
-    report.write(f"\n{' '.join(dict.fromkeys(problems)) or 'All passed.'}")
+    report.write(f"\n{' '.join(dict.fromkeys(problems)) or ('All passed.' if counts else '')}".rstrip())
     return not problems
 
 
