@@ -377,6 +377,44 @@ def test_counters_of_a_profile():
     assert list(profile.read(["==ERROR== no permission"])) == []
 
 
+NCU = """#!{python}
+import sys
+arguments = sys.argv[1:]
+dtype = arguments[arguments.index("--dtype") + 1]
+with open(arguments[arguments.index("--log-file") + 1], "w") as file:
+    if {denied}:
+        print("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", file=file)
+        sys.exit(1)
+    print('"Kernel Name","gpu__time_duration.sum"\\n"","us"\\n"' + dtype + '_kernel","7.5"', file=file)
+"""
+
+
+@pytest.mark.parametrize("denied", [False, True])
+def test_a_profile(denied, tmp_path, report, monkeypatch):
+    tool = tmp_path / "ncu"
+    tool.write_text(NCU.format(python=sys.executable, denied=denied))
+    tool.chmod(0o755)
+    monkeypatch.setattr(profile.machine, "tool", lambda name: str(tool))
+    run = report.run
+    monkeypatch.setattr(
+        report, "run", lambda c, *rest, **more: run(c if c[0] == str(tool) else ["true"], *rest, **more)
+    )
+    assert profile.run(report, settings(tmp_path), reports.Clock(300)) == 0
+    text = report.path.read_text()
+    if denied:
+        assert text.endswith("not available: ==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n")
+        return
+    for dtype in profile.DTYPES:
+        assert f"1. `{dtype}_kernel`" in text and f"All counters are in `profile-{dtype}.csv`." in text
+    assert text.count("| us | 7.5 us |") == 3
+
+
+def test_without_a_profiler(tmp_path, report, monkeypatch):
+    monkeypatch.setattr(profile.machine, "tool", lambda name: None)
+    assert profile.run(report, settings(tmp_path), reports.Clock(300)) == 0
+    assert report.path.read_text() == "not available: there is no ncu (Nsight Compute).\n"
+
+
 def test_variants_side_by_side():
     def row(ms):
         return {("float16", "56x56", "forward"): {"ms": ms}}
@@ -387,6 +425,35 @@ def test_variants_side_by_side():
         "|---|---|---|--:|--:|--:|--:|",
         "| float16 | 56x56 | forward | 0.5000 | **0.2500** |  |  |",
     ]
+
+
+ROWS = """
+import json, os, sys
+variants = os.environ.get("INTERNIMAGE_CUDA_VARIANTS", "")
+ms = {"": 0.5, "tiles": 0.25, "window": None, "fixed": 0.75, "tiles,window,fixed": 0.4}[variants]
+why = "" if ms else "deviates by 1 from the reference"
+print(json.dumps(dict(dtype="float16", stage="56x56", work="forward", ms=ms, problem=why)))
+sys.exit(ms is None)
+"""
+
+
+def test_variants_run_in_processes_of_their_own(tmp_path, report, monkeypatch):
+    monkeypatch.setattr(variants, "unknown", lambda: "")
+    monkeypatch.delenv(variants.VARIABLE, raising=False)
+    start, commands = report.start, []
+
+    def start_rows(command, seconds, **variables):
+        commands.append(command)
+        return start([sys.executable, "-c", ROWS], seconds, **variables)
+
+    monkeypatch.setattr(report, "start", start_rows)
+    assert variants.run(report, settings(tmp_path), reports.Clock(600)) == 1
+    text = report.path.read_text()
+    assert len(commands) == 6 and all("--ours" in command and "--json" in command for command in commands)
+    assert "\ntiles:\n\n1 rows, all results right.\n" in text
+    assert "- float16, 56x56, forward: deviates by 1 from the reference\n" in text
+    assert "| dtype | stage | work | default | tiles | window | fixed | all | default again |\n" in text
+    assert "| float16 | 56x56 | forward | 0.5000 | **0.2500** |  | 0.7500 | 0.4000 | 0.5000 |\n" in text
 
 
 def test_a_build_without_variants(tmp_path, monkeypatch):

@@ -13,12 +13,15 @@ import bench_cuda
 import cuda_peers
 import torch
 
+DTYPES = ("float16", "bfloat16", "float32")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, help="checkout of OpenGVLab/InternImage")
     parser.add_argument("--dcnv4", type=Path, help="checkout of OpenGVLab/DCNv4")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--dtype", choices=DTYPES, help="one type instead of all")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "no GPU: torch.cuda.is_available() is False\n")
@@ -27,7 +30,8 @@ def main() -> None:
         for kind, checkout in ((cuda_peers.OfficialDCNv3, arguments.official), (cuda_peers.DCNv4, arguments.dcnv4))
     ]
     side, groups = bench_cuda.STAGES[0]
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    for name in DTYPES if arguments.dtype is None else (arguments.dtype,):
+        dtype = getattr(torch, name)
         sets = [bench_cuda.draw(arguments.batch, side, groups, dtype, 0)]
         for (work, who), (call,) in bench_cuda.works(sets, groups, *peers, dtype, only_ours=False).items():
             if who == "reference" or (who != "ours" and dtype != torch.float16):
@@ -38,7 +42,7 @@ def main() -> None:
             call()
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-            print(f"{str(dtype).removeprefix('torch.')} {work}, {who}", flush=True)
+            print(f"{name} {work}, {who}", flush=True)
 
 
 if __name__ == "__main__":

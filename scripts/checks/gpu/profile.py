@@ -36,6 +36,11 @@ COUNTERS = {
     "DRAM read": "dram__bytes_read.sum",
     "DRAM written": "dram__bytes_write.sum",
 }
+OPTIONS = [
+    *("--set", "full", "--profile-from-start", "off", "--csv", "--page", "raw"),
+    *("--clock-control", "none"),  # the clock at which the benchmarks run
+]
+DTYPES = ("float16", "bfloat16", "float32")
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio$")
 DENIED = r"ERR_NVGPUCTRPERM|Failed to initialize the profiler|LibraryNotLoaded|not supported"
 
@@ -45,28 +50,32 @@ def run(report: Report, settings: Settings, clock: Clock) -> int:
     if tool is None:
         report.write("not available: there is no ncu (Nsight Compute).")
         return 0
-    script = [sys.executable, "scripts/bench/profile_cuda.py", *settings.peers("official", "dcnv4")]
+    script = [sys.executable, "scripts/bench/profile_cuda.py"]
     report.write("The calls, without the profiler:\n")
-    trial = report.run(script, min(120, clock.left() / 3), tail=20)
+    trial = report.run(script, clock.left() / 3, tail=20)
     if problem := verdict(trial):
         report.write(f"Not profiled: {problem}")
         return 1
-    path = settings.out / "profile.csv"
-    options = ["--set", "full", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--page", "raw"]
-    profiled = report.run([tool, *options, "--log-file", str(path), *script], clock.left() - 10, tail=5)
-    kernels = list(read(path.read_text(errors="replace").splitlines())) if path.is_file() else []
-    said = [
-        line for line in (path.read_text(errors="replace") if path.is_file() else "").splitlines() if "==ERROR" in line
-    ]
-    said += [line for line in profiled.lines if "==ERROR" in line]
-    if not kernels and re.search(DENIED, "\n".join(said)):
-        report.write(f"not available: {said[0]}")
-        return 0
-    for line in [*said[:5], verdict(profiled)]:
-        report.write(line)
-    report.write(table(kernels) if kernels else "No kernel was profiled.")
-    report.write(f"All counters are in `{path.name}`.")
-    return int(not kernels or bool(verdict(profiled)))
+    failed = False
+    for i, dtype in enumerate(DTYPES):  # one by one, as ncu writes at its end
+        seconds = clock.left() / (len(DTYPES) - i)
+        report.write(f"\n### {dtype}\n")
+        arguments = ["--dtype", dtype, *settings.peers("official", "dcnv4")]
+        path = settings.out / f"profile-{dtype}.csv"
+        path.unlink(missing_ok=True)
+        profiled = report.run([tool, *OPTIONS, "--log-file", str(path), *script, *arguments], seconds, tail=5)
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        said = [line for line in [*lines, *profiled.lines] if "==ERROR" in line]
+        kernels = list(read(lines))
+        if not kernels and re.search(DENIED, "\n".join(said)):
+            report.write(f"not available: {said[0]}")
+            return 0
+        for line in filter(None, [*said[:5], verdict(profiled)]):
+            report.write(line)
+        report.write(table(kernels) if kernels else "No kernel was profiled.")
+        report.write(f"\nAll counters are in `{path.name}`." if kernels else "")
+        failed |= not kernels or bool(verdict(profiled))
+    return int(failed)
 
 
 def read(lines: Iterable[str]) -> Iterable[dict[str, str]]:
