@@ -298,6 +298,18 @@ def test_the_help_names_every_stage_and_variable():
     ]
 
 
+def test_paths_are_relative_to_the_caller(tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": "./python", "OUT": "here/out", "REPORT": "r.md"}
+    variables |= {"OFFICIAL": "peer", "DCNV4": ""}
+    command = ["bash", str(CHECKS / "gpu_check.sh"), "test"]
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    assert result.stderr == f"OFFICIAL must be a checkout, and there is no folder '{tmp_path}/peer'\n"
+    (tmp_path / "peer").mkdir()
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    assert result.returncode == 2 and (tmp_path / "here" / "out").is_dir()
+
+
 def test_where_results_go(tmp_path):
     assert settings(tmp_path).report == tmp_path / "out" / "gpu.md"
     assert settings(tmp_path, REPORT=str(tmp_path / "x.md")).report == tmp_path / "x.md"

@@ -25,6 +25,13 @@
 #
 # Status: 0; 1 if a check failed; 2 if there is no GPU or no torch.
 set -euo pipefail
+for name in OUT REPORT OFFICIAL DCNV4 PYTHON; do # paths are relative to where this was called
+    case ${!name:-/} in
+    /*) ;;
+    */*) export "$name=$PWD/${!name}" ;;
+    *) if [ "$name" != PYTHON ]; then export "$name=$PWD/${!name}"; fi ;;
+    esac
+done
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
