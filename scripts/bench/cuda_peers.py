@@ -16,8 +16,10 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import toolkit
 import torch
 from torch import Tensor
 
@@ -45,40 +47,71 @@ NO_SETUP = "compiled by torch.utils.cpp_extension.load: setup.py raises without 
 
 
 class PeerError(Exception):
-    """A checkout that is not one of the project, or does not build."""
+    """A checkout that is not one of the project, or does not build, or has not been built."""
 
 
-def prepare(checkout: Path, part: str, name: str, module: str, sources: list[str], flags: Sequence[str] = ()):
+@dataclass(frozen=True)
+class Checkout:
+    """Where the sources are, and whether they may be compiled now, which takes minutes."""
+
+    path: Path
+    may_build: bool = True
+
+
+def prepare(given: Checkout, part: str, name: str, module: str, sources: list[str], flags: Sequence[str] = ()):
     """Copy a folder of the checkout, patch it, build and import `module`; returns folder, changes and module.
 
-    Reuses the build of an earlier call if nothing has changed.
+    Reuses the build of an earlier call if nothing has changed, and it is for this GPU.
     """
+    checkout = given.path
     source = checkout / part
     if not source.is_dir():
         raise PeerError(f"'{checkout}' has no folder {part}")
     files = sorted(path for path in source.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"))
-    digest = hashlib.sha256(repr((torch.__version__, _architectures(), sources, flags, PATCHES, BINDINGS)).encode())
+    python = sys.implementation.cache_tag
+    digest = hashlib.sha256(repr((torch.__version__, python, sources, flags, PATCHES, BINDINGS)).encode())
     for path in files:
         digest.update(path.read_bytes())
     folder = FOLDER / name
     stamp = folder / "stamp.json"
     before = json.loads(stamp.read_text()) if stamp.is_file() else {}
     changes = before.get("changes", [])
-    if before.get("digest") != digest.hexdigest():
+    if before.get("digest") != digest.hexdigest() or not serves(before.get("architectures", ""), wanted()):
+        if not given.may_build:
+            raise PeerError("it has not been built")
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source, folder)
         changes = patch(folder, name)
         compile_copy(folder, module, sources, flags)
-        stamp.write_text(json.dumps({"digest": digest.hexdigest(), "changes": changes}))
+        facts = {"digest": digest.hexdigest(), "architectures": wanted(), "changes": changes}
+        stamp.write_text(json.dumps(facts))
     sys.path.insert(0, str(folder / "built"))
-    return folder, changes, importlib.import_module(module)
+    try:
+        return folder, changes, importlib.import_module(module)
+    except ImportError as error:
+        raise PeerError(f"{module} does not load: {error}") from error
 
 
-def _architectures() -> str:
-    """The compute capabilities that torch's builder compiles for."""
-    if torch.cuda.is_available():
-        return os.environ.get("TORCH_CUDA_ARCH_LIST") or str(torch.cuda.get_device_capability())
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+def wanted() -> str:
+    """The compute capabilities that torch's builder compiles for: those asked for, or this GPU's, or (empty) all."""
+    here = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or here
+
+
+def serves(built: str, wanted: str) -> bool:
+    """Whether a build for some compute capabilities ("8.0;9.0+PTX") runs where others are wanted."""
+    there, asked = ([(*map(int, v.split(".")), p) for v, p in _entry.findall(text)] for text in (built, wanted))
+    return (
+        built == wanted
+        or bool(asked)
+        and all(
+            any((major == a and minor <= b) or (bool(ptx) and (major, minor) <= (a, b)) for major, minor, ptx in there)
+            for a, b, _ in asked
+        )
+    )
+
+
+_entry = re.compile(r"(\d+\.\d+)[af]?(\+PTX)?")
 
 
 def patch(folder: Path, name: str) -> list[str]:
@@ -102,20 +135,30 @@ def patch(folder: Path, name: str) -> list[str]:
 
 def compile_copy(folder: Path, module: str, sources: Sequence[str], flags: Sequence[str]) -> None:
     """Build `module` into `folder`, for this GPU, or for those of TORCH_CUDA_ARCH_LIST."""
-    from torch.utils.cpp_extension import load
+    from torch.utils import cpp_extension
 
     output = folder / "built"
     output.mkdir()
     # headers of the libraries that came with torch, with the lowest priority: a minimal toolkit lacks them
-    wheels = [path for root in sys.path for path in Path(root).glob("nvidia/*/include")]
-    behind = [flag for path in wheels for flag in ("-Xcompiler", f"-idirafter,{path}")]
+    headers = [path for root in sys.path for path in Path(root).glob("nvidia/*/include")]
+    libraries = [path for root in sys.path for path in Path(root).glob("nvidia/*/lib")]
+    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        kit = toolkit.find()
+        if kit is None:
+            raise PeerError(f"{module} is not built: there is no nvcc")
+        # torch takes the folder above that of the nvcc on the PATH, which may be a script
+        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(kit.home)
+        os.environ.setdefault("PYTORCH_NVCC", kit.nvcc)
+        headers, libraries = [*kit.includes, *headers], [*kit.libraries, *libraries]
+    behind = [flag for path in headers for flag in ("-Xcompiler", f"-idirafter,{path}")]
     try:
-        load(
+        cpp_extension.load(
             name=module,
             sources=[str(folder / s) for s in sources],
             extra_include_paths=[str(folder / "src")],
-            extra_cflags=["-O3", "-DWITH_CUDA", "-w", *(f"-idirafter{path}" for path in wheels)],
+            extra_cflags=["-O3", "-DWITH_CUDA", "-w", *(f"-idirafter{path}" for path in headers)],
             extra_cuda_cflags=["-O3", "-DWITH_CUDA", "-w", *flags, *behind],
+            extra_ldflags=[f"-L{path}" for path in [*libraries, unversioned_runtime(output / "links", libraries)]],
             build_directory=str(output),
             with_cuda=True,
             is_python_module=False,
@@ -124,12 +167,21 @@ def compile_copy(folder: Path, module: str, sources: Sequence[str], flags: Seque
         raise PeerError(f"{module} does not build: {error}") from error
 
 
+def unversioned_runtime(folder: Path, libraries: list[Path]) -> Path:
+    """A folder where -lcudart finds the runtime, if the others have it under a name with a version only."""
+    folder.mkdir()
+    versioned = [path for library in libraries for path in sorted(library.glob("libcudart.so.*"))]
+    if versioned and not any((library / "libcudart.so").exists() for library in libraries):
+        (folder / "libcudart.so").symlink_to(versioned[0])
+    return folder
+
+
 class OfficialDCNv3:
     """OpenGVLab/InternImage's operator, 3x3 with padding 1. float32 and float16."""
 
     name = "official DCNv3"
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, checkout: Checkout) -> None:
         sources = ["src/vision.cpp", "src/cuda/dcnv3_cuda.cu", "src/cpu/dcnv3_cpu.cpp"]
         _, self.changes, self.module = prepare(checkout, "classification/ops_dcnv3", "dcnv3", "DCNv3", sources)
 
@@ -150,7 +202,7 @@ class DCNv4:
 
     name = "DCNv4"
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, checkout: Checkout) -> None:
         defined = ["CUDA_HAS_FP16=1", *(f"__CUDA_NO_HALF{x}__" for x in ("_OPERATORS", "_CONVERSIONS", "2_OPERATORS"))]
         flags = [f"-D{name}" for name in defined]  # those of its setup.py
         sources = ["src/binding.cpp", "src/cuda/dcnv4_cuda.cu"]
@@ -188,12 +240,12 @@ class DCNv4:
         return 3, 3, 1, 1, 1, 1, 1, 1, groups, input.shape[3] // groups
 
 
-def build(kind: Callable, checkout: Path | None) -> tuple[object | None, str]:
+def build(kind: Callable, checkout: Path | None, may_build: bool = True) -> tuple[object | None, str]:
     """The operator, or None and why it is not available."""
     if checkout is None:
         return None, "no checkout was given"
     try:
-        return kind(checkout), ""
+        return kind(Checkout(checkout, may_build)), ""
     except PeerError as error:
         return None, str(error)
 
@@ -205,8 +257,10 @@ def main() -> None:
     parser.add_argument("--dcnv4", type=Path, help="checkout of OpenGVLab/DCNv4")
     arguments = parser.parse_args()
     for kind, checkout in ((OfficialDCNv3, arguments.official), (DCNv4, arguments.dcnv4)):
+        if checkout is None:
+            continue
         peer, reason = build(kind, checkout)
-        print(f"{kind.name}: {reason or 'built'}")
+        print(f"{kind.name}: {reason or 'built'}", flush=True)
         for change in peer.changes if peer is not None else []:
             print(f"- {change}")
 

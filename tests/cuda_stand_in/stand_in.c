@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 // ---- what tests set and read
 
@@ -151,11 +152,24 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode* mode
   capture_mode = *mode;
   return *mode = before, cudaSuccess;
 }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags) { return *e = handle(), cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return cudaSuccess; }
+// An event is the host's time at which it was recorded: how long the host took between two of them.
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags) {
+  return *e = calloc(1, sizeof(struct timespec)), cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+  return clock_gettime(CLOCK_MONOTONIC, (struct timespec*)e), cudaSuccess;
+}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) { return cudaEventRecord(e, s); }
+cudaError_t elapsed_time(float* ms, cudaEvent_t from, cudaEvent_t to) {
+  const struct timespec *a = (void*)from, *b = (void*)to;
+  return *ms = 1e3 * (b->tv_sec - a->tv_sec) + 1e-6 * (b->tv_nsec - a->tv_nsec), cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) { return elapsed_time(ms, from, to); }
 cudaError_t cudaEventQuery(cudaEvent_t e) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { return ++stand_in_synchronized, cudaSuccess; }
-cudaError_t cudaEventDestroy(cudaEvent_t e) { return cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t e) { return free(e), cudaSuccess; }
+cudaError_t cudaProfilerStart(void) { return cudaSuccess; }
+cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes* a, const void* f) {
   memset(a, 0, sizeof(*a));
   a->maxThreadsPerBlock = 1024;
