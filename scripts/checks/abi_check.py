@@ -24,7 +24,7 @@ TORCH_TARGET = "0x020a000000000000ULL"  # as in setup.py
 VERSIONS = ["2.10", "2.11", "2.13", "newest"]
 BESIDE_TORCH = [
     *("filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "numpy", "einops", "safetensors"),
-    *("pytest", "pytest-timeout", "hypothesis"),
+    *("tqdm", "pytest", "pytest-timeout", "hypothesis"),
 ]
 TESTS = [
     "test_dcnv3.py",
