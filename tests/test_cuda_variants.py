@@ -357,6 +357,20 @@ def test_fixed_point_sums_do_not_overflow(dtype, chosen):
     assert torch.equal(sums, expected)
 
 
+@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize("which", ["mask", "grad_output"])
+@pytest.mark.parametrize("size, groups", [((5, 3), 2), ((35, 34), 8)], ids=str)
+def test_the_largest_value_counts_wherever_it_is(size, groups, which, at, chosen):
+    """The larger problem has more values than there are threads that read them (2^17)."""
+    geometry, tensors, grad_output = draw(({"groups": groups}, size, 16), torch.float32, 0.3, n=1)
+    (tensors[2] if which == "mask" else grad_output).view(-1)[at] = 2.0**40
+    result = chosen.backward(grad_output, *tensors, *geometry, deterministic=True, wanted=(True, False))[0]
+    assert families(chosen)[0] == "fixed_range"
+    chosen.choose()
+    expected = chosen.backward(grad_output, *tensors, *geometry, wanted=(True, False))[0]
+    assert_close(result, expected, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("which", ["mask", "grad_output"])

@@ -5,7 +5,7 @@
 // adjacent threads, and each has the channels that one instruction of an operation takes.
 #include <cstdint>
 
-enum Operation { kRedV4, kRedV2, kRed, kRedOneByOne, kRedU64, kStoreV4, kNothingV4, kNothing };
+enum Operation { kRedV4, kRedV4Twice, kRedV2, kRed, kRedOneByOne, kRedU64, kStoreV4, kNothingV4, kNothing };
 enum Pattern { kWindow, kAnywhere, kStreaming };
 constexpr uint32_t kChannels = 16, kPoints = 9, kCorners = 4, kThreads = 256;
 
@@ -16,18 +16,19 @@ struct Width {
                                                                                                           : 4;
 };
 
-// Adds 1 to this lane's channels, or stores it.
+// Adds 1 to this lane's channels, or stores it. kRedV4Twice is what the backward of 3x3 kernels does: the two lanes of
+// a row add to one sector of it, and then to the other.
 template <int kOperation>
 __device__ __forceinline__ void perform(char* row, uint32_t lane) {
   const uint32_t bytes = kOperation == kRedU64 ? 8 : 4;
-  char* const at = row + lane * Width<kOperation>::value * bytes;
+  char* const at = row + lane * (kOperation == kRedV4Twice ? 4 : Width<kOperation>::value) * bytes;
 #ifndef __CUDA_ARCH__  // on a host, which has no atomic operations of this kind
   constexpr bool is_nothing = kOperation == kNothingV4 || kOperation == kNothing;
   for (uint32_t i = 0; i < Width<kOperation>::value && !is_nothing; ++i) {
     if (kOperation == kRedU64) {
       reinterpret_cast<uint64_t*>(at)[i] += 1;
     } else {
-      float& value = reinterpret_cast<float*>(at)[i];
+      float& value = reinterpret_cast<float*>(at)[i < 4 ? i : i + 4];
       value = kOperation == kStoreV4 ? 1.0f : value + 1.0f;
     }
   }
@@ -48,6 +49,12 @@ __device__ __forceinline__ void perform(char* row, uint32_t lane) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (kOperation == kRedV4)
       asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %1, %1, %1};" ::"l"(at), "f"(1.0f) : "memory");
+    else if constexpr (kOperation == kRedV4Twice)
+      asm volatile(
+          "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %1, %1, %1};"
+          "red.relaxed.gpu.global.add.v4.f32 [%0 + 32], {%1, %1, %1, %1};" ::"l"(at),
+          "f"(1.0f)
+          : "memory");
     else
       asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %1};" ::"l"(at), "f"(1.0f) : "memory");
 #endif

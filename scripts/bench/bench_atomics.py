@@ -27,9 +27,10 @@ from internimage.nvrtc import compiler, parts  # noqa: E402
 
 SOURCE = Path(__file__).with_name("atomics.cu")
 SIDE, GROUPS, CHANNELS, BATCH, ROWS_OF_A_UNIT, THREADS = 56, 4, 16, 64, 36, 256
-# what -> name in atomics.cu, values an instruction, bytes a value, whether it needs compute capability 9.0
+# what -> name in atomics.cu, channels a thread, bytes a value, whether it needs compute capability 9.0
 OPERATIONS = {
     "red.v4.f32": ("kRedV4", 4, 4, True),
+    "red.v4.f32, 8 channels a thread": ("kRedV4Twice", 8, 4, True),
     "red.v2.f32": ("kRedV2", 2, 4, True),
     "red.f32, a channel a thread": ("kRed", 1, 4, False),
     "red.f32, 4 channels a thread": ("kRedOneByOne", 4, 4, False),
@@ -38,6 +39,8 @@ OPERATIONS = {
     "none: addresses of 4 channels": ("kNothingV4", 4, 4, False),
     "none: addresses of a channel": ("kNothing", 1, 4, False),
 }
+# values an instruction, where that is not the channels a thread
+VALUES = {"red.v4.f32, 8 channels a thread": 4, "red.f32, 4 channels a thread": 1}
 PATTERNS = {
     "window": "kWindow",  # as the backward, with offsets of standard deviation 1
     "anywhere": "kAnywhere",
@@ -89,7 +92,7 @@ def measure(module: driver.Module, operation: str, pattern: str, images: int) ->
     ms = events_ms(run)
     clock = megahertz(module)
     payload = additions * value_bytes
-    instructions = additions / (1 if operation == "red.f32, 4 channels a thread" else width)
+    instructions = additions / VALUES.get(operation, width)
     sectors = payload / 32 / (ms * clock * 1e3)  # a clock
     return f"{ms:.3f} | {payload / ms / 1e6:.0f} | {instructions / ms / 1e6:.0f} | {sectors:.1f} | {clock:.0f} |"
 
