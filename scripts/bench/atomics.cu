@@ -9,11 +9,11 @@ enum Operation { kRedV4, kRedV4Twice, kRedV2, kRed, kRedOneByOne, kRedU64, kStor
 enum Pattern { kWindow, kAnywhere, kStreaming };
 constexpr uint32_t kChannels = 16, kPoints = 9, kCorners = 4, kThreads = 256;
 
+// Channels of a thread.
 template <int kOperation>
 struct Width {
-  static constexpr uint32_t value = kOperation == kRed || kOperation == kRedU64 || kOperation == kNothing ? 1
-                                    : kOperation == kRedV2                                                ? 2
-                                                                                                          : 4;
+  static constexpr bool kIsOne = kOperation == kRed || kOperation == kRedU64 || kOperation == kNothing;
+  static constexpr uint32_t value = kIsOne ? 1 : kOperation == kRedV2 ? 2 : kOperation == kRedV4Twice ? 8 : 4;
 };
 
 // Adds 1 to this lane's channels, or stores it. kRedV4Twice is what the backward of 3x3 kernels does: the two lanes of
