@@ -177,7 +177,7 @@ def test_a_compiler_that_fails(wish, status, torch_of, toolkit_of, tmp_path):
 
 # torch's stable ABI, the CUDA runtime, the C library, and of C++ what is in namespace std or below it
 STABLE = (
-    r"(aoti_torch_|torch_|cuda|__cuda)\w+|_Unwind_\w+|_ITM_\w+|__\w+|(mem|str|local)\w+|time|free|malloc|dlsym|"
+    r"(aoti_torch_|torch_|cuda|__cuda)\w+|_Unwind_\w+|_ITM_\w+|__\w+|(mem|str|local)\w+|time|free|malloc|dlsym|getenv|"
     r"_Z(NK?|T[ISV])?(S[abstiod]|N10__cxxabiv1)\w*|_Z(n[wa]|d[la])\w+"
 )
 

@@ -303,7 +303,7 @@ def test_window_of_sm_75_has_no_products(tmp_path):
     kernels = inspect("nvrtc", "sm_75", tmp_path)
     assert kernels["window_kernel<__half, 9, 32>"].count("HMMA") == 0
     test_no_spills(kernels)
-    test_registers_leave_room(kernels)
+    test_registers_leave_room(kernels, "sm_75")
 
 
 @pytest.mark.parametrize("dtype", [*HALF, "float"])

@@ -285,7 +285,7 @@ def test_rows(capsys):
     table.wrong("backward", "ours", "deviates")
     assert not table.all_right
     assert capsys.readouterr().out.splitlines() == [
-        "| 56x56 | forward | ours | 0.0500 |  | 44 % | 0.061 |  |",
+        "| 56x56 | forward | ours | 0.0500 |  | 44 % | 0.06 |  |",
         "| 56x56 | forward | DCNv4 | 0.1000 | 2.00 |  |  | eager |",
         "| 56x56 | backward | DCNv4 | | | | | failed: x |",
         "| 56x56 | backward | ours | | | | | deviates |",
