@@ -14,7 +14,7 @@ from .settings import Settings
 
 # All code paths of the kernels on small tensors, as each launch becomes 100 times slower.
 TESTS = "test_golden and operator and (float32 or float64) or test_half or test_one_pixel or test_gradients_of_some"
-OURS = re.compile(r"internimage::cuda|(forward|backward|deterministic)_kernel")
+OURS = re.compile(r"internimage::cuda|(forward|backward\w*|deterministic|tiles|window|fixed_\w+)_kernel")
 SECONDS = 60  # less is not worth a start
 
 
