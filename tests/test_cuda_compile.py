@@ -19,7 +19,8 @@ import pytest
 from internimage.nvrtc import compiler, parts
 
 SOURCE = Path(__file__).parent / "cuda_host" / "all_kernels.cu"
-ARCHITECTURES = ["sm_80", "sm_90"]
+# what most tests look at; the rest, and that both compilers make the same, is slow
+BUILDS = [("nvcc", "sm_90"), ("nvrtc", "sm_90"), ("nvrtc", "sm_80")]
 ALL_ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 HALF = ["__half", "__nv_bfloat16"]
 
@@ -141,14 +142,19 @@ def inspect(by: str, architecture: str, folder: Path) -> dict[str, Kernel]:
     return result
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def architecture(request):
+@pytest.fixture(scope="module", params=BUILDS, ids="-".join)
+def build(request) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(scope="module", params=["nvcc", "nvrtc"])
-def kernels(request, architecture, tmp_path_factory) -> dict[str, Kernel]:
-    return inspect(request.param, architecture, tmp_path_factory.mktemp(architecture))
+@pytest.fixture(scope="module")
+def architecture(build) -> str:
+    return build[1]
+
+
+@pytest.fixture(scope="module")
+def kernels(build, tmp_path_factory) -> dict[str, Kernel]:
+    return inspect(*build, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.slow
@@ -299,6 +305,7 @@ def test_window_on_tensor_cores(points, dtype, kernels, architecture):
     assert kernel.count() / 16 <= 245, kernel.instructions.most_common()
 
 
+@pytest.mark.slow
 def test_window_of_sm_75_has_no_products(tmp_path):
     kernels = inspect("nvrtc", "sm_75", tmp_path)
     assert kernels["window_kernel<__half, 9, 32>"].count("HMMA") == 0

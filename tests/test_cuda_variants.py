@@ -421,6 +421,7 @@ def test_words_of_a_window(columns, host):  # noqa: F811
             assert len({word(0, 2 * row, 8 * step + 2 * pair) // 4 % 8 for row, pair in lanes}) == 8
 
 
+@pytest.mark.slow
 def test_under_address_sanitizer(sanitized):  # noqa: F811
     which = "(reference or tiles_are or test_window or order or nowhere) and (float16 or plain) and not bfloat16"
     which += " and not (tiles_are and 11)"
