@@ -148,10 +148,8 @@ def test_any_problem(problem, host):
 # ---- semantics
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
-@pytest.mark.parametrize("case", ["softmax", "no center", "3 channels", "even"])
-def test_locations_that_are_nowhere(case, value, dtype, host):
+def check_nowhere(host, case, value, dtype) -> None:
+    """Every seventh coordinate of the offsets is `value`: nothing is read there, and its gradient is zero."""
     arguments, size, group_channels = CASES[case]
     *tensors, grad_output = oracle.draw(4, 2, size, group_channels, 1.0, **arguments)
     tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
@@ -160,6 +158,21 @@ def test_locations_that_are_nowhere(case, value, dtype, host):
     compare(host, tensors, grad_output, arguments, dtype, deterministic=True)
     grads = host.backward(*(t.to(dtype) for t in (grad_output, *tensors)), *schema(arguments))
     assert not grads[1].reshape(-1)[::7].any()
+
+
+def check_pixel_centers(host, softmax, dtype) -> None:
+    """All locations on the kinks of the interpolation, those on the border of the image among them."""
+    arguments = {"padding": (2, 2), "groups": 2, "softmax": softmax}
+    *tensors, grad_output = oracle.draw(6, 2, (4, 5), 16, 1.5, **arguments)
+    tensors[1] = tensors[1].round()
+    compare(host, tensors, grad_output, arguments, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("case", ["softmax", "no center", "3 channels", "even"])
+def test_locations_that_are_nowhere(case, value, dtype, host):
+    check_nowhere(host, case, value, dtype)
 
 
 def test_a_mask_of_nan_does_not_count_outside(host):
@@ -174,11 +187,7 @@ def test_a_mask_of_nan_does_not_count_outside(host):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softmax", [False, True])
 def test_pixel_centers(softmax, dtype, host):
-    """All locations on the kinks of the interpolation, those on the border of the image among them."""
-    arguments = {"padding": (2, 2), "groups": 2, "softmax": softmax}
-    *tensors, grad_output = oracle.draw(6, 2, (4, 5), 16, 1.5, **arguments)
-    tensors[1] = tensors[1].round()
-    compare(host, tensors, grad_output, arguments, dtype)
+    check_pixel_centers(host, softmax, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,7 +14,16 @@ import strategies
 import torch
 from conftest import assert_close
 from hypothesis import HealthCheck, given, settings
-from test_cuda_host import CASES, LIBRARY, NAMES, compare, host, large_problem, sanitized  # noqa: F401
+from test_cuda_host import (
+    CASES,
+    NAMES,
+    check_nowhere,
+    check_pixel_centers,
+    compare,
+    host,  # noqa: F401
+    large_problem,
+    sanitized,  # noqa: F401
+)
 from test_dcnv3 import schema
 
 from internimage.ops import dcnv3_reference as reference
@@ -149,23 +158,13 @@ def test_part_of_the_gradients(case, deterministic, wanted, chosen):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
 @pytest.mark.parametrize("case", ["softmax", "no center", "3 channels"])
 def test_locations_that_are_nowhere(case, value, dtype, chosen):
-    arguments, size, group_channels = CASES[case]
-    *tensors, grad_output = oracle.draw(4, 2, size, group_channels, 1.0, **arguments)
-    tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
-    tensors[1].view(-1)[::7] = value
-    compare(chosen, tensors, grad_output, arguments, dtype)
-    compare(chosen, tensors, grad_output, arguments, dtype, deterministic=True)
-    grads = chosen.backward(*(t.to(dtype) for t in (grad_output, *tensors)), *schema(arguments))
-    assert not grads[1].reshape(-1)[::7].any()
+    check_nowhere(chosen, case, value, dtype)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("softmax", [False, True])
 def test_pixel_centers(softmax, dtype, chosen):
-    arguments = {"padding": (2, 2), "groups": 2, "softmax": softmax}
-    *tensors, grad_output = oracle.draw(6, 2, (4, 5), 16, 1.5, **arguments)
-    tensors[1] = tensors[1].round()
-    compare(chosen, tensors, grad_output, arguments, dtype)
+    check_pixel_centers(chosen, softmax, dtype)
 
 
 # ---- tiles
