@@ -127,6 +127,9 @@ __global__ void __launch_bounds__(kWindowThreads)
   const auto unit_of = [&](int32_t x, int32_t y) {
     return ((image * a.out_rows + row_of(y)) * a.out_columns + column_of(x)) * a.groups.divisor + group;
   };
+  const auto grad_of = [&](uint32_t number) {  // of a unit of the tile
+    return grad_output + static_cast<uint64_t>(unit_of(column_of_unit(number), row_of_unit(number))) * kWindowChannels;
+  };
   const uint32_t lane = threadIdx.x;
   const int32_t own_x = column_of_unit(lane), own_y = row_of_unit(lane);
   const bool is_active = left + own_x < a.out_columns && top + own_y < a.out_rows;
@@ -150,8 +153,7 @@ __global__ void __launch_bounds__(kWindowThreads)
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
       const uint32_t of = 16 * n + 2 * row + next;
-      const uint64_t from = static_cast<uint64_t>(unit_of(column_of_unit(of), row_of_unit(of))) * kWindowChannels;
-      const uint2 four = __ldg(reinterpret_cast<const uint2*>(grad_output + from) + pair);
+      const uint2 four = __ldg(reinterpret_cast<const uint2*>(grad_of(of)) + pair);
       is_finite = is_finite && are_finite<S>(four);
       grads[n][next] = four.x;
       grads[n][next + 2] = four.y;
@@ -294,8 +296,7 @@ __global__ void __launch_bounds__(kWindowThreads)
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
       const uint32_t of = 8 * step + 2 * pair + next;
-      const uint64_t from = static_cast<uint64_t>(unit_of(column_of_unit(of), row_of_unit(of))) * kWindowChannels;
-      const uint32_t two = __ldg(reinterpret_cast<const uint32_t*>(grad_output + from) + row);
+      const uint32_t two = __ldg(reinterpret_cast<const uint32_t*>(grad_of(of)) + row);
       doubled[step][0][next] = (two & 0xffffu) | two << 16;
       doubled[step][1][next] = two >> 16 | (two & 0xffff0000u);
     }
