@@ -66,6 +66,8 @@ inline Problem make_problem(const torch::stable::Tensor& input, const torch::sta
   p.groups = groups;
   p.group_channels = p.channels / groups;
   p.points = p.kernel_h * p.kernel_w - (remove_center ? 1 : 0);
+  p.mask_stride = groups * p.points;
+  p.offset_stride = 2 * p.mask_stride;
   p.out_height = output_size(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h);
   p.out_width = output_size(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w);
   p.offset_scale = offset_scale;

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: MIT
-// Scratch memory of a thread.
+// Scratch memory of threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace internimage {
 
@@ -30,5 +35,21 @@ class Scratch {
   std::unique_ptr<char[]> large_;
   char* data_;
 };
+
+// Calls run(scratch, begin, end) for parts of [0, tasks) in torch's threads, at least `grain` tasks at a time. torch
+// must not see an exception (boxed.h), so that one in a thread is thrown afterwards.
+template <typename Run>
+void parallel_with_scratch(int64_t tasks, int64_t grain, int64_t scratch_bytes, const Run& run) {
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    try {
+      const Scratch scratch(scratch_bytes);
+      run(scratch.get(), begin, end);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  STD_TORCH_CHECK(!out_of_memory, "internimage: out of memory for ", scratch_bytes, " bytes of scratch");
+}
 
 }  // namespace internimage

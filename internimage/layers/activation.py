@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Activations by timm's names."""
+"""Activations by timm's names, and GELU with a kernel of its own."""
 
 from collections.abc import Callable
 from reprlib import repr  # shortens, so that a message stays on one line whatever a file contains
 from typing import Any
 
+import timm.layers.activations
+import torch
+import torch.nn.functional as F
 from timm.layers import get_act_layer
-from torch import nn
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..extension import has_kernel
+from .fast_path import use_fast_path
 
 
 def activation_class(act_layer: Any) -> Callable[..., nn.Module]:
-    """The class of an activation.
+    """The class of an activation; ours for GELU.
 
     Args:
         act_layer: timm's name of it, or the class itself.
@@ -24,4 +31,15 @@ def activation_class(act_layer: Any) -> Callable[..., nn.Module]:
         known = None
     if not callable(known):  # timm returns None for an empty name, and anything that is not a name as it is
         raise ValueError(f"act_layer must be timm's name of an activation, such as 'gelu', got {repr(act_layer)}")
-    return known
+    return GELU if known in (nn.GELU, timm.layers.activations.GELU) else known
+
+
+@register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
+class GELU(timm.layers.activations.GELU):
+    """GELU; CPU inference uses the compiled kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if use_fast_path(input) and has_kernel("gelu_", "cpu"):
+                return torch.ops.internimage.gelu.default(input)  # type: ignore[no-any-return]
+        return F.gelu(input)

@@ -15,6 +15,7 @@ from .activation import activation_class
 from .factory import FactoryKwargs
 from .linear import Linear
 from .norm import create_norm
+from .query import Query
 
 
 def _query_padding(kernel: int, dilation: int, padding: int, dw_kernel: int) -> int:
@@ -111,7 +112,7 @@ class DCNv3(nn.Module):
             self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels, **dd))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups, **dd))
 
-        self.dw_conv = nn.Sequential(
+        self.dw_conv = Query(
             nn.Conv2d(channels, channels, self.dw_kernel_size, self.stride, dw_padding, groups=channels, **dd),
             create_norm(channels, norm_layer, in_format="NCHW", out_format="NHWC", **dd),
             activation_class(act_layer)(),

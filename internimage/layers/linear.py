@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with less memory traffic in CPU inference. Parameters and results are torch's.
+"""Linear layers by oneDNN in CPU inference. Parameters and results are torch's.
 
-On a CPU this layer is limited by memory bandwidth as much as by arithmetic, and torch's version first writes the bias
-to the whole output.
+torch's own layer calls MKL in float32, which is slower for the shapes of these models on Intel's processors and more so
+on AMD's, after it has written the bias to the whole output.
 """
 
 import torch
@@ -12,40 +12,83 @@ from torch import Tensor, nn
 
 from .fast_path import use_fast_path
 
-# The operator behind torch.compile's fused linear layers. It is not public, so its schema is checked.
-_SCHEMA = (
+# Operators behind torch.compile's fused linear layers. They are not public, so their schemas are checked.
+_PRODUCT = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
+_PACK = "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor Y"
+_MIN_ROWS = 8  # with fewer, reading the weight takes most of the time, and torch's product is as fast
 
 
-def _min_rows() -> dict[torch.dtype, int]:
-    """Minimum number of rows for which the fused operator is faster, for each dtype that supports it."""
+def _has(name: str, schema: str) -> bool:
     try:
-        if str(torch.ops.mkldnn._linear_pointwise.default._schema) != _SCHEMA:
-            return {}
-        return {torch.float32: 2048} | ({torch.bfloat16: 1} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {})
+        return str(getattr(torch.ops.mkldnn, name).default._schema) == schema
     except (AttributeError, RuntimeError):
-        return {}
+        return False
 
 
-_MIN_ROWS = _min_rows()
+def _dtypes() -> frozenset[torch.dtype]:
+    """The dtypes in which oneDNN's product is used."""
+    if not _has("_linear_pointwise", _PRODUCT):
+        return frozenset()
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32} | ({torch.bfloat16} if has_bfloat16 else set()))
+
+
+_DTYPES = _dtypes()
+CAN_PACK = bool(_DTYPES) and _has("_reorder_linear_weight", _PACK)
+
+
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of a dtype on this processor."""
+    return dtype in _DTYPES
+
+
+def has_rows(input: Tensor) -> bool:
+    """Whether an input has so many rows that oneDNN's product is not slower than torch's."""
+    return input.numel() >= _MIN_ROWS * input.shape[-1]
+
+
+def pack(weight: Tensor, rows: int) -> Tensor:
+    """A copy of a linear layer's weight in oneDNN's own layout, which `product` otherwise brings it into in every call.
+
+    Args:
+        weight: (out_features, in_features), of a dtype that `has_product`; requires `CAN_PACK`.
+        rows: About how many rows inputs have.
+
+    Returns:
+        A tensor that is good for `product` only.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), rows)
+
+
+def product(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
+    """`F.linear` in inference on a CPU, by oneDNN where that is not slower.
+
+    A half type that the processor has no products of is multiplied in float32, in which torch emulates it many times as
+    slowly.
+
+    Args:
+        input: (..., in_features).
+        weight, bias: Of the layer.
+        packed: The weight once more, from `pack`.
+    """
+    if not has_rows(input):
+        return F.linear(input, weight, bias)
+    if has_product(input.dtype):
+        weight = weight if packed is None else packed
+        return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
+    if input.dtype.itemsize < 4 and has_product(torch.float32):
+        return product(input.float(), weight.float(), None if bias is None else bias.float()).to(input.dtype)
+    return F.linear(input, weight, bias)
 
 
 @register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
 class Linear(nn.Linear):
-    """torch's linear layer; CPU inference fuses the bias where that is faster."""
+    """torch's linear layer; CPU inference uses `product`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return F.linear(input, self.weight, self.bias)
-        if torch.compiler.is_compiling() or type(input) is not Tensor:  # do not branch on their sizes
-            return F.linear(input, self.weight, self.bias)
-        min_rows = _MIN_ROWS.get(input.dtype)
-        if (
-            min_rows is not None
-            and input.numel() >= min_rows * self.in_features
-            and self.bias is not None
-            and use_fast_path(input, self.weight, self.bias)
-        ):
-            return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        if not torch.jit.is_scripting():
+            if use_fast_path(input, self.weight, self.bias):
+                return product(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)

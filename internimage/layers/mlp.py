@@ -1,15 +1,32 @@
 # SPDX-License-Identifier: MIT
 """MLP whose hidden layer stays in the cache in CPU inference. Parameters and results are torch's."""
 
+from collections.abc import Callable
+
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .fast_path import use_fast_path
+from .activation import GELU
+from .fast_path import has_hooks, use_fast_path
 from .linear import Linear
 
 _HIDDEN_BYTES = 2 << 20  # hidden layer of a chunk, per thread: what fits in an L2 cache
-_HALF_ROWS = 8192  # minimum rows of a chunk in a 16-bit type, whose weights are repacked on every call
+_HALF_ROWS = 8192  # minimum rows of a chunk in a 16-bit type whose weights are not packed, but brought in order each time
+
+
+def chunk_rows(hidden_channels: int, dtype: torch.dtype, packed: bool = False) -> int:
+    """Rows that go through an MLP together, so that their hidden layer stays in the cache.
+
+    Args:
+        hidden_channels: Channels of the hidden layer.
+        dtype: Of the rows.
+        packed: Whether the weights are packed.
+    """
+    rows = max(1, _HIDDEN_BYTES // (hidden_channels * dtype.itemsize))
+    if dtype.itemsize < 4 and not packed:
+        rows = max(rows, _HALF_ROWS)
+    return rows * torch.get_num_threads()
 
 
 @register_notrace_module
@@ -33,7 +50,7 @@ class Mlp(nn.Module):
         self,
         channels: int,
         hidden_channels: int,
-        act_layer: type[nn.Module] = nn.GELU,
+        act_layer: Callable[..., nn.Module] = GELU,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -47,15 +64,10 @@ class Mlp(nn.Module):
             return self.fc2(self.act(self.fc1(x)))
         if not use_fast_path(x, self.fc1.weight, self.fc2.weight):
             return self.fc2(self.act(self.fc1(x)))
-        rows = x.numel() // x.shape[-1]
-        chunk = max(1, _HIDDEN_BYTES // (self.fc1.out_features * x.element_size()))
-        if x.element_size() < 4:
-            chunk = max(chunk, _HALF_ROWS)
-        chunk *= torch.get_num_threads()
-        if rows <= chunk:
+        rows, size = x.reshape(-1, x.shape[-1]), chunk_rows(self.fc1.out_features, x.dtype)
+        if len(rows) <= size or has_hooks(self.fc1, self.act, self.fc2):
             return self.fc2(self.act(self.fc1(x)))
-        flat = x.reshape(rows, x.shape[-1])
-        output = flat.new_empty(rows, self.fc2.out_features)
-        for begin in range(0, rows, chunk):
-            output[begin : begin + chunk] = self.fc2(self.act(self.fc1(flat[begin : begin + chunk])))
+        output = rows.new_empty(len(rows), self.fc2.out_features)
+        for begin in range(0, len(rows), size):
+            output[begin : begin + size] = self.fc2(self.act(self.fc1(rows[begin : begin + size])))
         return output.view(x.shape[:-1] + output.shape[-1:])

@@ -11,7 +11,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..extension import has_kernel
-from .fast_path import has_hooks, use_fast_path
+from .fast_path import use_fast_path
 
 
 class ToChannelsFirst(nn.Module):
@@ -28,13 +28,6 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-_MIN_ELEMENTS = 1 << 16  # below, the call of the compiled kernel, microseconds longer than torch's, does not pay off
-
-
-def _use_kernel(input: Tensor) -> bool:
-    return input.numel() >= _MIN_ELEMENTS and has_kernel("layer_norm", "cpu")
-
-
 @register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
 class LayerNorm(nn.LayerNorm):
     """torch's layer norm over the last axis; CPU inference uses the compiled kernel."""
@@ -42,7 +35,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if use_fast_path(input, self.weight, self.bias) and _use_kernel(input):
+        if use_fast_path(input, self.weight, self.bias) and has_kernel("layer_norm", "cpu"):
             return torch.ops.internimage.layer_norm(input, self.weight, self.bias, self.eps)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -91,26 +84,3 @@ def create_norm(
     if out_format != works_in:
         layers.append(change[out_format]())
     return nn.Sequential(*layers)
-
-
-def add_normalized(x: Tensor, y: Tensor, norm: nn.Sequential, scale: Tensor | None) -> Tensor:
-    """x + scale * norm(y) in inference, channels last; one pass over memory on a CPU.
-
-    In float32 and float64 the result matches the three separate operations bit for bit.
-
-    Args:
-        x, y: (..., C).
-        norm: From `create_norm`.
-        scale: (C,), or None for no scale.
-    """
-    layer = norm[0]
-    if (
-        len(norm) == 1
-        and isinstance(layer, LayerNorm)
-        and use_fast_path(y, layer.weight, layer.bias, scale, x)
-        and _use_kernel(y)
-        and not has_hooks(norm, layer)
-    ):
-        return torch.ops.internimage.layer_norm(y, layer.weight, layer.bias, layer.eps, x, scale)
-    y = norm(y)
-    return x + (y if scale is None else y * scale)

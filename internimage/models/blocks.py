@@ -4,15 +4,17 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath, get_act_layer
+from timm.layers import DropPath
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..layers.activation import activation_class
 from ..layers.dcnv3 import DCNv3
 from ..layers.factory import FactoryKwargs
-from ..layers.fast_path import has_hooks, use_fast_path
+from ..layers.fast_path import use_fast_path
 from ..layers.mlp import Mlp
-from ..layers.norm import add_normalized, create_norm
+from ..layers.norm import create_norm
+from .fused_block import FusedBlock
 
 
 class Stem(nn.Module):
@@ -30,7 +32,7 @@ class Stem(nn.Module):
         dd: FactoryKwargs = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, channels // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = create_norm(channels // 2, in_format="NCHW", out_format="NCHW", **dd)
-        self.act = get_act_layer(act_layer)()
+        self.act = activation_class(act_layer)()
         self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, **dd)
         self.norm2 = create_norm(channels, in_format="NCHW", out_format="NHWC", **dd)
 
@@ -100,7 +102,7 @@ class Block(nn.Module):
             **dd,
         )
         self.norm2 = create_norm(channels, **dd)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio), act_layer=get_act_layer(act_layer), **dd)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), act_layer=activation_class(act_layer), **dd)
         # identities where the official model has nothing, so that forward has one path for all sizes
         self.res_post_norm1 = create_norm(channels, **dd) if res_post_norm else nn.Identity()
         self.res_post_norm2 = create_norm(channels, **dd) if res_post_norm else nn.Identity()
@@ -109,6 +111,8 @@ class Block(nn.Module):
         self.reset_layer_scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.pack_weights = True  # see `set_weight_packing`
+        self._fused: FusedBlock | None = None
 
     def reset_layer_scale(self) -> None:
         """Set the layer scale to its initial value; nothing without one."""
@@ -118,8 +122,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self._can_fuse_residual(x):
-                return self._forward_fused(x)
+            fused = self._fused_for(x)
+            if fused is not None:
+                return fused(x)
         y = self.norm1(self.dcn(x)) if self.post_norm else self.res_post_norm1(self.dcn(self.norm1(x)))
         if self.gamma1 is not None:
             y = y * self.gamma1
@@ -130,24 +135,27 @@ class Block(nn.Module):
         return x + self.drop_path2(y)
 
     @torch.jit.unused
-    def _can_fuse_residual(self, x: Tensor) -> bool:
-        """Whether the norm that ends each branch can scale and add, too: no dropout, autograd or hooks."""
-        norm = self.norm1 if self.post_norm else self.res_post_norm1
-        if self.training or not isinstance(norm, nn.Sequential):
-            return False
-        if not use_fast_path(x, norm[0].weight):  # type: ignore[arg-type]  # nn.Module does not say that it is a tensor
-            return False
-        return not has_hooks(self.drop_path1, self.drop_path2)
+    def _fused_for(self, x: Tensor) -> FusedBlock | None:
+        """The block in CPU inference; None where its modules have to run one by one."""
+        if self.training or not use_fast_path(x):
+            return None
+        fused = self._fused
+        if fused is None or fused.dtype != x.dtype or fused.packing != self.pack_weights or not fused.is_current():
+            self._fused = None
+            try:
+                fused = FusedBlock(self, x, self.pack_weights)
+            except FusedBlock.Unsupported:
+                return None
+            self._fused = fused
+        if fused.has_hooks() or (torch.is_grad_enabled() and fused.requires_grad()):
+            return None
+        return fused
 
-    @torch.jit.unused
-    def _forward_fused(self, x: Tensor) -> Tensor:
-        """`forward` in inference, with less memory traffic."""
-        if self.post_norm:
-            x = add_normalized(x, self.dcn(x), self.norm1, self.gamma1)
-            return add_normalized(x, self.mlp(x), self.norm2, self.gamma2)
-        assert isinstance(self.res_post_norm1, nn.Sequential) and isinstance(self.res_post_norm2, nn.Sequential)
-        x = add_normalized(x, self.dcn(self.norm1(x)), self.res_post_norm1, self.gamma1)
-        return add_normalized(x, self.mlp(self.norm2(x)), self.res_post_norm2, self.gamma2)
+    @torch.jit.ignore
+    def train(self, mode: bool = True) -> "Block":
+        if mode:
+            self._fused = None  # its memory
+        return super().train(mode)
 
 
 class Stage(nn.Module):

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from timm.layers import SelectAdaptivePool2d, get_act_layer
+from timm.layers import SelectAdaptivePool2d
 from timm.layers.helpers import get_device_dtype
 from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..layers.activation import activation_class
 from ..layers.attention_pool import AttentivePool
 from ..layers.factory import FactoryKwargs
 from ..layers.norm import create_norm
@@ -184,7 +185,7 @@ class InternImage(Backbone):
             self.conv_head = nn.Sequential(
                 nn.Conv2d(8 * channels, self._head_channels, 1, bias=False, **dd),
                 create_norm(self._head_channels, "batchnorm", in_format="NCHW", out_format="NCHW", **dd),
-                get_act_layer(act_layer)(),
+                activation_class(act_layer)(),
             )
         self._set_head(num_classes, global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)

@@ -3,6 +3,8 @@
 
     torch.ops.internimage.layer_norm(input, weight, bias, eps, residual=None, scale=None)
         = residual + scale * layer_norm(input)
+    torch.ops.internimage.add_layer_norm_(residual, input, weight, bias, eps, scale=None)
+        residual <- the same
 
 `weight`, `bias` and `scale` have shape (C,) and `input`'s dtype; `residual` has `input`'s shape and dtype. The compiled
 kernel rounds once, at the end. Defined on every device and not differentiable; faster than torch's operators only with
@@ -21,6 +23,11 @@ library.define(
     "-> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+library.define(
+    "add_layer_norm_(Tensor(a!) residual, Tensor input, Tensor weight, Tensor bias, float eps, Tensor? scale=None) "
+    "-> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def _layer_norm(
@@ -37,7 +44,14 @@ def _layer_norm(
     return output if residual is None else residual + output
 
 
+def _add_layer_norm_(
+    residual: Tensor, input: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
+) -> None:
+    residual.copy_(_layer_norm(input, weight, bias, eps, residual, scale))
+
+
 library.impl("layer_norm", _layer_norm, "CompositeExplicitAutograd")
+library.impl("add_layer_norm_", _add_layer_norm_, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("internimage::layer_norm", lib=library)
@@ -52,3 +66,10 @@ def _fake(
     others = {"weight": weight, "bias": bias, "residual": residual, "scale": scale}
     check_one_device({"input": input} | {name: tensor for name, tensor in others.items() if tensor is not None})
     return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("internimage::add_layer_norm_", lib=library)
+def _fake_in_place(
+    residual: Tensor, input: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
+) -> None:
+    pass

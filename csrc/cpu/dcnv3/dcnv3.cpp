@@ -5,10 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <atomic>
 #include <cstdint>
 #include <limits>
-#include <new>
 #include <tuple>
 #include <vector>
 
@@ -31,39 +29,32 @@ void check_size(const Problem& p) {
                   "internimage::dcnv3: an image of ", p.height, " x ", p.width, " pixels is too large");
 }
 
-// Calls run(scratch, begin, end) for a plan's tasks in torch's threads, at least `grain` at a time. torch must not see
-// an exception (boxed.h), so that one in a thread is thrown afterwards.
-template <typename Run>
-void run_tasks(const Plan& plan, int64_t grain, const Run& run) {
-  std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
-    try {
-      const Scratch scratch(plan.scratch_bytes);
-      run(scratch.get(), begin, end);
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
-  });
-  STD_TORCH_CHECK(!out_of_memory, "internimage::dcnv3: out of memory for ", plan.scratch_bytes, " bytes of scratch");
+// A tensor of pixels without gaps in a pixel, and the elements from one pixel to the next: `t`, which may be a part of the
+// channels of another tensor, or a copy.
+Tensor pixels_of(const Tensor& t, int64_t& stride) {
+  const bool even = t.stride(3) == 1 && t.stride(2) >= t.size(3) && t.stride(1) == t.size(2) * t.stride(2) &&
+                    t.stride(0) == t.size(1) * t.stride(1);
+  stride = even ? t.stride(2) : t.size(3);
+  return even ? t : torch::stable::contiguous(t);
 }
 
 Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
              double offset_scale, bool remove_center, bool softmax) {
-  const Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
-                                 remove_center, softmax);
+  Problem p = make_problem(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
+                           remove_center, softmax);
   check_size(p);
   const Kernels& kernels = kernels_of(input.scalar_type());
   const std::vector<int64_t> shape = {p.batch, p.out_height, p.out_width, p.channels};
   if (input.numel() == 0) return torch::stable::new_zeros(input, shape);  // only padding is sampled
   Tensor output = torch::stable::new_empty(input, shape);
-  const Tensor in = torch::stable::contiguous(input), off = torch::stable::contiguous(offset),
-               m = torch::stable::contiguous(mask);
+  const Tensor in = torch::stable::contiguous(input), off = pixels_of(offset, p.offset_stride),
+               m = pixels_of(mask, p.mask_stride);
   const void *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(), *m_data = m.const_data_ptr();
   void* out_data = output.mutable_data_ptr();
   const Plan plan = kernels.plan_forward(p);
   const int64_t task_cost = p.batch * p.out_height * p.out_width * p.channels * p.points / plan.tasks;
-  run_tasks(plan, 1 + 32768 / (1 + task_cost), [&](void* scratch, int64_t begin, int64_t end) {
+  parallel_with_scratch(plan.tasks, 1 + 32768 / (1 + task_cost), plan.scratch_bytes, [&](void* scratch, int64_t begin, int64_t end) {
     kernels.forward(p, in_data, off_data, m_data, out_data, scratch, begin, end);
   });
   return output;
@@ -98,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
     void* to_mask = want_points ? grad_mask.mutable_data_ptr() : nullptr;
     const int64_t threads = torch::stable::get_num_threads();
     const Plan plan = kernels.plan_backward(p, threads);
-    run_tasks(plan, 1, [&](void* scratch, int64_t begin, int64_t end) {
+    parallel_with_scratch(plan.tasks, 1, plan.scratch_bytes, [&](void* scratch, int64_t begin, int64_t end) {
       kernels.backward(p, threads, grad_data, in_data, off_data, m_data, to_input, to_offset, to_mask, scratch, begin,
                        end);
     });

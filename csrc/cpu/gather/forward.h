@@ -81,8 +81,8 @@ struct Prefetch {
 
   Prefetch(const Problem& p, const S* input_tensor, const S* offset_tensor, const S* mask_tensor, int64_t pixel,
            int64_t first_group)
-      : offset((uintptr_t)offset_tensor + 2 * (pixel * p.groups + first_group) * p.points * sizeof(S)),
-        mask((uintptr_t)mask_tensor + (pixel * p.groups + first_group) * p.points * sizeof(S)),
+      : offset((uintptr_t)offset_tensor + (pixel * p.offset_stride + 2 * first_group * p.points) * sizeof(S)),
+        mask((uintptr_t)mask_tensor + (pixel * p.mask_stride + first_group * p.points) * sizeof(S)),
         // a guess, right if the output has the input's size: the row that the next strip is the first to need
         input((uintptr_t)input_tensor +
               ((pixel + 3 * p.width) * p.channels + first_group * p.group_channels) * sizeof(S)) {}

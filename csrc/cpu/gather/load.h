@@ -44,9 +44,11 @@ INTERNIMAGE_NOINLINE void read_strip(T* to, const S* from, int64_t pixels, int64
 template <typename S, typename T>
 INTERNIMAGE_NOINLINE void load_points(const Problem& p, const Strip& strip, const Points<T>& s, const S* offset,
                                       const S* mask, int64_t first_group, int64_t group_count) {
-  const int64_t stride = p.groups * p.points, from = strip.first_pixel * stride + first_group * p.points;
-  read_strip(s.offset, offset + 2 * from, strip.pixels, 2 * group_count * p.points, 2 * stride);
-  read_strip(p.softmax ? s.logits : s.factor, mask + from, strip.pixels, group_count * p.points, stride);
+  const int64_t points = group_count * p.points, first = first_group * p.points;
+  read_strip(s.offset, offset + strip.first_pixel * p.offset_stride + 2 * first, strip.pixels, 2 * points,
+             p.offset_stride);
+  read_strip(p.softmax ? s.logits : s.factor, mask + strip.first_pixel * p.mask_stride + first, strip.pixels, points,
+             p.mask_stride);
   if (p.softmax) softmax(s, strip.pixels * group_count, p.points);
 }
 

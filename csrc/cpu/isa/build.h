@@ -7,7 +7,9 @@
 #pragma once
 
 #include "../gather/kernels.h"
+#include "../gelu/gelu.h"
 #include "../layer_norm/layer_norm.h"
+#include "../query/query.h"
 #include "../simd/storage.h"
 #include "../simd/target.h"
 #include "kernel_table.h"
@@ -16,7 +18,8 @@ namespace internimage {
 namespace INTERNIMAGE_ISA {
 
 template <typename S, typename T>
-constexpr Kernels kKernels = {plan_forward<S, T>, forward<S, T>, plan_backward<S, T>, backward<S, T>, layer_norm<S, T>};
+constexpr Kernels kKernels = {plan_forward<S, T>, forward<S, T>,       plan_backward<S, T>, backward<S, T>,
+                              layer_norm<S, T>,   gelu_range<S, T>, query_scratch<T>,    query<S, T>};
 
 }  // namespace INTERNIMAGE_ISA
 

@@ -7,6 +7,7 @@
 #include "../../common.h"
 #include "../gather/plan.h"
 #include "../layer_norm/arguments.h"
+#include "../query/arguments.h"
 
 namespace internimage {
 
@@ -22,6 +23,9 @@ struct Kernels {
                    const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
                    int64_t end);
   void (*layer_norm)(const LayerNormArguments&, int64_t begin_row, int64_t end_row);
+  void (*gelu)(const void* input, void* output, int64_t begin, int64_t end);
+  int64_t (*query_scratch)(const QueryArguments&);  // bytes
+  void (*query)(const QueryArguments&, void* scratch, int64_t begin_row, int64_t end_row);
 };
 
 struct CpuBuild {

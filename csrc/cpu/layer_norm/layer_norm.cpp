@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "../../boxed.h"
 #include "../isa/dispatch.h"
@@ -27,8 +28,9 @@ bool same_sizes(const Tensor& a, const Tensor& b) {
 
 using OptionalTensor = std::optional<Tensor>;
 
-Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
-                  const OptionalTensor& residual, const OptionalTensor& scale) {
+// Writes to `output`, which may be the residual.
+void normalize(const Tensor& output, const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
+               const OptionalTensor& residual, const OptionalTensor& scale) {
   const auto is_row = [&](const Tensor& t) {
     return input.dim() > 0 && t.dim() == 1 && t.size(0) == input.size(input.dim() - 1) && t.size(0) > 0 &&
            t.scalar_type() == input.scalar_type();
@@ -43,8 +45,7 @@ Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias,
                b = torch::stable::contiguous(bias);
   const Tensor r = residual ? torch::stable::contiguous(*residual) : in;
   const Tensor s = scale ? torch::stable::contiguous(*scale) : w;
-  Tensor output = torch::stable::empty_like(in);
-  if (output.numel() == 0) return output;
+  if (output.numel() == 0) return;
   const int64_t channels = w.size(0);
   const LayerNormArguments norm{in.const_data_ptr(),
                                 w.const_data_ptr(),
@@ -56,10 +57,26 @@ Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias,
                                 eps};
   torch::stable::parallel_for(0, in.numel() / channels, 1 + 16384 / channels,
                               [&](int64_t begin, int64_t end) { kernels.layer_norm(norm, begin, end); });
+}
+
+Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
+                  const OptionalTensor& residual, const OptionalTensor& scale) {
+  const std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  Tensor output = torch::stable::new_empty(input, shape);
+  normalize(output, input, weight, bias, eps, residual, scale);
   return output;
+}
+
+void add_layer_norm_(const Tensor& residual, const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
+                     const OptionalTensor& scale) {
+  STD_TORCH_CHECK(residual.is_contiguous(), "internimage::add_layer_norm_: residual must be contiguous");
+  normalize(residual, input, weight, bias, eps, residual, scale);
 }
 
 }  // namespace
 }  // namespace internimage
 
-STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) { m.impl("layer_norm", INTERNIMAGE_BOX(&internimage::layer_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) {
+  m.impl("layer_norm", INTERNIMAGE_BOX(&internimage::layer_norm));
+  m.impl("add_layer_norm_", INTERNIMAGE_BOX(&internimage::add_layer_norm_));
+}

@@ -10,24 +10,10 @@
 #include "../simd/target.h"
 #include "../simd/vector.h"
 #include "arguments.h"
+#include "statistics.h"
 
 namespace internimage {
 namespace INTERNIMAGE_ISA {
-
-// Sums four rows of n elements; each(row, index, Constant<lanes>) returns a vector of so many elements.
-template <typename T, typename Each>
-INTERNIMAGE_INLINE void sum_rows(T* sums, int64_t n, Each each) {
-  constexpr int N = kLanes<T>;
-  Vector<T, N> part[4] = {};
-  T rest[4] = {};
-  int64_t c = 0;
-  for (; c + N <= n; c += N)
-    for (int r = 0; r < 4; ++r) part[r] += each(r, c, Constant<N>{});
-  for (; c < n; ++c)
-    for (int r = 0; r < 4; ++r) rest[r] += each(r, c, Constant<1>{})[0];
-  sum_lanes_4<T, N>(sums, part[0], part[1], part[2], part[3]);
-  for (int r = 0; r < 4; ++r) sums[r] += rest[r];
-}
 
 // v, opaque to the compiler, which must not contract a product and the sum that follows into a fused multiply-add: both
 // are rounded, as in two operators.
@@ -80,13 +66,7 @@ INTERNIMAGE_INLINE void norm_rows(const LayerNormArguments& norm, const int64_t 
       return Convert<S, T, N>::load(input + at[r] + c);
   };
   T mean[4], factor[4];
-  sum_rows<T>(mean, channels, first);
-  for (int r = 0; r < 4; ++r) mean[r] /= (T)channels;
-  sum_rows<T>(factor, channels, [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
-    const auto deviation = value(r, c, lanes) - mean[r];
-    return deviation * deviation;
-  });
-  for (int r = 0; r < 4; ++r) factor[r] = (T)1 / (T)__builtin_sqrt(factor[r] / (T)channels + (T)norm.eps);
+  normalization<T>(mean, factor, channels, (T)norm.eps, first, value);
   const auto write = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     constexpr int N = decltype(lanes)::value;
     using C = Convert<S, T, N>;

@@ -7,6 +7,15 @@
 #include "target.h"
 #include "vector.h"
 
+// GCC splits the vector extensions' conversions between 16-bit and 32-bit integers into halves of a register, which takes
+// five instructions instead of one. Not by the compiler's own macros (__AVX2__), which GCC defines too late.
+#if defined(__x86_64__) && !defined(__clang__) && INTERNIMAGE_VECTOR_BYTES >= 32
+#include <immintrin.h>
+#define INTERNIMAGE_X86_CONVERSIONS INTERNIMAGE_VECTOR_BYTES
+#else
+#define INTERNIMAGE_X86_CONVERSIONS 0
+#endif
+
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
@@ -27,6 +36,27 @@ constexpr bool kIsSpecialized<float> = true;
 template <>
 constexpr bool kIsSpecialized<Bf16> = true;
 
+// 16-bit integers -> 32-bit ones, and back without the upper halves.
+template <int N>
+INTERNIMAGE_INLINE Vector<uint32_t, N> widened(Vector<uint16_t, N> v) {
+#if INTERNIMAGE_X86_CONVERSIONS == 64
+  if constexpr (N == 16) return (Vector<uint32_t, N>)_mm512_cvtepu16_epi32((__m256i)v);
+#endif
+#if INTERNIMAGE_X86_CONVERSIONS
+  if constexpr (N == 8) return (Vector<uint32_t, N>)_mm256_cvtepu16_epi32((__m128i)v);
+#endif
+  return __builtin_convertvector(v, Vector<uint32_t, N>);
+}
+
+template <int N>
+INTERNIMAGE_INLINE Vector<uint16_t, N> narrowed(Vector<uint32_t, N> v) {
+#if INTERNIMAGE_X86_CONVERSIONS == 64
+  if constexpr (N == 16) return (Vector<uint16_t, N>)_mm512_cvtepi32_epi16((__m512i)v);
+  if constexpr (N == 8) return (Vector<uint16_t, N>)_mm256_cvtepi32_epi16((__m256i)v);
+#endif
+  return __builtin_convertvector(v, Vector<uint16_t, N>);
+}
+
 // Storage S <-> compute type T, N lanes at a time.
 template <typename S, typename T, int N>
 struct Convert {
@@ -37,16 +67,14 @@ struct Convert {
 template <int N>
 struct Convert<Bf16, float, N> {
   static INTERNIMAGE_INLINE Vector<float, N> load(const Bf16* from) {
-    const auto half = INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from);
-    const Vector<uint32_t, N> bits = __builtin_convertvector(half, Vector<uint32_t, N>) << 16;
-    return (Vector<float, N>)bits;
+    return (Vector<float, N>)(widened<N>(INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from)) << 16);
   }
   static INTERNIMAGE_INLINE void store(Bf16* to, Vector<float, N> v) {
     // Rounds to nearest even. NaN needs no special case: it comes from a Bf16 or from the processor, so its lower half
     // is zero, and the addition does not carry into the upper half.
     Vector<uint32_t, N> bits = (Vector<uint32_t, N>)v;
     bits += 0x7fff + ((bits >> 16) & 1);
-    INTERNIMAGE_ISA::store(to, __builtin_convertvector(bits >> 16, Vector<uint16_t, N>));
+    INTERNIMAGE_ISA::store(to, narrowed<N>(bits >> 16));
   }
 };
 
@@ -55,7 +83,7 @@ struct Convert<Fp16, float, N> {
   using F = Vector<float, N>;
   using U = Vector<uint32_t, N>;
   static INTERNIMAGE_INLINE F load(const Fp16* from) {
-    const U bits = __builtin_convertvector(INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from), U);
+    const U bits = widened<N>(INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from));
     const U magnitude = bits & 0x7fff;
     // exponent and fraction where a float has them; the exponent is 112 too low, which the product corrects, also for
     // subnormal numbers
@@ -72,7 +100,7 @@ struct Convert<Fp16, float, N> {
     U half = magnitude < (113u << 23) ? subnormal : normal;
     half = magnitude >= 0x477ff000 ? (U{} + 0x7c00) : half;  // 65520 and above round to infinity
     half = magnitude > 0x7f800000 ? (U{} + 0x7e00) : half;
-    INTERNIMAGE_ISA::store(to, __builtin_convertvector(half | sign, Vector<uint16_t, N>));
+    INTERNIMAGE_ISA::store(to, narrowed<N>(half | sign));
   }
 };
 

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT
+// GELU for inference.
+#pragma once
+
+#include <cstdint>
+
+#include "../simd/gelu.h"
+#include "../simd/shuffle.h"
+#include "../simd/storage.h"
+#include "../simd/target.h"
+#include "../simd/vector.h"
+
+namespace internimage {
+namespace INTERNIMAGE_ISA {
+
+// output[i] = gelu(input[i]) for i in [begin, end); the output may be the input.
+template <typename S, typename T>
+void gelu_range(const void* input, void* output, int64_t begin, int64_t end) {
+  const S* from = (const S*)input;
+  S* to = (S*)output;
+  const auto run = [&](int64_t at, auto lanes, auto vectors) __attribute__((always_inline)) {
+    constexpr int N = decltype(lanes)::value, K = decltype(vectors)::value;
+    Vector<T, N> v[K];
+    for (int k = 0; k < K; ++k) v[k] = Convert<S, T, N>::load(from + at + k * N);
+    gelu<N, K>(v);
+    for (int k = 0; k < K; ++k) Convert<S, T, N>::store(to + at + k * N, v[k]);
+  };
+  constexpr int N = kLanes<T>, K = 4;
+  int64_t i = begin;
+  for (; i + K * N <= end; i += K * N) run(i, Constant<N>{}, Constant<K>{});
+  for (; i + N <= end; i += N) run(i, Constant<N>{}, Constant<1>{});
+  for (; i < end; ++i) run(i, Constant<1>{}, Constant<1>{});
+}
+
+}  // namespace INTERNIMAGE_ISA
+}  // namespace internimage

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: MIT
+"""A block of InternImage as CPU inference computes it: fewer calls, less memory traffic, and packed weights.
+
+The same arithmetic as `Block.forward`, in float32 and float64 to the bit, except that
+
+* the weights of linear layers are kept in oneDNN's own layout;
+* offset and mask come from one product, whose output the operator reads with strides;
+* the second half goes through in chunks of rows, which stay in the cache from norm to residual sum;
+* no result goes to memory of its own where one that is no longer needed can hold it;
+* a half type without products of its own on this processor is computed in float32.
+
+What a block needs is collected once. `FusedBlock.is_current` tells in microseconds whether it still holds.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..extension import has_kernel
+from ..layers.activation import GELU
+from ..layers.dcnv3 import DCNv3
+from ..layers.fast_path import has_hooks
+from ..layers.linear import CAN_PACK, Linear, has_product, has_rows, pack, product
+from ..layers.mlp import Mlp, chunk_rows
+from ..layers.norm import LayerNorm
+from ..layers.query import Query
+
+_KERNELS = "dcnv3", "fingerprint", "gelu_", "layer_norm", "query"
+_ops = torch.ops.internimage
+
+
+class _Norm(NamedTuple):
+    """The arguments of a layer norm."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class _Product:
+    """One linear layer, or several of the same input.
+
+    Args:
+        layers: Weight and bias of each.
+    """
+
+    def __init__(self, *layers: tuple[Tensor, Tensor]) -> None:
+        self.layers = layers
+        self.widths = [len(weight) for weight, _ in layers]
+        self.weight, self.bias = layers[0]
+        self.packed: Tensor | None = None
+
+    def pack(self, rows: int) -> list[Tensor]:
+        """Keep the weights in oneDNN's layout, those of several layers as one; returns what was copied."""
+        if len(self.layers) == 1:
+            self.packed = pack(self.weight, rows)
+            return [self.weight]
+        weights, biases = zip(*self.layers)
+        self.bias = torch.cat(biases)
+        self.packed = pack(torch.cat(weights), rows)
+        return [*weights, *biases]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias, self.packed)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of several layers, views of one tensor if the weights are packed."""
+        if self.packed is None or not has_rows(x):
+            return tuple(product(x, weight, bias) for weight, bias in self.layers)
+        return self(x).split(self.widths, -1)
+
+
+class FusedBlock:
+    """What a `Block` computes, for an input like x.
+
+    Args:
+        block: In eval mode.
+        x: (N, H, W, C) on the CPU.
+        packing: Whether to keep packed copies of the weights.
+
+    Raises:
+        Unsupported: The block is one that its modules compute one by one.
+    """
+
+    class Unsupported(Exception):
+        """Not for this block, or not for this input."""
+
+    def __init__(self, block: nn.Module, x: Tensor, packing: bool) -> None:
+        self.dtype, self.packing = x.dtype, packing
+        self._collect(block)
+        self._require(all(has_kernel(name, "cpu") for name in _KERNELS))
+        self._require(all(t.dtype == x.dtype and t.is_cpu and t.is_contiguous() for t in self._tensors))
+        # torch does not count the changes of tensors that were made in inference mode
+        self._is_counted = not any(t.is_inference() for t in self._tensors)
+        may_copy = packing and self._is_counted and CAN_PACK
+        self.in_float = may_copy and x.dtype.itemsize < 4 and not has_product(x.dtype)
+        self._copied: list[Tensor] = []
+        with torch.no_grad():
+            self._read(block)
+            if may_copy and (self.in_float or has_product(x.dtype)):
+                for linear in (self.input_proj, self.offset_and_mask, self.output_proj, self.fc1, self.fc2):
+                    self._copied += linear.pack(x.numel() // x.shape[-1])
+        if self.in_float:
+            self._copied = self._tensors
+        self._versions, self._fingerprint = self._get_versions(), self._get_fingerprint()
+        self._addresses = [t.data_ptr() for t in self._tensors]
+
+    @staticmethod
+    def _require(condition: bool) -> None:
+        if not condition:
+            raise FusedBlock.Unsupported
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy of a block, and a pickled one, make their own
+
+    # ---- what it was made of
+
+    def _collect(self, block: nn.Module) -> None:
+        """Note every module and parameter, and the dictionary that has it."""
+        self._members: list[tuple[dict[str, Any], str, Any]] = []
+        self.modules = list(block.modules())
+        for module in self.modules:
+            self._members += [(module._modules, name, child) for name, child in module._modules.items()]
+            self._members += [(module._parameters, name, value) for name, value in module._parameters.items()]
+            self._require(not module._buffers)
+        self._tensors = [value for _, _, value in self._members if isinstance(value, Tensor)]
+
+    def _get_versions(self) -> list[int]:
+        return [t._version for t in self._tensors] if self._is_counted else []
+
+    def _get_fingerprint(self) -> int:
+        return _ops.fingerprint.default(self._copied) if self._copied else 0
+
+    def is_current(self) -> bool:
+        """Whether the block still has the modules and parameters that it was made of, with the values that were copied.
+
+        A change through `tensor.data` or a NumPy array is one that torch does not count. It is noticed if it reaches one
+        of a few elements of a copied tensor, as a change of the whole tensor does.
+        """
+        for members, name, value in self._members:
+            if members.get(name) is not value:
+                return False
+        return (
+            self._versions == self._get_versions()
+            and self._addresses == [t.data_ptr() for t in self._tensors]
+            and self._fingerprint == self._get_fingerprint()
+        )
+
+    def has_hooks(self) -> bool:
+        """Whether a module has hooks, which run only if the module is called."""
+        return has_hooks(*self.modules)
+
+    def requires_grad(self) -> bool:
+        return any(t.requires_grad for t in self._tensors)
+
+    # ---- the arguments of what it calls
+
+    def _own(self, module: nn.Module, name: str) -> Tensor:
+        """A parameter that the module itself has, in the dtype of the computation."""
+        parameter = module._parameters[name]
+        self._require(parameter is not None)
+        assert parameter is not None
+        return parameter.float() if self.in_float else parameter
+
+    def _linear(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        self._require(type(module) is Linear)
+        return self._own(module, "weight"), self._own(module, "bias")
+
+    def _norm(self, norm: nn.Module) -> _Norm | None:
+        """Of a norm from `create_norm` that is a layer norm, or of an identity, which has none."""
+        if isinstance(norm, nn.Identity):
+            return None
+        self._require(isinstance(norm, nn.Sequential) and len(norm) > 0 and type(norm[-1]) is LayerNorm)
+        layer: Any = norm[-1]  # type: ignore[index]
+        return _Norm(self._own(layer, "weight"), self._own(layer, "bias"), layer.eps)
+
+    def _scale(self, block: nn.Module, name: str) -> Tensor | None:
+        return None if block._parameters[name] is None else self._own(block, name)
+
+    def _read(self, block: Any) -> None:
+        dcn, mlp = block.dcn, block.mlp
+        self._require(type(dcn) is DCNv3 and type(mlp) is Mlp and type(mlp.act) is GELU and type(dcn.dw_conv) is Query)
+        conv, query_norm, act = dcn.dw_conv
+        self._require(type(conv) is nn.Conv2d and type(act) is GELU)
+        norms = self._norm(block.norm1), self._norm(block.norm2)
+        self.before = (None, None) if block.post_norm else norms
+        after = self._norm(block.res_post_norm1), self._norm(block.res_post_norm2)
+        self.after = norms if block.post_norm else after
+        self.scales = self._scale(block, "gamma1"), self._scale(block, "gamma2")
+        self.input_proj = _Product(self._linear(dcn.input_proj))
+        self.offset_and_mask = _Product(self._linear(dcn.offset), self._linear(dcn.mask))
+        self.output_proj = _Product(self._linear(dcn.output_proj))
+        self.fc1, self.fc2 = _Product(self._linear(mlp.fc1)), _Product(self._linear(mlp.fc2))
+        norm = self._norm(query_norm)
+        assert norm is not None
+        weight, bias = self._own(conv, "weight"), self._own(conv, "bias")
+        self.query = weight, bias, norm.weight, norm.bias, conv.stride, conv.padding, norm.eps
+        self.geometry = dcn.geometry
+        self.blend: tuple[Tensor, Tensor] | None = None
+        if dcn.center_feature_scale:
+            names = "center_feature_scale_proj_weight", "center_feature_scale_proj_bias"
+            self.blend = self._own(dcn, names[0]), self._own(dcn, names[1])
+
+    # ---- what it computes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float() if self.in_float else x
+        return self._second_half(self._first_half(wide.contiguous())).to(x.dtype)
+
+    def _first_half(self, x: Tensor) -> Tensor:
+        """x plus the branch of DCNv3, in new memory."""
+        before, after, scale = self.before[0], self.after[0], self.scales[0]
+        normalized = x if before is None else _ops.layer_norm.default(x, *before)
+        projected = self.input_proj(normalized)
+        query = _ops.query.default(normalized, *self.query)
+        offset, mask = self.offset_and_mask.parts(query)
+        y = _ops.dcnv3.default(projected, offset, mask, *self.geometry)
+        if self.blend is not None:
+            share = F.linear(query, *self.blend).sigmoid_().unsqueeze(-1)
+            groups = share.shape[-2]
+            y = torch.lerp(y.unflatten(-1, (groups, -1)), projected.unflatten(-1, (groups, -1)), share).flatten(-2)
+        y = self.output_proj(y)
+        if after is not None:
+            return _ops.layer_norm.default(y, *after, x, scale)
+        if scale is not None:
+            y *= scale
+        return y.add_(x)
+
+    def _second_half(self, x: Tensor) -> Tensor:
+        """Adds the branch of the MLP to x, which is overwritten."""
+        before, after, scale = self.before[1], self.after[1], self.scales[1]
+        size = chunk_rows(self.fc1.widths[0], x.dtype, self.fc1.packed is not None)
+        rows = x.view(-1, x.shape[-1])
+        for chunk in (rows,) if len(rows) <= size else rows.split(size):
+            y = chunk if before is None else _ops.layer_norm.default(chunk, *before)
+            y = self.fc1(y)
+            _ops.gelu_.default(y)
+            y = self.fc2(y)
+            if after is not None:
+                _ops.add_layer_norm_.default(chunk, y, *after, scale)
+            else:
+                if scale is not None:
+                    y *= scale
+                chunk += y
+        return x
