@@ -15,13 +15,13 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Of 16 elements of each tensor, spread evenly; they are on as many cache lines, which may all have to be fetched.
+// Of four elements of each tensor, spread evenly: each may be on a cache line that has to be fetched.
 int64_t fingerprint(std::vector<Tensor> tensors) {
   uint64_t hash = 0;
   for (const Tensor& tensor : tensors) {
     STD_TORCH_CHECK(tensor.is_contiguous(), "internimage::fingerprint: tensors must be contiguous");
     const int64_t count = tensor.numel(), bytes = tensor.element_size();
-    const int64_t step = count / 16 | 1;  // odd, so that elements of different columns are read
+    const int64_t step = count / 4 | 1;  // odd, so that elements of different columns are read
     const char* data = static_cast<const char*>(tensor.const_data_ptr());
     for (int64_t i = 0; i < count && bytes <= 8; i += step) {
       uint64_t bits = 0;

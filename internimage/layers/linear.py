@@ -20,7 +20,8 @@ _PACK = "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Te
 _MIN_ROWS = 8  # with fewer, reading the weight takes most of the time, and torch's product is as fast
 
 
-def _has(name: str, schema: str) -> bool:
+def has_operator(name: str, schema: str) -> bool:
+    """Whether `torch.ops.mkldnn` has an operator with this very schema."""
     try:
         return str(getattr(torch.ops.mkldnn, name).default._schema) == schema
     except (AttributeError, RuntimeError):
@@ -29,14 +30,14 @@ def _has(name: str, schema: str) -> bool:
 
 def _dtypes() -> frozenset[torch.dtype]:
     """The dtypes in which oneDNN's product is used."""
-    if not _has("_linear_pointwise", _PRODUCT):
+    if not has_operator("_linear_pointwise", _PRODUCT):
         return frozenset()
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return frozenset({torch.float32} | ({torch.bfloat16} if has_bfloat16 else set()))
 
 
 _DTYPES = _dtypes()
-CAN_PACK = bool(_DTYPES) and _has("_reorder_linear_weight", _PACK)
+CAN_PACK = bool(_DTYPES) and has_operator("_reorder_linear_weight", _PACK)
 
 
 def has_product(dtype: torch.dtype) -> bool:

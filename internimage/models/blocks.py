@@ -9,6 +9,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..layers.activation import activation_class
+from ..layers.conv import Conv2d
 from ..layers.dcnv3 import DCNv3
 from ..layers.factory import FactoryKwargs
 from ..layers.fast_path import use_fast_path
@@ -30,10 +31,10 @@ class Stem(nn.Module):
     ) -> None:
         super().__init__()
         dd: FactoryKwargs = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, channels // 2, 3, stride=2, padding=1, **dd)
+        self.conv1 = Conv2d(in_chans, channels // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = create_norm(channels // 2, in_format="NCHW", out_format="NCHW", **dd)
         self.act = activation_class(act_layer)()
-        self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, **dd)
+        self.conv2 = Conv2d(channels // 2, channels, 3, stride=2, padding=1, **dd)
         self.norm2 = create_norm(channels, in_format="NCHW", out_format="NHWC", **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class Downsample(nn.Module):
     ) -> None:
         super().__init__()
         dd: FactoryKwargs = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False, **dd)
+        self.conv = Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False, **dd)
         self.norm = create_norm(2 * channels, in_format="NCHW", out_format="NHWC", **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,9 +153,14 @@ class Block(nn.Module):
         return fused
 
     @torch.jit.ignore
+    def clear_packed(self) -> None:
+        """Drop the packed weights; the next call in eval mode makes new ones."""
+        self._fused = None
+
+    @torch.jit.ignore
     def train(self, mode: bool = True) -> "Block":
         if mode:
-            self._fused = None  # its memory
+            self.clear_packed()
         return super().train(mode)
 
 

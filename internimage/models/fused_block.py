@@ -25,6 +25,7 @@ from ..layers.fast_path import has_hooks
 from ..layers.linear import CAN_PACK, Linear, has_product, has_rows, pack, product
 from ..layers.mlp import Mlp, chunk_rows
 from ..layers.norm import LayerNorm
+from ..layers.packing import Snapshot
 from ..layers.query import Query
 
 _KERNELS = "dcnv3", "fingerprint", "gelu_", "layer_norm", "query"
@@ -104,8 +105,7 @@ class FusedBlock:
                     self._copied += linear.pack(x.numel() // x.shape[-1])
         if self.in_float:
             self._copied = self._tensors
-        self._versions, self._fingerprint = self._get_versions(), self._get_fingerprint()
-        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._snapshot = Snapshot(self._tensors, self._copied) if self._is_counted else None
 
     @staticmethod
     def _require(condition: bool) -> None:
@@ -127,26 +127,12 @@ class FusedBlock:
             self._require(not module._buffers)
         self._tensors = [value for _, _, value in self._members if isinstance(value, Tensor)]
 
-    def _get_versions(self) -> list[int]:
-        return [t._version for t in self._tensors] if self._is_counted else []
-
-    def _get_fingerprint(self) -> int:
-        return _ops.fingerprint.default(self._copied) if self._copied else 0
-
     def is_current(self) -> bool:
-        """Whether the block still has the modules and parameters that it was made of, with the values that were copied.
-
-        A change through `tensor.data` or a NumPy array is one that torch does not count. It is noticed if it reaches one
-        of a few elements of a copied tensor, as a change of the whole tensor does.
-        """
+        """Whether the block still has the modules and parameters that it was made of, with the values that were copied."""
         for members, name, value in self._members:
             if members.get(name) is not value:
                 return False
-        return (
-            self._versions == self._get_versions()
-            and self._addresses == [t.data_ptr() for t in self._tensors]
-            and self._fingerprint == self._get_fingerprint()
-        )
+        return self._snapshot is None or self._snapshot.is_current()
 
     def has_hooks(self) -> bool:
         """Whether a module has hooks, which run only if the module is called."""

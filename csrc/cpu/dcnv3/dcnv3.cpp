@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../boxed.h"
+#include "../../dense.h"
 #include "../../common.h"
 #include "../../problem.h"
 #include "../gather/plan.h"
@@ -35,7 +36,7 @@ Tensor pixels_of(const Tensor& t, int64_t& stride) {
   const bool even = t.stride(3) == 1 && t.stride(2) >= t.size(3) && t.stride(1) == t.size(2) * t.stride(2) &&
                     t.stride(0) == t.size(1) * t.stride(1);
   stride = even ? t.stride(2) : t.size(3);
-  return even ? t : torch::stable::contiguous(t);
+  return even ? t : dense(t);
 }
 
 Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
@@ -48,7 +49,7 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
   const std::vector<int64_t> shape = {p.batch, p.out_height, p.out_width, p.channels};
   if (input.numel() == 0) return torch::stable::new_zeros(input, shape);  // only padding is sampled
   Tensor output = torch::stable::new_empty(input, shape);
-  const Tensor in = torch::stable::contiguous(input), off = pixels_of(offset, p.offset_stride),
+  const Tensor in = dense(input), off = pixels_of(offset, p.offset_stride),
                m = pixels_of(mask, p.mask_stride);
   const void *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(), *m_data = m.const_data_ptr();
   void* out_data = output.mutable_data_ptr();
@@ -80,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   Tensor grad_input = new_grad(input, want_input), grad_offset = new_grad(offset, want_points),
          grad_mask = new_grad(mask, want_points);
   if (!is_empty && (want_input || want_points)) {
-    const Tensor grad = torch::stable::contiguous(grad_output), in = torch::stable::contiguous(input),
-                 off = torch::stable::contiguous(offset), m = torch::stable::contiguous(mask);
+    const Tensor grad = dense(grad_output), in = dense(input),
+                 off = dense(offset), m = dense(mask);
     const void *grad_data = grad.const_data_ptr(), *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(),
                *m_data = m.const_data_ptr();
     void* to_input = want_input ? grad_input.mutable_data_ptr() : nullptr;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../../boxed.h"
+#include "../../dense.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
 
@@ -26,7 +27,7 @@ void run(const Tensor& input, const Tensor& output) {
 }
 
 Tensor gelu(const Tensor& input) {
-  const Tensor in = torch::stable::contiguous(input);
+  const Tensor in = dense(input);
   const Tensor output = torch::stable::empty_like(in);
   run(in, output);
   return output;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../boxed.h"
+#include "../../dense.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
 #include "arguments.h"
@@ -41,10 +42,10 @@ void normalize(const Tensor& output, const Tensor& input, const Tensor& weight, 
   STD_TORCH_CHECK(!residual || (residual->scalar_type() == input.scalar_type() && same_sizes(*residual, input)),
                   "internimage::layer_norm: residual must have input's shape and dtype");
   const Kernels& kernels = kernels_of(input.scalar_type());
-  const Tensor in = torch::stable::contiguous(input), w = torch::stable::contiguous(weight),
-               b = torch::stable::contiguous(bias);
-  const Tensor r = residual ? torch::stable::contiguous(*residual) : in;
-  const Tensor s = scale ? torch::stable::contiguous(*scale) : w;
+  const Tensor in = dense(input), w = dense(weight),
+               b = dense(bias);
+  const Tensor r = residual ? dense(*residual) : in;
+  const Tensor s = scale ? dense(*scale) : w;
   if (output.numel() == 0) return;
   const int64_t channels = w.size(0);
   const LayerNormArguments norm{in.const_data_ptr(),

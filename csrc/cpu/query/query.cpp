@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../boxed.h"
+#include "../../dense.h"
 #include "../../problem.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
@@ -54,9 +55,9 @@ Tensor query(const Tensor& input, const Tensor& conv_weight, const std::optional
   STD_TORCH_CHECK(q.out_height > 0 && q.out_width > 0, "internimage::query: the kernel does not fit the input");
   q.eps = eps;
   const Kernels& kernels = kernels_of(input.scalar_type());
-  const Tensor in = torch::stable::contiguous(input), weight = torch::stable::contiguous(conv_weight),
-               bias = torch::stable::contiguous(conv_bias ? *conv_bias : norm_bias),
-               gamma = torch::stable::contiguous(norm_weight), beta = torch::stable::contiguous(norm_bias);
+  const Tensor in = dense(input), weight = dense(conv_weight),
+               bias = dense(conv_bias ? *conv_bias : norm_bias),
+               gamma = dense(norm_weight), beta = dense(norm_bias);
   Tensor output = torch::stable::new_empty(input, {batch, q.out_height, q.out_width, q.channels});
   if (output.numel() == 0) return output;
   q.input = in.const_data_ptr();
