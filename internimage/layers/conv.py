@@ -20,6 +20,11 @@ _CONVOLUTION = (
 _CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
 
 
+def _widened(t: Tensor) -> Tensor:
+    """t, in float32 if it is of a half type that the processor has no products of: torch would emulate them."""
+    return t.float() if t.dtype.itemsize < 4 and not has_product(t.dtype) else t
+
+
 class _Packed:
     """The packed weight of a convolution, for inputs of one dtype."""
 
@@ -27,7 +32,7 @@ class _Packed:
         self.weight = conv.weight
         with torch.no_grad():
             self.tensor: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                conv.weight.to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape
+                _widened(conv.weight).to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape
             )
         self._snapshot = Snapshot([conv.weight], [conv.weight])
 
@@ -71,7 +76,7 @@ class Conv2d(nn.Conv2d):
             and self.pack_weights
             and not self.training
             and use_fast_path(x, self.weight, self.bias)
-            and has_product(x.dtype)
+            and has_product(_widened(x[:0]).dtype)
             and x.numel() > 0
             and not self.weight.is_inference()
             and self.weight.is_contiguous()
@@ -83,6 +88,8 @@ class Conv2d(nn.Conv2d):
         packed = self._packed
         if packed is None or not packed.is_current(self):
             packed = self._packed = _Packed(self, x)
-        return torch.ops.mkldnn._convolution_pointwise.default(  # type: ignore[no-any-return]
-            x, packed.tensor, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+        bias = None if self.bias is None else _widened(self.bias)
+        output = torch.ops.mkldnn._convolution_pointwise.default(
+            _widened(x), packed.tensor, bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
+        return output.to(x.dtype)  # type: ignore[no-any-return]
