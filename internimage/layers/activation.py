@@ -13,7 +13,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..extension import has_kernel
-from .fast_path import use_fast_path
+from .fast_path import is_plain, use_fast_path
 
 
 def activation_class(act_layer: Any) -> Callable[..., nn.Module]:
@@ -34,6 +34,21 @@ def activation_class(act_layer: Any) -> Callable[..., nn.Module]:
     return GELU if known in (nn.GELU, timm.layers.activations.GELU) else known
 
 
+class _Gelu(torch.autograd.Function):
+    """GELU in training on a CPU. Second derivatives are those of torch's operator."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        return torch.ops.internimage.gelu.default(input)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # create_graph: the gradient is differentiated again
+            return torch.ops.aten.gelu_backward.default(grads[0], *ctx.saved_tensors)  # type: ignore[no-any-return]
+        return torch.ops.internimage.gelu_backward.default(grads[0], *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
 @register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
 class GELU(timm.layers.activations.GELU):
     """GELU; CPU inference uses the compiled kernel."""
@@ -42,4 +57,6 @@ class GELU(timm.layers.activations.GELU):
         if not torch.jit.is_scripting():
             if use_fast_path(input) and has_kernel("gelu_", "cpu"):
                 return torch.ops.internimage.gelu.default(input)  # type: ignore[no-any-return]
+            if torch.is_grad_enabled() and is_plain(input) and has_kernel("gelu_backward", "cpu"):
+                return _Gelu.apply(input)  # type: ignore[no-any-return]
         return F.gelu(input)

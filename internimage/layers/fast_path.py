@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""When layers may take their inference-only fast paths."""
+"""When layers may take the fast paths of a CPU."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,29 @@ from torch import Tensor
 from ..ops.transforms import is_transformed
 
 
-def use_fast_path(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether x is a plain CPU tensor and no autograd, autocast, compilation, export, tracing or torch.func is active.
+def is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether x is a plain CPU tensor and no autocast, compilation, export, tracing or torch.func is active.
 
     Also False if a parameter is on another device or has another dtype than x.
     """
     # called by every layer, so it may take only microseconds: no generators, and the cheapest checks first
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or torch.jit.is_tracing():
         return False
-    grad_enabled = torch.is_grad_enabled()
-    if grad_enabled and x.requires_grad:
-        return False
     for parameter in parameters:
-        if parameter is not None and (
-            parameter.dtype != x.dtype or not parameter.is_cpu or (grad_enabled and parameter.requires_grad)
-        ):
+        if parameter is not None and (parameter.dtype != x.dtype or not parameter.is_cpu):
             return False
     return not torch.is_autocast_enabled("cpu") and not is_transformed()
+
+
+def use_fast_path(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether this is inference on a CPU: `is_plain`, and no autograd is active."""
+    if torch.is_grad_enabled():
+        if type(x) is not Tensor or x.requires_grad:
+            return False
+        for parameter in parameters:
+            if parameter is not None and parameter.requires_grad:
+                return False
+    return is_plain(x, *parameters)
 
 
 def has_hooks(*modules: torch.nn.Module) -> bool:

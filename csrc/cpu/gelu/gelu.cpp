@@ -38,10 +38,26 @@ void gelu_(const Tensor& input) {
   run(input, input);
 }
 
+Tensor gelu_backward(const Tensor& grad_output, const Tensor& input) {
+  bool fits = grad_output.dim() == input.dim() && grad_output.scalar_type() == input.scalar_type();
+  for (int64_t i = 0; fits && i < input.dim(); ++i) fits = grad_output.size(i) == input.size(i);
+  STD_TORCH_CHECK(fits, "internimage::gelu_backward: grad_output must have input's shape and dtype");
+  const Kernels& kernels = kernels_of(input.scalar_type());
+  const Tensor grad = dense(grad_output), in = dense(input);
+  const Tensor output = torch::stable::empty_like(in);
+  const void *from_grad = grad.const_data_ptr(), *from = in.const_data_ptr();
+  void* to = output.mutable_data_ptr();
+  torch::stable::parallel_for(0, in.numel(), 16384, [&](int64_t begin, int64_t end) {
+    kernels.gelu_backward(from_grad, from, to, begin, end);
+  });
+  return output;
+}
+
 }  // namespace
 }  // namespace internimage
 
 STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) {
   m.impl("gelu", INTERNIMAGE_BOX(&internimage::gelu));
+  m.impl("gelu_backward", INTERNIMAGE_BOX(&internimage::gelu_backward));
   m.impl("gelu_", INTERNIMAGE_BOX(&internimage::gelu_));
 }
