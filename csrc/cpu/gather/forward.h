@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../../common.h"
+#include "../simd/shuffle.h"
 #include "../simd/storage.h"
 #include "../simd/target.h"
 #include "../simd/vector.h"
@@ -34,21 +35,33 @@ INTERNIMAGE_INLINE void gather_channels(const Points<T>& s, int64_t t, int64_t p
   const int64_t step = kChannels > 0 ? kChannels : channels;
   const T* plane_below = plane + row;
   asm("" : "+r"(plane_below));  // keeps the pointer in a register; GCC would add `row` again for every point
-  const auto point = [&](int64_t k) __attribute__((always_inline)) {
+  // adds point k, whose weights are `first` to `fourth`: scalars, or vectors of one value
+  const auto add = [&](int64_t k, auto first, auto second, auto third, auto fourth) __attribute__((always_inline)) {
     const int64_t at = pixel[k] * step;
     const T *upper = plane + at, *lower = plane_below + at;
     for (int m = 0; m < M; ++m) {
-      sum[0][m] += load<V>(upper + m * N) * w0[k];
-      sum[1][m] += load<V>(upper + step + m * N) * w1[k];
-      sum[2 % kSums][m] += load<V>(lower + m * N) * w2[k];
-      sum[3 % kSums][m] += load<V>(lower + step + m * N) * w3[k];
+      sum[0][m] += load<V>(upper + m * N) * first;
+      sum[1][m] += load<V>(upper + step + m * N) * second;
+      sum[2 % kSums][m] += load<V>(lower + m * N) * third;
+      sum[3 % kSums][m] += load<V>(lower + step + m * N) * fourth;
     }
   };
-  if constexpr (kPoints > 0) {
+  if constexpr (kPoints == 9 && N == 16) {
+    // A vector holds a corner's weights of all points. A lane that a shuffle spreads does not compete with the corners
+    // for the load ports, which limit the rate; AMD's Zen 4 loads one vector of this width per clock.
+    const V a = load<V>(w0), b = load<V>(w1), c = load<V>(w2), d = load<V>(w3);
+    const auto spread = [&](auto number) __attribute__((always_inline)) {
+      constexpr int k = decltype(number)::value;
+      const auto lane = [](int) { return k; };
+      add(k, shuffle<V, N>(a, a, lane), shuffle<V, N>(b, b, lane), shuffle<V, N>(c, c, lane),
+          shuffle<V, N>(d, d, lane));
+    };
+    for_numbers<kPoints>(spread);
+  } else if constexpr (kPoints > 0) {
 #pragma GCC unroll 9
-    for (int64_t k = 0; k < kPoints; ++k) point(k);
+    for (int64_t k = 0; k < kPoints; ++k) add(k, w0[k], w1[k], w2[k], w3[k]);
   } else {
-    for (int64_t k = 0; k < points; ++k) point(k);
+    for (int64_t k = 0; k < points; ++k) add(k, w0[k], w1[k], w2[k], w3[k]);
   }
   for (int m = 0; m < M; ++m) {
     V all = sum[0][m] + sum[1][m];

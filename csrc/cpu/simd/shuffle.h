@@ -72,6 +72,15 @@ struct Constant {
   static constexpr int value = I;
 };
 
+// Calls each(Constant<i>{}) for i from 0 to N - 1.
+template <int N, typename Each>
+INTERNIMAGE_INLINE void for_numbers(Each each) {
+  if constexpr (N > 0) {
+    for_numbers<N - 1>(each);
+    each(Constant<N - 1>{});
+  }
+}
+
 // Four vectors -> to[0..3], each summed over its lanes, in the same order for every caller.
 template <typename T, int N>
 INTERNIMAGE_INLINE void sum_lanes_4(T* to, Vector<T, N> v0, Vector<T, N> v1, Vector<T, N> v2, Vector<T, N> v3) {
