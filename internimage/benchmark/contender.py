@@ -81,8 +81,7 @@ def make_like_trained(model: nn.Module) -> None:
     """Replace initial values of one of our models with which its blocks would do next to nothing.
 
     Offset and mask, initialized to zero, get random weights, so that points leave the pixel centers. Layer scales,
-    initialized to 1e-5, become 1: otherwise the logits would hardly depend on the blocks, and a comparison of logits not
-    on what they compute.
+    initialized to 1e-5, become 1, so that the logits that are compared depend on what the blocks compute.
     """
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():

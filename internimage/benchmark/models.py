@@ -60,8 +60,8 @@ def check_names(models: Sequence[str], peers: Sequence[str], checkout: Path | No
     """Check that there are all models.
 
     Raises:
-        BenchmarkError: This package has no model of a name, timm no peer, a model is its own peer, or "official" is among
-            the peers without a checkout.
+        BenchmarkError: This package has no such model, or timm no such peer; a model is its own peer; or "official" is
+            among the peers without a checkout.
     """
     ours = [name for family in families() for name in family.architectures]
     if unknown := [name for name in models if name not in ours]:
@@ -123,8 +123,8 @@ Row = dict[str, Any]  # column -> value
 
 
 def rows(times: Times[Contender], model: str, what: str, batch: int, about: Row) -> list[Row]:
-    """Images per second, then speedups of our model over the others: in the same dtype, and of bfloat16 over the official
-    float32 model."""
+    """Images per second, then speedups of our model over the others: in the same dtype, and of bfloat16 over the
+    official implementation in float32."""
     result: list[Row] = []
     for how in ("min", "median"):
         fastest: dict[tuple[str, str], tuple[float, Contender]] = {}
@@ -292,5 +292,5 @@ def _peaks(model: str, alone: Sequence[Contender], batch: int, training_batch: i
                 measured += [replace(c, packed=False) for c in alone if c.ours]
             # as dictionary keys, since the unpacked ones may be there already
             peaks = {c: memory.peak(c, number, what == "training step") for c in dict.fromkeys(measured)}
-            head = f"peak memory, {what}: growth of resident memory, without weights but with their packed copies, in separate processes"
+            head = f"peak memory, {what}: growth of resident memory over two calls, in separate processes"
             yield head, memory_rows(peaks, model, f"peak memory, {what}", number, about)
