@@ -16,6 +16,8 @@ import torch
 from internimage.benchmark import CORES, memory, models, ops, timing
 from internimage.benchmark.official import FUNCTION, MODEL, official_arguments
 from internimage.cli import main
+from internimage.extension import has_kernel
+from internimage.layers.linear import CAN_PACK
 
 FUNCTION_FILE = """
     import DCNv3
@@ -111,6 +113,12 @@ def test_models(checkout, tmp_path):
     assert all(float(row["value"]) > 0 for row in rows)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_weights_are_packed_or_not(packed):
+    model = models.Contender("internimage_atto", packed=packed).build()
+    assert {block.pack_weights for block in model.get_blocks()} == {packed}
+
+
 def test_models_of_other_sizes_one_after_the_other(checkout, tmp_path, monkeypatch):
     path = tmp_path / "models.csv"
     monkeypatch.setattr(memory, "peak", lambda contender, *_: 8.0 if contender.checkout else 4.0)
@@ -190,6 +198,7 @@ def test_the_logits_that_are_compared_depend_on_the_blocks():
     assert (after - before).abs().max() > 10 * models.TOLERANCE["official"] * before.abs().max()
 
 
+@pytest.mark.skipif(not (CAN_PACK and has_kernel("fingerprint", "cpu")), reason="nothing is packed on this machine")
 def test_memory_has_the_packed_weights():
     """With a small image, whose activations are few, the copies of the blocks' weights are most of it."""
     contender = models.Contender("internimage_tiny", img_size=32)
@@ -357,7 +366,7 @@ def test_threads(what, capsys):
         error = fails(capsys, what, "--threads", "1", number)
         allowed = f"must be a whole number from 1 to {CORES}, the number of cores of this machine, got '{number}'"
         assert f"argument --threads: {allowed}" in error and len(error.splitlines()) == 1
-    assert "--threads has 1 twice" in fails(capsys, what, "--threads", "1", "1")
+    assert "--threads has 1 twice" in fails(capsys, what, "--quick", "--threads", "1", "1")
     clocks = [timing.Clock("wall", 4), timing.Clock("cpu", 1), timing.Clock("wall", 2)]
     assert timing.clocks([4, 1, 2]) == clocks
 
