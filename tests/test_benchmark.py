@@ -137,10 +137,10 @@ def test_models_of_other_sizes_one_after_the_other(checkout, tmp_path, monkeypat
             ("inference", f"{own} / {official}", "fp32"),
             ("inference", f"{own} / {official}", "bf16 / fp32"),
             ("peak memory, inference", own, "fp32"),
+            ("peak memory, inference", f"{own} (weights not packed)", "fp32"),
             ("peak memory, inference", official, "fp32"),
             ("peak memory, inference", f"{own} / {official}", "fp32"),
             ("peak memory, inference", f"{own} (weights not packed) / {official}", "fp32"),
-            ("peak memory, inference", f"{own} (weights not packed)", "fp32"),
         ]
     assert [(row["what"], row["who"], row["dtype"]) for row in read(path) if row["of"] != "median"] == expected
 

@@ -287,10 +287,8 @@ def _peaks(model: str, alone: Sequence[Contender], batch: int, training_batch: i
     about = facts(Clock("", memory.THREADS))
     for what, number in (("inference", batch), ("training step", training_batch)):
         if number > 0:
-            measured = list(alone)
-            if what == "inference":  # training has no packed weights
-                measured += [replace(c, packed=False) for c in alone if c.ours]
-            # as dictionary keys, since the unpacked ones may be there already
-            peaks = {c: memory.peak(c, number, what == "training step") for c in dict.fromkeys(measured)}
+            both = {c for c in alone if c.ours and c.packed and what == "inference"}  # training has no packed weights
+            measured = [each for c in alone for each in ((c, replace(c, packed=False)) if c in both else (c,))]
+            peaks = {c: memory.peak(c, number, what == "training step") for c in measured}
             head = f"peak memory, {what}: growth of resident memory over two calls, in separate processes"
             yield head, memory_rows(peaks, model, f"peak memory, {what}", number, about)
