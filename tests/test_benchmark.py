@@ -6,13 +6,18 @@ import importlib
 import shutil
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 
-from internimage.benchmark import memory, models, ops, timing
-from internimage.benchmark.official import FUNCTION, MODEL
+from internimage.benchmark import CORES, memory, models, ops, timing
+from internimage.benchmark.official import FUNCTION, MODEL, official_arguments
 from internimage.cli import main
+from internimage.extension import has_kernel
+from internimage.layers.linear import CAN_PACK
 
 FUNCTION_FILE = """
     import DCNv3
@@ -28,9 +33,9 @@ MODEL_FILE = """
     from ops_dcnv3 import modules
     from timm.models.layers import DropPath
 
-    def InternImage(core_op, channels, depths, groups, drop_path_rate):
-        assert (core_op, channels, depths, groups) == ("DCNv3_pytorch", 64, [4, 4, 18, 4], [4, 8, 16, 32])
-        model = timm.create_model("internimage_tiny", drop_path_rate=drop_path_rate)
+    def InternImage(core_op, channels, drop_path_rate, **arguments):
+        assert (core_op, drop_path_rate) == ("DCNv3_pytorch", 0.0)
+        model = timm.create_model({16: "internimage_atto", 64: "internimage_tiny", 80: "internimage_small"}[channels])
         model.register_forward_hook(lambda module, inputs, logits: logits * FACTOR)
         return model
 """
@@ -70,7 +75,7 @@ def test_ops(checkout, tmp_path, capsys):
         *("ours", "reference", "torchvision", "official"),
         *("reference / ours", "torchvision / ours", "official / ours"),
     }
-    assert {(row["clock"], row["threads"]) for row in rows} == {("cpu", "1"), ("wall", "2")}
+    assert {(row["clock"], row["threads"]) for row in rows} == {("cpu", "1"), *([("wall", "2")] if CORES > 1 else [])}
     assert {row["what"] for row in rows if row["who"] == "official / ours"} == {
         *ops.WORKS, "forward, ours in bf16", "softmax+forward, ours in bf16"
     }  # fmt: skip
@@ -80,13 +85,13 @@ def test_ops(checkout, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| softmax+forward" in printed and "official / ours" in printed
     # a second run is appended
-    assert main(["benchmark", "ops", "--quick", "--csv", str(path), "--peers", "--wall-threads", "0"]) == 0
+    assert main(["benchmark", "ops", "--quick", "--csv", str(path), "--peers", "--threads", "1"]) == 0
     assert len(read(path)) == len(rows) + 2 * 5
 
 
 def test_models(checkout, tmp_path):
     path = tmp_path / "models.csv"
-    command = ["benchmark", "models", "--quick", "--official", str(checkout()), "--wall-threads", "0", "--no-memory"]
+    command = ["benchmark", "models", "--quick", "--official", str(checkout()), "--threads", "1", "--no-memory"]
     assert main([*command, "--peers", "official", "resnet10t", "--csv", str(path)]) == 0
     rows = [row for row in read(path) if row["of"] == "min"]
     assert [(row["what"], row["who"], row["dtype"], row["unit"]) for row in rows] == [
@@ -106,6 +111,105 @@ def test_models(checkout, tmp_path):
         ("training step", "internimage_tiny / resnet10t", "fp32", "x"),
     ]
     assert all(float(row["value"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_weights_are_packed_or_not(packed):
+    model = models.Contender("internimage_atto", packed=packed).build()
+    assert {block.pack_weights for block in model.get_blocks()} == {packed}
+
+
+def test_models_of_other_sizes_one_after_the_other(checkout, tmp_path, monkeypatch):
+    path = tmp_path / "models.csv"
+    monkeypatch.setattr(memory, "peak", lambda contender, *_: 8.0 if contender.checkout else 4.0)
+    command = ["benchmark", "models", "--quick", "--official", str(checkout()), "--threads", "1", "--csv", str(path)]
+    command += ["--training-batch", "0", "--peers", "official", "--models", "internimage_atto", "internimage_small"]
+    assert main(command) == 0
+    expected = []
+    for own, official in (
+        ("internimage_atto", "official InternImage-atto"),
+        ("internimage_small", "official InternImage-S"),
+    ):
+        expected += [
+            ("inference", own, "fp32"),
+            ("inference", own, "bf16"),
+            ("inference", official, "fp32"),
+            ("inference", f"{own} / {official}", "fp32"),
+            ("inference", f"{own} / {official}", "bf16 / fp32"),
+            ("peak memory, inference", own, "fp32"),
+            ("peak memory, inference", f"{own} (weights not packed)", "fp32"),
+            ("peak memory, inference", official, "fp32"),
+            ("peak memory, inference", f"{own} / {official}", "fp32"),
+            ("peak memory, inference", f"{own} (weights not packed) / {official}", "fp32"),
+        ]
+    assert [(row["what"], row["who"], row["dtype"]) for row in read(path) if row["of"] != "median"] == expected
+
+
+def test_without_packed_weights(tmp_path, monkeypatch):
+    path = tmp_path / "models.csv"
+    monkeypatch.setattr(memory, "peak", lambda contender, batch, training: 1.0)
+    command = ["benchmark", "models", "--quick", "--models", "internimage_atto", "--no-packed-weights"]
+    assert main([*command, "--peers", "resnet10t", "--threads", "1", "--csv", str(path)]) == 0
+    names = {"internimage_atto (weights not packed)", "resnet10t", "internimage_atto (weights not packed) / resnet10t"}
+    for what in ("inference", "training step", "peak memory, inference", "peak memory, training step"):
+        assert {row["who"] for row in read(path) if row["what"] == what} == names
+
+
+# from the files in classification/configs of the official repository
+CONFIGURATIONS = {
+    "tiny": dict(channels=64, depths=[4, 4, 18, 4], groups=[4, 8, 16, 32]),
+    "small": dict(channels=80, depths=[4, 4, 21, 4], groups=[5, 10, 20, 40], layer_scale=1e-5, post_norm=True),
+    "base": dict(channels=112, depths=[4, 4, 21, 4], groups=[7, 14, 28, 56], layer_scale=1e-5, post_norm=True),
+    "large": dict(
+        channels=160, depths=[5, 5, 22, 5], groups=[10, 20, 40, 80], layer_scale=1e-5, post_norm=True, offset_scale=2.0
+    ),
+    "xlarge": dict(
+        channels=192, depths=[5, 5, 24, 5], groups=[12, 24, 48, 96], layer_scale=1e-5, post_norm=True, offset_scale=2.0
+    ),
+    "huge": dict(
+        channels=320, depths=[6, 6, 32, 6], groups=[10, 20, 40, 80], dw_kernel_size=5, res_post_norm=True,
+        level2_post_norm=True, level2_post_norm_block_ids=[5, 11, 17, 23, 29], center_feature_scale=True,
+        use_clip_projector=True,
+    ),
+    "giant": dict(
+        channels=512, depths=[2, 2, 48, 4], groups=[16, 32, 64, 128], dw_kernel_size=5, post_norm=True,
+        level2_post_norm=True, level2_post_norm_block_ids=[5, 11, 17, 23, 29, 35, 41, 47], center_feature_scale=True,
+        use_clip_projector=True, res_post_norm=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", CONFIGURATIONS)
+def test_the_arguments_of_the_official_model(size):
+    model = timm.create_model(f"internimage_{size}", device="meta")
+    defaults = dict(mlp_ratio=4.0, layer_scale=None, offset_scale=1.0, post_norm=False)
+    assert official_arguments(model) == defaults | CONFIGURATIONS[size]
+
+
+def test_the_logits_that_are_compared_depend_on_the_blocks():
+    """Layer scales as initialized, 1e-5, would hide what a block computes."""
+    contender = models.Contender("internimage_small", img_size=64)
+    model, images = contender.build(), contender.images(1)
+    before = models.inference(model, images)()
+    with torch.no_grad():
+        for block in model.get_blocks():
+            block.dcn.offset.weight.neg_()
+    after = models.inference(model, images)()
+    assert (after - before).abs().max() > 10 * models.TOLERANCE["official"] * before.abs().max()
+
+
+@pytest.mark.skipif(not (CAN_PACK and has_kernel("fingerprint", "cpu")), reason="nothing is packed on this machine")
+def test_memory_has_the_packed_weights():
+    """With a small image, whose activations are few, the copies of the blocks' weights are most of it."""
+    contender = models.Contender("internimage_tiny", img_size=32)
+    packed, unpacked = (memory.peak(replace(contender, packed=value), 1, training=False) for value in (True, False))
+    weights = sum(
+        4 * module.weight.numel() / 1e6
+        for block in timm.create_model("internimage_tiny", device="meta").get_blocks()
+        for module in block.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    assert packed - unpacked > 0.8 * weights
 
 
 def test_memory_grows_with_the_images():
@@ -139,6 +243,24 @@ def test_no_checkout(what, tmp_path, capsys):
 
 def test_a_peer_that_there_is_not(capsys):
     assert "timm has no model 'resnot50'" in fails(capsys, "models", "--quick", "--peers", "official", "resnot50")
+
+
+def test_models_that_this_package_does_not_have(capsys):
+    for name in ("resnet50", "internimage_tiny.ogvl_in1k"):
+        error = fails(capsys, "models", "--quick", "--peers", "--models", "internimage_tiny", name)
+        assert f"this package has no model '{name}'; --models takes " in error and "internimage_small" in error
+        assert len(error.splitlines()) == 1
+    error = fails(capsys, "models", "--models", "internimage_tiny", "--peers", "internimage_tiny")
+    assert "'internimage_tiny' is among both --models and --peers" in error
+
+
+def test_a_model_of_ours_that_does_not_run_at_a_size_is_told_in_one_line():
+    contender = models.Contender("internimage_huge", img_size=47)
+    error = "'internimage_huge' does not run at 47 pixels: sides must be multiples of 32"
+    with pytest.raises(timing.BenchmarkError, match=error), models._errors_of(contender):
+        raise ValueError("sides must be multiples of 32")
+    with pytest.raises(RuntimeError), models._errors_of(contender):  # a bug
+        raise RuntimeError
 
 
 def test_a_checkout_that_cannot_be_imported(checkout, capsys):
@@ -238,6 +360,17 @@ def test_what_stands_above_a_table():
     assert timing.describe(timing.facts(times.clock, times)).startswith("CPU time of 1 thread, 7 rounds; ")
 
 
+@pytest.mark.parametrize("what", ["ops", "models"])
+def test_threads(what, capsys):
+    for number in ("0", "-1", str(CORES + 1)):
+        error = fails(capsys, what, "--threads", "1", number)
+        allowed = f"must be a whole number from 1 to {CORES}, the number of cores of this machine, got '{number}'"
+        assert f"argument --threads: {allowed}" in error and len(error.splitlines()) == 1
+    assert "--threads has 1 twice" in fails(capsys, what, "--quick", "--threads", "1", "1")
+    clocks = [timing.Clock("wall", 4), timing.Clock("cpu", 1), timing.Clock("wall", 2)]
+    assert timing.clocks([4, 1, 2]) == clocks
+
+
 @pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--batch", "-1"], ["--peers", "mmcv"]])
 def test_arguments_out_of_range(arguments, capsys):
     assert f"argument {arguments[0]}: must be " in fails(capsys, "ops", *arguments)
@@ -308,21 +441,22 @@ def test_ratios_of_the_operator():
 
 
 def test_ratios_of_models_take_the_faster_memory_format():
-    ours, official = models.Contender(models.OURS), models.Contender(models.OFFICIAL)
-    half = models.Contender(models.OURS, "bf16")
+    tiny, upstream = "internimage_tiny", "official InternImage-T"
+    ours, official = models.Contender(tiny), models.Contender(tiny, checkout=Path("checkout"))
+    half = models.Contender(tiny, "bf16")
     first, last = (models.Contender("convnext_tiny", channels_last=c) for c in (False, True))
     times = timing.Times(timing.Clock("cpu", 1), {ours: [2.0], half: [0.5], official: [5.0], first: [4.0], last: [1.0]})
     about = timing.facts()
-    rows = [row for row in models.rows(times, "inference", 8, about) if row["of"] == "min"]
+    rows = [row for row in models.rows(times, tiny, "inference", 8, about) if row["of"] == "min"]
     values = {(row["who"], row["dtype"]): (row["value"], row["memory_format"]) for row in rows}
     assert values == {
-        (models.OURS, "fp32"): (4.0, "default"),
-        (models.OURS, "bf16"): (16.0, "default"),
-        (models.OFFICIAL, "fp32"): (1.6, "default"),
+        (tiny, "fp32"): (4.0, "default"),
+        (tiny, "bf16"): (16.0, "default"),
+        (upstream, "fp32"): (1.6, "default"),
         ("convnext_tiny", "fp32"): (8.0, "channels_last"),
-        (f"{models.OURS} / {models.OFFICIAL}", "fp32"): (2.5, "default"),
-        (f"{models.OURS} / {models.OFFICIAL}", "bf16 / fp32"): (10.0, "default"),
-        (f"{models.OURS} / convnext_tiny", "fp32"): (0.5, "channels_last"),
+        (f"{tiny} / {upstream}", "fp32"): (2.5, "default"),
+        (f"{tiny} / {upstream}", "bf16 / fp32"): (10.0, "default"),
+        (f"{tiny} / convnext_tiny", "fp32"): (0.5, "channels_last"),
     }
 
 

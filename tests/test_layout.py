@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": {"models"},
     "engine": {"layers", "weights", "models", "data"},
     "analysis": {"ops", "layers", "models"},
-    "benchmark": {"ops", "models"},
+    "benchmark": {"ops", "layers", "models"},
     "convert": {"weights", "models"},
     "tasks": {"weights", "models", "data", "engine", "analysis"},
     "cli": {"ops", "weights", "models", "data", "engine", "analysis", "benchmark", "convert", "tasks"},

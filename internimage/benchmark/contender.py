@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model to time: InternImage-T, the official implementation, or a timm model, with random weights."""
+"""A model to time: one of this package, its official implementation, or a timm model, with random weights."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes import torch_dtype
-from .official import official_model
+from ..layers.packing import set_weight_packing
+from ..models.families import is_ours
+from .official import official_arguments, official_model
 
-OURS = "internimage_tiny"
-OFFICIAL = "official InternImage-T"
+# the official names of the sizes, by ours
+SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "xlarge": "XL", "huge": "H", "giant": "G"}
 DTYPES = ("fp32", "bf16")  # as rows name them
 
 
@@ -24,34 +26,47 @@ DTYPES = ("fp32", "bf16")  # as rows name them
 class Contender:
     """A model in the dtype, memory format and image size in which it is timed."""
 
-    name: str
+    model: str  # timm's name
     dtype: str = "fp32"
     channels_last: bool = False
-    checkout: Path | None = None  # for the official model
+    checkout: Path | None = None  # for the official implementation of the model, which is one of ours
     img_size: int = 224
+    packed: bool = True  # whether inference keeps packed weights, if the model has them
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a model of this package."""
+        return self.checkout is None and is_ours(self.model)
+
+    @property
+    def who(self) -> str:
+        """Its name in rows."""
+        if self.checkout is not None:
+            size = self.model.removeprefix("internimage_")
+            return f"official InternImage-{SIZES.get(size, size)}"
+        return f"{self.model} (weights not packed)" if self.ours and not self.packed else self.model
 
     def build(self) -> nn.Module:
         """The model in eval mode, always with the same weights."""
         torch.manual_seed(0)
         model: nn.Module
         if self.checkout is not None:
-            model = official_model(
-                self.checkout, channels=64, depths=[4, 4, 18, 4], groups=[4, 8, 16, 32], drop_path_rate=0.0
-            )
-            # our parameters have the official names
-            model.load_state_dict(replace(self, name=OURS, checkout=None).build().state_dict())
+            own: Any = replace(self, checkout=None).build()
+            model = official_model(self.checkout, drop_path_rate=0.0, **official_arguments(own))
+            model.load_state_dict(own.state_dict())  # our parameters have the official names
         else:
-            cfg = timm.get_pretrained_cfg(self.name, allow_unregistered=True)
-            fixed_size = self.name.startswith("swin") or (cfg is not None and cfg.fixed_input_size)
+            cfg = timm.get_pretrained_cfg(self.model, allow_unregistered=True)
+            fixed_size = self.model.startswith("swin") or (cfg is not None and cfg.fixed_input_size)
             arguments: dict[str, Any] = {"img_size": self.img_size} if fixed_size else {}
             try:
-                model = timm.create_model(self.name, drop_path_rate=0.0, **arguments)
+                model = timm.create_model(self.model, drop_path_rate=0.0, **arguments)
             except TypeError as error:  # the model has no drop path
                 if "drop_path_rate" not in str(error):
                     raise
-                model = timm.create_model(self.name, **arguments)
-            if self.name == OURS:
-                randomize_sampling(model)
+                model = timm.create_model(self.model, **arguments)
+            if self.ours:
+                make_like_trained(model)
+                set_weight_packing(model, self.packed)
         model = model.eval().to(torch_dtype(self.dtype))
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
@@ -61,13 +76,19 @@ class Contender:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
-def randomize_sampling(model: nn.Module) -> None:
-    """Give offset and mask, which are initialized to zero, random weights, so that points leave the pixel centers."""
+@torch.no_grad()
+def make_like_trained(model: nn.Module) -> None:
+    """Replace initial values of one of our models with which its blocks would do next to nothing.
+
+    Offset and mask, initialized to zero, get random weights, so that points leave the pixel centers. Layer scales,
+    initialized to 1e-5, become 1, so that the logits that are compared depend on what the blocks compute.
+    """
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if name.endswith((".dcn.offset.weight", ".dcn.mask.weight")):
-            with torch.no_grad():
-                parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]), generator=generator)
+            parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]), generator=generator)
+        elif name.endswith((".gamma1", ".gamma2")):
+            parameter.fill_(1)
 
 
 def inference(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:

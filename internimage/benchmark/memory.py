@@ -2,7 +2,9 @@
 """Peak memory of inference or of a training step, in a separate process.
 
 Measures how far the peak of two calls exceeds the resident memory before them, when the model and its input exist and
-inference of one image has made the libraries load what they load lazily. Linux only.
+inference of one image has made the libraries load what they load lazily. So the model's weights do not count, but the
+packed copies that inference of our models keeps of most of them do (see `layers.packing`): those of that one image are
+dropped, and the two calls make new ones. A training step has none. Linux only.
 """
 
 import ctypes
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..layers.packing import set_weight_packing
 from .contender import Contender, inference, training_step
 from .timing import BenchmarkError
 
@@ -30,9 +33,10 @@ def peak(contender: Contender, batch: int, training: bool) -> float:
     """
     check_system()
     task = {
-        "name": contender.name,
+        "model": contender.model,
         "checkout": str(contender.checkout) if contender.checkout is not None else None,
         "img_size": contender.img_size,
+        "packed": contender.packed,
         "batch": batch,
         "training": training,
     }
@@ -43,7 +47,7 @@ def peak(contender: Contender, batch: int, training: bool) -> float:
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
-        raise BenchmarkError(f"measuring the memory of {contender.name} failed: {reason}")
+        raise BenchmarkError(f"measuring the memory of {contender.who} failed: {reason}")
     return float(result.stdout.split()[-1])
 
 
@@ -68,9 +72,10 @@ def _status(key: str) -> int:
 def _measure(task: dict[str, Any]) -> float:
     torch.set_num_threads(THREADS)
     checkout = Path(task["checkout"]) if task["checkout"] else None
-    contender = Contender(task["name"], checkout=checkout, img_size=task["img_size"])
+    contender = Contender(task["model"], checkout=checkout, img_size=task["img_size"], packed=task["packed"])
     model, images = contender.build(), contender.images(task["batch"])
     inference(model, images[:1])()
+    set_weight_packing(model, contender.packed)  # drops what that has packed
     work = training_step(model.train(), images) if task["training"] else inference(model, images)
     gc.collect()
     try:

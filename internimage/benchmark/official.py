@@ -19,6 +19,7 @@ from typing import Any
 import timm.layers
 from torch import Tensor, nn
 
+from ..models.classifier import InternImage
 from .timing import BenchmarkError
 
 NO_CHECKOUT = "'official' needs your checkout of OpenGVLab/InternImage: --official PATH"
@@ -46,6 +47,32 @@ def official_model(checkout: Path, **arguments: Any) -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
         model: nn.Module = build(core_op="DCNv3_pytorch", **arguments)
         return model.eval()
+
+
+def official_arguments(model: InternImage) -> dict[str, Any]:
+    """The arguments with which the official `InternImage` has the architecture of one of our models."""
+    stages, block = model.get_stages(), model.get_blocks()[0]
+    dcn = block.dcn
+    arguments: dict[str, Any] = dict(
+        channels=dcn.channels,
+        depths=[len(stage.blocks) for stage in stages],
+        groups=[stage.get_submodule("blocks.0.dcn").groups for stage in stages],
+        mlp_ratio=block.mlp.fc1.out_features / dcn.channels,
+        layer_scale=block.layer_scale,
+        offset_scale=dcn.offset_scale,
+        post_norm=block.post_norm,
+    )
+    if model.attentive:  # what huge and giant alone have, under its official name
+        extra = list(stages[2].post_norm_blocks)
+        arguments |= dict(
+            use_clip_projector=True,
+            dw_kernel_size=dcn.dw_kernel_size[0],
+            center_feature_scale=dcn.center_feature_scale,
+            res_post_norm=not isinstance(block.res_post_norm1, nn.Identity),
+            level2_post_norm=bool(extra),
+            level2_post_norm_block_ids=extra,
+        )
+    return arguments
 
 
 def _load(checkout: Path, file: Path, name: str) -> Any:

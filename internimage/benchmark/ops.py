@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops import dcnv3_reference as reference
 from . import OPS_PEERS as PEERS
+from . import THREADS
 from .official import NO_CHECKOUT, official_function
 from .timing import (
     HOW,
@@ -300,7 +301,7 @@ def benchmark_ops(
     peers: Sequence[str] = PEERS[:-1],
     batch: int = 8,
     rounds: int = 9,
-    wall_threads: int = 2,
+    threads: Sequence[int] = THREADS,
     csv: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
@@ -311,7 +312,7 @@ def benchmark_ops(
         peers: Implementations to time against: "reference", "torchvision", "official".
         batch: Batch size.
         rounds: Number of timed calls per function and clock.
-        wall_threads: Number of threads for wall times, the second clock; 0 skips these.
+        threads: Numbers of threads to measure with: 1 for its CPU time, more for the wall time of so many.
         csv: File to append the rows to.
         report: Called with the printed tables.
 
@@ -325,7 +326,7 @@ def benchmark_ops(
         check_csv(csv, COLUMNS)
     functions = contenders(batch, peers, checkout)
     result: list[Row] = []
-    for clock in clocks(wall_threads):
+    for clock in clocks(threads):
         times = interleave(functions, rounds, clock, settle=True, name="DCNv3")
         entries = rows(times, {"batch": batch, **facts(clock, times)})
         if csv is not None:

@@ -62,9 +62,9 @@ class Times(Generic[Key]):
         return min(self.seconds[key]) if how == "min" else statistics.median(self.seconds[key])
 
 
-def clocks(wall_threads: int) -> list[Clock]:
-    """One thread's CPU time, and the wall time of `wall_threads` unless that is 0."""
-    return [Clock("cpu", 1)] + ([Clock("wall", wall_threads)] if wall_threads > 0 else [])
+def clocks(threads: Sequence[int]) -> list[Clock]:
+    """For each number of threads its clock: the CPU time of one, the wall time of several."""
+    return [Clock("cpu" if number == 1 else "wall", number) for number in threads]
 
 
 def interleave(

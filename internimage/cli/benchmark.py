@@ -27,7 +27,7 @@ def _ops(arguments: argparse.Namespace) -> None:
         _peers(arguments, OPS_PEERS),
         1 if quick else arguments.batch,
         1 if quick else arguments.rounds,
-        arguments.wall_threads,
+        arguments.threads,
         _path(arguments.csv),
     )
 
@@ -37,10 +37,12 @@ def _models(arguments: argparse.Namespace) -> None:
     benchmark_models(
         _path(arguments.official),
         _peers(arguments, MODEL_PEERS),
+        arguments.models,
         [1] if quick else arguments.batches,
         min(arguments.training_batch, 1) if quick else arguments.training_batch,
         1 if quick else arguments.rounds,
-        arguments.wall_threads,
+        arguments.threads,
+        not arguments.no_packed_weights,
         not arguments.no_memory,
         64 if quick else arguments.img_size,
         _path(arguments.csv),

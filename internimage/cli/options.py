@@ -144,6 +144,15 @@ class Size(Kind):
 
 
 @dataclass(frozen=True)
+class Threads(Whole):
+    """A number of threads, at most one for each core of this machine."""
+
+    @property
+    def words(self) -> str:
+        return f"{super().words}, the number of cores of this machine"
+
+
+@dataclass(frozen=True)
 class WordOr(Kind):
     """A certain word, or a value of another kind."""
 

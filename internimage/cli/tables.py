@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The options of each verb, with their types and ranges, and which have no effect with or without others."""
 
-from ..benchmark import MODEL_PEERS, OPS_PEERS
+from ..benchmark import CORES, MODEL_PEERS, MODELS, OPS_PEERS, THREADS
 from ..data.variants import VARIANTS
 from ..dtypes import DTYPE
 from ..values import Choice, Number, Text, Whole
-from .options import Group, KeyValue, Option, OutputFile, PictureFile, Size, WordOr
+from .options import Group, KeyValue, Option, OutputFile, PictureFile, Size, Threads, WordOr
 
 _BATCH, _WORKERS, _PIXELS, _CLASSES = Whole(1), Whole(0, 1024), Whole(1, 16384), Whole(1, 10**7)
 _HUB_NAME = Text(r"[\w.-]+/[\w.-]+", "OWNER/NAME")
@@ -205,7 +205,13 @@ def _benchmark_options(rounds: int) -> tuple[Option, ...]:
     return (
         Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH"),
         Option("--rounds", "timed calls per function", Whole(1), default=rounds, excludes=("--quick",)),
-        Option("--wall-threads", "threads for wall times; 0 skips them", Whole(0, 1024), default=2),
+        Option(
+            "--threads",
+            "with how many threads to measure: 1 for its CPU time, more for the wall time of so many",
+            Threads(1, CORES),
+            default=THREADS,
+            nargs="+",
+        ),
         Option("--csv", "append the rows to this file", OutputFile(), metavar="FILE"),
         _QUICK,
     )
@@ -230,13 +236,22 @@ BENCHMARK_MODELS = (
     Option("--training-batch", "images per training step; 0 skips training", Whole(0), default=4),
     Option("--img-size", "image size", Whole(32, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
     Option(
+        "--models",
+        "internimage_SIZE, one or more, each to time against the peers",
+        Text(),
+        default=MODELS,
+        metavar="NAME",
+        nargs="+",
+    ),
+    Option(
         "--peers",
-        "models to time: official, and names of timm models",
+        "models to time them against: official, and names of timm models",
         Text(),
         default=MODEL_PEERS,
         metavar="NAME",
         nargs="*",
     ),
+    Option("--no-packed-weights", "time our models without the packed weights of inference"),
     Option("--no-memory", "do not measure peak memory"),
 )
 

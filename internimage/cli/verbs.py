@@ -85,6 +85,9 @@ def _check_benchmark(arguments: argparse.Namespace, prog: str) -> None:
     wanted = "official" in arguments.peers
     if arguments.official is not None and not wanted:
         raise UsageError("--official has no effect if --peers does not include 'official'", prog)
+    for option, values in (("--threads", arguments.threads), ("--models", getattr(arguments, "models", []))):
+        if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+            raise UsageError(f"{option} has {twice[0]} twice", prog)
 
 
 def _no_check(arguments: argparse.Namespace, prog: str) -> None:
@@ -183,17 +186,18 @@ BENCHMARKS = (
     ),
     Verb(
         "models",
-        "Time InternImage-T against the official model and timm models.",
+        "Time models of this package against the official ones and timm models.",
         tables.BENCHMARK_MODELS,
         """
         internimage benchmark models --quick
-        internimage benchmark models --peers convnext_tiny --batches 1 16 --no-memory
+        internimage benchmark models --peers convnext_tiny --batches 1 16 --threads 1 --no-memory
+        internimage benchmark models --models internimage_small --peers convnext_small
         """,
         _check_benchmark,
     ),
 )
 
-_BENCHMARK_HELP = "Time the operator and InternImage-T on this CPU against other implementations."
+_BENCHMARK_HELP = "Time the operator and the models on this CPU against other implementations."
 
 
 def parser() -> Parser:
