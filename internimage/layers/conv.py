@@ -17,7 +17,9 @@ _CONVOLUTION = (
     "mkldnn::_convolution_pointwise(Tensor X, Tensor W, Tensor? B, int[] padding, int[] stride, int[] dilation, "
     "int groups, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
-_CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+_CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(
+    torch._C._nn, "mkldnn_reorder_conv2d_weight"
+)
 
 
 class _Packed:
@@ -26,7 +28,8 @@ class _Packed:
     def __init__(self, conv: nn.Conv2d, x: Tensor) -> None:
         self.weight = conv.weight
         with torch.no_grad():
-            self.tensor: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks arguments
+            self.tensor: Tensor = reorder(
                 conv.weight.to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape
             )
         self._snapshot = Snapshot([conv.weight], [conv.weight])
@@ -69,6 +72,8 @@ class Conv2d(nn.Conv2d):
         return (
             _CAN_PACK
             and self.pack_weights
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
             and not self.training
             and use_fast_path(x, self.weight, self.bias)
             and has_product(x.dtype)
@@ -83,6 +88,6 @@ class Conv2d(nn.Conv2d):
         packed = self._packed
         if packed is None or not packed.is_current(self):
             packed = self._packed = _Packed(self, x)
-        return torch.ops.mkldnn._convolution_pointwise.default(  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._convolution_pointwise.default(
             x, packed.tensor, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )

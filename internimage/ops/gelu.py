@@ -5,8 +5,8 @@
     torch.ops.internimage.gelu_(input)    input <- the same
 
 with the cumulative distribution function Phi of the normal distribution, as `torch.nn.GELU`. Half types are computed in
-float32. Defined on every device and not differentiable. The compiled CPU kernel's output is contiguous; in place it takes
-contiguous tensors.
+float32. Defined on every device and not differentiable. The output is contiguous; in place, the compiled CPU kernel
+takes contiguous tensors only.
 """
 
 import torch
