@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The DCNv3 layer against the official module's numbers and a composition by hand; norms and attentive pooling."""
 
-from unittest.mock import Mock
-
 import golden
 import oracle
 import pytest
@@ -12,8 +10,7 @@ from conftest import DEVICES, TOLERANCE, assert_close
 from test_layer_norm import exact_layer_norm
 
 from internimage.layers import AttentivePool, DCNv3
-from internimage.layers import norm as layer_norm
-from internimage.layers.norm import add_normalized, create_norm
+from internimage.layers.norm import create_norm
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -356,29 +353,7 @@ def test_attentive_pool_errors():
 # ---- layer norm in inference
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scale", [False, True])
-def test_add_normalized(monkeypatch, scale, dtype):
-    """In inference one call; with gradients, or a hook on the norm, the norm itself."""
-    norm = create_norm(12).to(dtype)
-    torch.nn.init.normal_(norm[0].weight)
-    x, y = torch.randn(2, 3, 3, 4, 12, dtype=dtype).unbind()
-    gamma = torch.randn(12, dtype=dtype) if scale else None
-    expected = exact_layer_norm(y, norm[0].weight, norm[0].bias, 1e-6) * (gamma.double() if scale else 1) + x.double()
-    for least in (1, 1 << 20):  # by the kernel, and not
-        monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", least)
-        assert add_normalized(x, y, norm, gamma).requires_grad
-        with torch.no_grad():
-            assert_close(add_normalized(x, y, norm, gamma), expected)
-            hook = Mock(return_value=None)
-            handle = norm[0].register_forward_hook(hook)
-            assert_close(add_normalized(x, y, norm, gamma), expected)
-            handle.remove()
-            hook.assert_called_once()
-
-
-def test_layer_norm_layer_has_gradients_and_rounds_alike(monkeypatch):
-    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
+def test_layer_norm_layer_has_gradients_and_rounds_alike():
     norm = create_norm(12)[0].double()
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
