@@ -4,6 +4,7 @@
 import copy
 import io
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -51,23 +52,13 @@ def test_fingerprint(shape, dtype):
 
 @needs_kernel
 def test_fingerprint_of_other_tensors():
-    assert fingerprint([]) == fingerprint([torch.empty(0)]) == fingerprint([torch.empty(0, 4), torch.empty(0)])
+    assert fingerprint([torch.empty(0)]) == fingerprint([torch.empty(0, 4), torch.empty(0)])
+    assert Snapshot([], []).is_current()
     for x in (torch.randn(4, 6).T, torch.randn(9)[::2], torch.randn(1, 3).expand(4, 3)):
         with pytest.raises(RuntimeError, match="internimage::fingerprint: tensors must be contiguous"):
             fingerprint([torch.randn(3), x])
     assert fingerprint([torch.randn(12)[3:7]]) != 0
     fingerprint([torch.zeros(3, dtype=torch.complex128)])  # is not read
-
-
-@needs_kernel
-@pytest.mark.parametrize("width", range(1, 40))
-def test_fingerprint_sees_a_change_of_many_columns(width):
-    """Elements are not all of one column, in whatever table: half of the columns always have one."""
-    x = torch.randn(64, width)
-    for half in (slice(0, -(-width // 2)), slice(width // 2, None)):
-        changed = x.clone()
-        changed[:, half] += 1
-        assert fingerprint([changed]) != fingerprint([x])
 
 
 @needs_kernel
@@ -193,9 +184,10 @@ def test_a_packed_convolution_is_trained_copied_and_saved(conv):
     assert copy.deepcopy(conv)._packed is None
     buffer = io.BytesIO()
     torch.save(conv, buffer)
-    fresh = io.BytesIO()
-    torch.save(copy.deepcopy(conv), fresh)
-    assert len(buffer.getvalue()) == len(fresh.getvalue())
+    stored = [name for name in zipfile.ZipFile(buffer).namelist() if "/data/" in name]
+    assert len(stored) == 2  # weight and bias
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=False)._packed is None
     assert set(conv.state_dict()) == {"weight", "bias"}
     conv.train()
     assert conv._packed is None

@@ -8,6 +8,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..extension import has_kernel
+from ..ops.transforms import is_transformed
 from .fast_path import use_fast_path
 from .linear import has_operator, has_product
 from .packing import Snapshot
@@ -23,10 +24,14 @@ _CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(
 
 
 class _Packed:
-    """The packed weight of a convolution, for inputs of one dtype."""
+    """The packed weight of a convolution, for inputs of one dtype and shape.
+
+    oneDNN chooses the layout by the shape and computes other shapes in it as well, but rounds otherwise than in the
+    layout that it would choose: results would depend on the size of the first image.
+    """
 
     def __init__(self, conv: nn.Conv2d, x: Tensor) -> None:
-        self.weight = conv.weight
+        self.weight, self.shape = conv.weight, x.shape
         with torch.no_grad():
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks arguments
             self.tensor: Tensor = reorder(
@@ -34,8 +39,8 @@ class _Packed:
             )
         self._snapshot = Snapshot([conv.weight], [conv.weight])
 
-    def is_current(self, conv: nn.Conv2d) -> bool:
-        return conv.weight is self.weight and self._snapshot.is_current()
+    def is_current(self, conv: nn.Conv2d, x: Tensor) -> bool:
+        return conv.weight is self.weight and x.shape == self.shape and self._snapshot.is_current()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of the layer makes its own
@@ -61,11 +66,13 @@ class Conv2d(nn.Conv2d):
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
-        input = input.contiguous(memory_format=torch.channels_last)
         if not torch.jit.is_scripting():
+            if is_transformed():  # vmap has no layouts
+                return self._conv_forward(input, self.weight, self.bias)
+            input = input.contiguous(memory_format=torch.channels_last)
             if self._can_pack(input):
                 return self._forward_packed(input)
-        return self._conv_forward(input, self.weight, self.bias)
+        return self._conv_forward(input.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
 
     @torch.jit.unused
     def _can_pack(self, x: Tensor) -> bool:
@@ -86,7 +93,7 @@ class Conv2d(nn.Conv2d):
     @torch.jit.unused
     def _forward_packed(self, x: Tensor) -> Tensor:
         packed = self._packed
-        if packed is None or not packed.is_current(self):
+        if packed is None or not packed.is_current(self, x):
             packed = self._packed = _Packed(self, x)
         return torch.ops.mkldnn._convolution_pointwise.default(
             x, packed.tensor, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
