@@ -206,3 +206,19 @@ def test_turning_packing_off(conv):
     assert conv._packed is None
     set_weight_packing(conv, True)
     assert torch.equal(conv(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_results_do_not_depend_on_the_size_that_a_weight_was_packed_for(dtype):
+    """oneDNN chooses the layout by the size of the first image."""
+    for channels in (3, 16, 32, 64):
+        layer = Conv2d(channels, max(16, 2 * channels), 3, stride=2, padding=1).to(dtype).eval()
+        images = [
+            torch.randn(n, channels, h, w).to(dtype) for n, h, w in ((1, 4, 8), (2, 8, 12), (8, 14, 14), (1, 56, 50))
+        ]
+        expected = [copy.deepcopy(layer)(image) for image in images]
+        for first in images:
+            layer.clear_packed()
+            layer(first)
+            assert all(torch.equal(layer(image), right) for image, right in zip(images, expected))

@@ -24,14 +24,10 @@ _CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(
 
 
 class _Packed:
-    """The packed weight of a convolution, for inputs of one dtype and shape.
-
-    oneDNN chooses the layout by the shape and computes other shapes in it as well, but rounds otherwise than in the
-    layout that it would choose: results would depend on the size of the first image.
-    """
+    """The packed weight of a convolution, for inputs of one dtype."""
 
     def __init__(self, conv: nn.Conv2d, x: Tensor) -> None:
-        self.weight, self.shape = conv.weight, x.shape
+        self.weight = conv.weight
         with torch.no_grad():
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks arguments
             self.tensor: Tensor = reorder(
@@ -39,8 +35,8 @@ class _Packed:
             )
         self._snapshot = Snapshot([conv.weight], [conv.weight])
 
-    def is_current(self, conv: nn.Conv2d, x: Tensor) -> bool:
-        return conv.weight is self.weight and x.shape == self.shape and self._snapshot.is_current()
+    def is_current(self, conv: nn.Conv2d) -> bool:
+        return conv.weight is self.weight and self._snapshot.is_current()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of the layer makes its own
@@ -93,7 +89,7 @@ class Conv2d(nn.Conv2d):
     @torch.jit.unused
     def _forward_packed(self, x: Tensor) -> Tensor:
         packed = self._packed
-        if packed is None or not packed.is_current(self, x):
+        if packed is None or not packed.is_current(self):
             packed = self._packed = _Packed(self, x)
         return torch.ops.mkldnn._convolution_pointwise.default(
             x, packed.tensor, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
