@@ -30,6 +30,7 @@ from internimage.layers.packing import set_weight_packing
 from internimage.models import InternImage, fused_block
 from internimage.models.blocks import Block
 from internimage.models.fused_block import FusedBlock
+from internimage.models.timm_folder import save_model
 from internimage.ops import dcnv3_reference
 
 pytestmark = pytest.mark.skipif(not has_kernel("query", "cpu"), reason="needs the compiled CPU kernels")
@@ -595,3 +596,23 @@ def test_two_threads_run_one_model():
         thread.join()
     for i in range(2):
         assert len(results[i]) == 5 and all(torch.equal(result, expected[i]) for result in results[i])
+
+
+@torch.no_grad()
+def test_packing_is_an_argument_of_models(tmp_path):
+    """Also of timm's function, with or without weights, and in the folder of a model."""
+    x = golden.images(1, (1, 3, 64, 64))
+    for arguments in ({}, {"features_only": True}):
+        model = timm.create_model("internimage_atto", pack_weights=False, **arguments).eval()
+        keepers = [module for module in model.modules() if hasattr(module, "pack_weights")]
+        assert keepers and not any(module.pack_weights for module in keepers)
+        model(x)
+        assert all(getattr(module, "_packed", None) is None for module in keepers)
+        assert all(module._fused.fc1.packed is None for module in keepers if isinstance(module, Block))
+    plain = timm.create_model("internimage_atto").eval()
+    assert all(module.pack_weights for module in plain.modules() if hasattr(module, "pack_weights"))
+    save_model(model_to_save := timm.create_model("internimage_atto", pack_weights=False), tmp_path, ["a"] * 1000, {})
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, pack_weights=False).eval()
+    assert_close(loaded(x), model_to_save.eval()(x), 1e-5)
+    assert not any(module.pack_weights for module in loaded.modules() if hasattr(module, "pack_weights"))
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True) is not None

@@ -262,6 +262,7 @@ WRONG_ARGUMENTS = [
     (dict(post_norm=True, res_post_norm=True), "post_norm and res_post_norm exclude each other"),
     (dict(post_norm="yes"), "post_norm must be true or false.*'yes'"),
     (dict(attentive_head=[]), "attentive_head must be true or false"),
+    (dict(pack_weights="no"), "pack_weights must be true or false.*'no'"),
     (dict(dw_kernel_size=0), "dw_kernel_size.*from 1"),
     (dict(dw_kernel_size=4), "dw_kernel_size 4 cannot be centered"),
     (dict(dw_kernel_size=10**9 + 1), "dw_kernel_size.*to 255"),
