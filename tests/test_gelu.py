@@ -63,7 +63,7 @@ def test_gelu_of_what_is_no_number(dtype):
 
 @needs_kernel
 @on_dtypes
-def test_a_value_does_not_depend_on_its_position(dtype):
+def test_a_value_of_the_operator_does_not_depend_on_its_position(dtype):
     """Every tail of every vector width, from every beginning: to the bit."""
     x = (torch.randn(200) * 3).to(dtype)
     expected = gelu(x)
