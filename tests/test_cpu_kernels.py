@@ -53,8 +53,11 @@ def test_every_instruction_set_gives_the_golden_numbers(capability, best):
     used = min(capability, best, key=CAPABILITIES.index)
     if used == torch.ops.internimage.cpu_capability():
         return  # these tests are run with it anyway
-    names = "golden or half or empty or one_pixel or layout or batches or nowhere or group_channels or strips"
+    names = (
+        "golden or half or empty or one_pixel or layout or batches or nowhere or group_channels or strips or operator"
+    )
     files = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py"]
+    files += ["test_gelu.py", "test_query.py", "test_layer_norm.py"]
     selected = [*files, "-k", f"({names}) and not every_instruction_set", "-m", "not slow and not gpu"]
     pytest_ = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     result = run_python(capability, "-c", USED + pytest_, "-q", "-p", "no:cacheprovider", *selected)
@@ -119,6 +122,58 @@ def test_threads_do_not_change_a_bit(batch):
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert torch.equal(a, b)
+
+
+def layouts(tensor):
+    """The tensor's numbers in other places: with and without an even distance from one pixel to the next."""
+    n, h, w, c = tensor.shape
+    wide = torch.full((n, h, w, 2 * c + 40), float("nan"), dtype=tensor.dtype)
+    for begin in (0, 1, c + 40):
+        view = wide.clone()[..., begin : begin + c]
+        view.copy_(tensor)
+        yield f"part of channels, from {begin}", view
+    tight = torch.full((n, h, w, c + 1), float("nan"), dtype=tensor.dtype)[..., :c]
+    yield "one more channel", tight.copy_(tensor)
+    rows = torch.full((n, h, w + 1, c), float("nan"), dtype=tensor.dtype)[:, :, :w]
+    yield "longer rows", rows.copy_(tensor)
+    images = torch.full((n, h + 1, w, c), float("nan"), dtype=tensor.dtype)[:, :h]
+    yield "taller images", images.copy_(tensor)
+    yield "channels first", tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    yield "columns first", tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    yield "every other channel", torch.full((n, h, w, 2 * c), 7.0, dtype=tensor.dtype)[..., ::2].copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 3, 40])
+@pytest.mark.parametrize("size", [(2, 5, 7), (1, 1, 1), (3, 1, 1), (1, 1, 9), (2, 9, 1), (1, 2, 130)], ids=str)
+def test_layout_of_offset_and_mask_changes_no_bit(size, groups, dtype):
+    """Parts of one tensor's channels are read where they are; nothing beside them is, or counts."""
+    x, offset, mask, grad = draw(groups, 5, size, dtype=dtype)
+    arguments = geometry(groups)
+    expected = torch.ops.internimage.dcnv3(x, offset, mask, *arguments)
+    grads = torch.ops.internimage.dcnv3_backward(grad, x, offset, mask, *arguments, False, [True] * 3)
+    both = torch.cat([offset, mask], -1).split([offset.shape[-1], mask.shape[-1]], -1)
+    pairs = [("parts of one", both), *((name, (view, mask)) for name, view in layouts(offset))]
+    pairs += [(name, (offset, view)) for name, view in layouts(mask)]
+    for name, pair in pairs:
+        assert torch.equal(pair[0], offset) and torch.equal(pair[1], mask)
+        assert torch.equal(torch.ops.internimage.dcnv3(x, *pair, *arguments), expected), name
+    for pair in (both, (pairs[4][1][0], mask)):
+        found = torch.ops.internimage.dcnv3_backward(grad, x, *pair, *arguments, False, [True] * 3)
+        assert all(torch.equal(a, b) for a, b in zip(found, grads))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (0, 1, 2), (0, 1, 2, 3), (1, 2)], ids=str)
+def test_expanded_offset_and_mask_change_no_bit(axes, softmax):
+    """Of a stride of zero."""
+    x, offset, mask, _ = draw(2, 6, (3, 4, 5), dtype=torch.float32)
+    arguments = [*geometry(2)[:-1], softmax]
+    for axis in axes:
+        offset, mask = offset.narrow(axis, 0, 1), mask.narrow(axis, 0, 1)
+    views = offset.expand(3, 4, 5, 36), mask.expand(3, 4, 5, 18)
+    expected = torch.ops.internimage.dcnv3(x, *(view.contiguous() for view in views), *arguments)
+    assert torch.equal(torch.ops.internimage.dcnv3(x, *views, *arguments), expected)
 
 
 def test_infinities_stay_where_they_are():

@@ -125,7 +125,10 @@ NOT_NAMES = {"__attribute__", "__launch_bounds__"}
 # names of members, parameters and template parameters, which need no include
 OTHER_NAMES = {
     "cpu/dcnv3/dcnv3.cpp": {"softmax"},
-    "cpu/isa/kernel_table.h": {"plan_forward", "forward", "plan_backward", "backward", "layer_norm"},
+    "cpu/isa/kernel_table.h": {
+        *("plan_forward", "forward", "plan_backward", "backward"),
+        *("layer_norm", "gelu", "query_scratch", "query"),
+    },
     "cpu/simd/target.h": {"build_default"},
     "cuda/gather/kernels.cuh": {"Launch"},
 }
@@ -165,7 +168,9 @@ BELOW = {
     "cpu/simd": set(),
     "cpu/gather": {"cpu/simd"},
     "cpu/layer_norm": {"cpu/simd"},
-    "cpu/isa": {"cpu/simd", "cpu/gather", "cpu/layer_norm"},
+    "cpu/gelu": {"cpu/simd"},
+    "cpu/query": {"cpu/simd", "cpu/layer_norm"},
+    "cpu/isa": {"cpu/simd", "cpu/gather", "cpu/layer_norm", "cpu/gelu", "cpu/query"},
     "cpu": set(),
     "cuda/gather": {"cuda"},
     "cuda/dcnv3": {"cuda", "cuda/gather"},

@@ -6,6 +6,7 @@ import torch
 from conftest import assert_close
 
 from internimage import ops  # noqa: F401  (defines the operator)
+from internimage.extension import has_kernel
 
 
 def exact_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -79,3 +80,49 @@ def test_layer_norm_operator_is_well_behaved():
     row = torch.randn(1, 48)
     many = torch.ops.internimage.layer_norm(row.expand(7, 48), row[0], row[0], 1e-6)
     assert all(torch.equal(one, many[0]) for one in many)  # a row does not depend on where it stands
+
+
+# ---- in place
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16, 70, 1030])
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_adding_in_place_has_the_bits_of_a_new_tensor(with_scale, channels, dtype):
+    x, residual = torch.randn(2, 5, 3, channels).to(dtype).unbind()
+    weight, bias, scale = torch.randn(3, channels).to(dtype).unbind()
+    scale = scale if with_scale else None
+    expected = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6, residual, scale)
+    assert_close(
+        expected,
+        residual.double() + exact_layer_norm(x, weight, bias, 1e-6) * (1 if scale is None else scale.double()),
+    )
+    kept = x.clone()
+    assert torch.ops.internimage.add_layer_norm_(residual, x, weight, bias, 1e-6, scale) is None
+    assert torch.equal(residual, expected) and torch.equal(x, kept)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    again = torch.zeros_like(residual)
+    torch.ops.internimage.add_layer_norm_(again, strided, weight, bias, 1e-6, scale)
+    zero = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6, torch.zeros_like(x), scale)
+    assert torch.equal(again, zero)
+    twice = torch.ops.internimage.layer_norm(x, weight, bias, 1e-6, x, scale)
+    torch.ops.internimage.add_layer_norm_(x, x, weight, bias, 1e-6, scale)  # the input itself
+    assert torch.equal(x, twice)
+
+
+def test_adding_in_place_refuses_what_it_cannot_overwrite():
+    x, row = torch.randn(4, 6), torch.randn(6)
+    add = torch.ops.internimage.add_layer_norm_
+    if has_kernel("add_layer_norm_", "cpu"):
+        for residual in (torch.randn(6, 4).T, torch.randn(4, 12)[:, ::2], torch.randn(1, 6).expand(4, 6)):
+            kept = residual.clone()
+            with pytest.raises(RuntimeError, match="add_layer_norm_: residual must be contiguous"):
+                add(residual, x, row, row, 1e-6)
+            assert torch.equal(residual, kept)
+        with pytest.raises(RuntimeError, match="residual must have input's shape and dtype"):
+            add(torch.randn(2, 6), x, row, row, 1e-6)
+        with pytest.raises(RuntimeError, match="residual must have input's shape and dtype"):
+            add(torch.randn(4, 6).double(), x, row, row, 1e-6)
+    torch.library.opcheck(add, (torch.randn(4, 6), x, row, row, 1e-6))
+    torch.library.opcheck(add, (torch.randn(4, 6), x, row, row, 1e-6, row))
+    add(torch.empty(0, 6), torch.empty(0, 6), row, row, 1e-6)

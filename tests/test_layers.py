@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: MIT
 """The DCNv3 layer against the official module's numbers and a composition by hand; norms and attentive pooling."""
 
-from unittest.mock import Mock
-
 import golden
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICES, TOLERANCE, assert_close
+from test_gelu import exact_gelu
 from test_layer_norm import exact_layer_norm
 
 from internimage.layers import AttentivePool, DCNv3
-from internimage.layers import norm as layer_norm
-from internimage.layers.norm import add_normalized, create_norm
+from internimage.layers.activation import activation_class
+from internimage.layers.norm import create_norm
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -356,29 +355,7 @@ def test_attentive_pool_errors():
 # ---- layer norm in inference
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scale", [False, True])
-def test_add_normalized(monkeypatch, scale, dtype):
-    """In inference one call; with gradients, or a hook on the norm, the norm itself."""
-    norm = create_norm(12).to(dtype)
-    torch.nn.init.normal_(norm[0].weight)
-    x, y = torch.randn(2, 3, 3, 4, 12, dtype=dtype).unbind()
-    gamma = torch.randn(12, dtype=dtype) if scale else None
-    expected = exact_layer_norm(y, norm[0].weight, norm[0].bias, 1e-6) * (gamma.double() if scale else 1) + x.double()
-    for least in (1, 1 << 20):  # by the kernel, and not
-        monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", least)
-        assert add_normalized(x, y, norm, gamma).requires_grad
-        with torch.no_grad():
-            assert_close(add_normalized(x, y, norm, gamma), expected)
-            hook = Mock(return_value=None)
-            handle = norm[0].register_forward_hook(hook)
-            assert_close(add_normalized(x, y, norm, gamma), expected)
-            handle.remove()
-            hook.assert_called_once()
-
-
-def test_layer_norm_layer_has_gradients_and_rounds_alike(monkeypatch):
-    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
+def test_layer_norm_layer_has_gradients_and_rounds_alike():
     norm = create_norm(12)[0].double()
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
@@ -387,3 +364,29 @@ def test_layer_norm_layer_has_gradients_and_rounds_alike(monkeypatch):
         assert_close(norm(x), exact_layer_norm(x, norm.weight, norm.bias, 1e-6))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert create_norm(12)[0](torch.randn(3, 12)).dtype == torch.float32  # as torch's own
+
+
+# ---- GELU
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_gelu_layer_keeps_the_layout_of_maps(dtype):
+    """A convolution before it and one behind it work channels last; a new layout would be copied twice."""
+    act = activation_class("gelu")()
+    x = (2 * torch.randn(2, 5, 6, 12)).to(dtype)
+    for view in (x, x.permute(0, 3, 1, 2), x[0], x[..., ::2], x.transpose(1, 2), x[:, :1, :1].permute(0, 3, 1, 2)):
+        output = act(view)
+        assert_close(output, exact_gelu(view))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            if view.dim() == 4 and view.is_contiguous(memory_format=layout):
+                assert output.is_contiguous(memory_format=layout)
+
+
+def test_gelu_layer_has_gradients():
+    act = activation_class(torch.nn.GELU)()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(act, (x,))
+    assert_close(torch.func.vmap(act)(x), exact_gelu(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert act(x.float()).dtype == torch.float32  # as torch's own

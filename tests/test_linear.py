@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The linear layer and the MLP, in inference on a CPU and elsewhere, against float64 arithmetic."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,11 @@ def test_mlp_in_pieces(monkeypatch, shape, dtype):
     """Whatever the number of rows, whole pieces and a rest."""
     monkeypatch.setattr(mlp_module, "_HIDDEN_BYTES", 3 * 48 * dtype.itemsize)
     monkeypatch.setattr(mlp_module, "_HALF_ROWS", 7)
-    calls = []
+    product = Mock(wraps=linear.product)
+    monkeypatch.setattr(linear, "product", product)  # a hook would have the layers called once
     mlp = Mlp(12, 48).to(dtype)
     nn.init.normal_(mlp.fc1.bias)
     nn.init.normal_(mlp.fc2.bias)
-    mlp.fc1.register_forward_hook(lambda module, arguments, output: calls.append(output.shape[0]))
     x = torch.randn(shape).to(dtype)
     with torch.no_grad():
         output = mlp(x)
@@ -38,7 +40,19 @@ def test_mlp_in_pieces(monkeypatch, shape, dtype):
     assert output.dtype == dtype and output.is_contiguous()
     rows = x.numel() // 12
     piece = max(3, 7 if dtype.itemsize == 2 else 0) * torch.get_num_threads()
-    assert len(calls) == max(1, -(-rows // piece))  # it did go through in pieces
+    assert product.call_count == 2 * max(1, -(-rows // piece))  # it did go through in pieces
+
+
+@torch.no_grad()
+def test_mlp_with_hooks_calls_its_layers_once(monkeypatch):
+    monkeypatch.setattr(mlp_module, "_HIDDEN_BYTES", 1)
+    mlp = Mlp(12, 48)
+    x, seen = torch.randn(5, 7, 12), []
+    expected = mlp(x)
+    for child in mlp.children():
+        child.register_forward_hook(lambda module, arguments, output: seen.append(output.shape))
+    assert_close(mlp(x), expected)
+    assert seen == [(5, 7, 48), (5, 7, 48), (5, 7, 12)]
 
 
 def test_mlp_reads_any_layout(monkeypatch):
@@ -103,11 +117,44 @@ def test_under_vmap_and_autocast():
         assert mlp(x).dtype == torch.bfloat16
 
 
-def test_without_the_fused_operator(monkeypatch):
-    monkeypatch.setattr(linear, "_SCHEMA", "another")
-    assert linear._min_rows() == {}
-    monkeypatch.setattr(linear, "_MIN_ROWS", {})
-    layer = Linear(9, 5).bfloat16()
-    x = torch.randn(4, 9).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_without_the_fused_operator(monkeypatch, dtype):
+    monkeypatch.setattr(linear, "_PRODUCT", "another")
+    assert linear._dtypes() == frozenset()
+    monkeypatch.setattr(linear, "_DTYPES", linear._dtypes())
+    layer = Linear(9, 5).to(dtype)
+    x = torch.randn(40, 9).to(dtype)
     with torch.inference_mode():
         assert_close(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_a_half_type_without_products_is_multiplied_in_float32(monkeypatch, dtype, bias):
+    """To the bit: the exact float32 product of the same numbers, rounded once."""
+    monkeypatch.setattr(linear, "_DTYPES", frozenset({torch.float32}))
+    layer = Linear(300, 5, bias=bias).to(dtype)
+    x = torch.randn(2, 20, 300).to(dtype)
+    output = layer(x)
+    assert output.dtype == dtype
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    # half a unit in the last place, plus that float32's rounding can turn a tie
+    unit = torch.finfo(dtype).eps
+    assert ((output.double() - exact).abs() <= 0.5001 * unit * exact.abs() + 300 * 2**-24 * 20).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 100])
+@pytest.mark.parametrize("features", [(1, 1), (9, 5), (64, 255), (70, 16)], ids=str)
+@torch.no_grad()
+def test_packed_product(features, rows):
+    """Also with other numbers of rows than those that it was packed for, and for weights that were cut out."""
+    if not linear.CAN_PACK:
+        pytest.skip("torch has no such operator")
+    weight = torch.randn(features[0] + 2, features[1]).T[:, 1:-1]
+    bias, x = torch.randn(features[1]), torch.randn(rows, features[0])
+    for packed_for in (1, 9, 3136):
+        packed = linear.pack(weight, packed_for)
+        for b in (bias, None):
+            expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+            assert_close(linear.product(x, weight, b, packed), expected, 1e-5)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import internimage
 from internimage.layers import linear as layer_linear
 from internimage.layers import mlp as layer_mlp
-from internimage.layers import norm as layer_norm
 from internimage.models import PUBLISHED, CheckpointError, InternImage
 from internimage.models.blocks import Block
 from internimage.models.classifier import check_fusable
@@ -60,14 +59,8 @@ def kind(request) -> dict:
 # ---- fast paths of inference
 
 
-@pytest.fixture
-def fused_norms(monkeypatch):
-    """Norms scale and add in one call at any size, if the kernels are there."""
-    monkeypatch.setattr(layer_norm, "_MIN_ELEMENTS", 1)
-
-
-def test_inference_computes_what_training_mode_differentiates(kind, fused_norms):
-    """Without gradients norms are fused; with gradients every step is one of torch's operators."""
+def test_inference_computes_what_training_mode_differentiates(kind):
+    """Without gradients blocks are fused; with gradients every step is one of torch's operators."""
     model, x = build(kind).double(), image(64, 96).double()
     recorded = model(x)
     assert recorded.requires_grad
@@ -76,10 +69,11 @@ def test_inference_computes_what_training_mode_differentiates(kind, fused_norms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("least_rows", [1, 8])
 @torch.inference_mode()
-def test_timms_graph_has_the_bits_of_the_model(kind, dtype, fused_norms, monkeypatch):
-    """timm compares its FX graphs with the model: fused norms, linear layers and MLPs in chunks round alike in both."""
-    monkeypatch.setattr(layer_linear, "_MIN_ROWS", dict.fromkeys(layer_linear._MIN_ROWS, 1))
+def test_timms_graph_has_the_bits_of_the_model(kind, dtype, least_rows, monkeypatch):
+    """timm compares its FX graphs with the model: blocks, linear layers and MLPs in chunks round alike in both."""
+    monkeypatch.setattr(layer_linear, "_MIN_ROWS", least_rows)
     monkeypatch.setattr(layer_mlp, "_HIDDEN_BYTES", 1 << 12)
     model, x = build(kind).to(dtype), image(64, 96).to(dtype)
     graph = create_feature_extractor(model, ["head"])
@@ -100,8 +94,8 @@ def test_a_released_model_as_timm_tests_it(name):
 
 
 @torch.inference_mode()
-def test_a_model_with_hooks_has_the_bits_of_the_model(kind, fused_norms):
-    """Hooks make blocks scale and add step by step."""
+def test_a_model_with_hooks_has_the_bits_of_the_model(kind):
+    """Hooks make blocks call their modules one by one."""
     model, x = build(kind), image(64, 96)
     expected, seen = model(x), []
     for module in model.modules():
@@ -268,6 +262,7 @@ WRONG_ARGUMENTS = [
     (dict(post_norm=True, res_post_norm=True), "post_norm and res_post_norm exclude each other"),
     (dict(post_norm="yes"), "post_norm must be true or false.*'yes'"),
     (dict(attentive_head=[]), "attentive_head must be true or false"),
+    (dict(pack_weights="no"), "pack_weights must be true or false.*'no'"),
     (dict(dw_kernel_size=0), "dw_kernel_size.*from 1"),
     (dict(dw_kernel_size=4), "dw_kernel_size 4 cannot be centered"),
     (dict(dw_kernel_size=10**9 + 1), "dw_kernel_size.*to 255"),

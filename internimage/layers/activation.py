@@ -56,7 +56,10 @@ class GELU(timm.layers.activations.GELU):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if use_fast_path(input) and has_kernel("gelu_", "cpu"):
-                return torch.ops.internimage.gelu.default(input)  # type: ignore[no-any-return]
+                if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
+                    # keeps this layout: the operator would copy twice, and a convolution behind it once more
+                    return torch.ops.internimage.gelu.default(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                return torch.ops.internimage.gelu.default(input)
             if torch.is_grad_enabled() and is_plain(input) and has_kernel("gelu_backward", "cpu"):
                 return _Gelu.apply(input)  # type: ignore[no-any-return]
         return F.gelu(input)

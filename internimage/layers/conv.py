@@ -8,6 +8,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..extension import has_kernel
+from ..ops.transforms import is_transformed
 from .fast_path import use_fast_path
 from .linear import has_operator, has_product
 from .packing import Snapshot
@@ -17,7 +18,9 @@ _CONVOLUTION = (
     "mkldnn::_convolution_pointwise(Tensor X, Tensor W, Tensor? B, int[] padding, int[] stride, int[] dilation, "
     "int groups, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
-_CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+_CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(
+    torch._C._nn, "mkldnn_reorder_conv2d_weight"
+)
 
 
 def _widened(t: Tensor) -> Tensor:
@@ -31,7 +34,8 @@ class _Packed:
     def __init__(self, conv: nn.Conv2d, x: Tensor) -> None:
         self.weight = conv.weight
         with torch.no_grad():
-            self.tensor: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks arguments
+            self.tensor: Tensor = reorder(
                 _widened(conv.weight).to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape
             )
         self._snapshot = Snapshot([conv.weight], [conv.weight])
@@ -63,17 +67,21 @@ class Conv2d(nn.Conv2d):
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
-        input = input.contiguous(memory_format=torch.channels_last)
         if not torch.jit.is_scripting():
+            if is_transformed():  # vmap has no layouts
+                return self._conv_forward(input, self.weight, self.bias)
+            input = input.contiguous(memory_format=torch.channels_last)
             if self._can_pack(input):
                 return self._forward_packed(input)
-        return self._conv_forward(input, self.weight, self.bias)
+        return self._conv_forward(input.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
 
     @torch.jit.unused
     def _can_pack(self, x: Tensor) -> bool:
         return (
             _CAN_PACK
             and self.pack_weights
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
             and not self.training
             and use_fast_path(x, self.weight, self.bias)
             and has_product(_widened(x[:0]).dtype)

@@ -33,8 +33,11 @@ def use_fast_path(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def has_hooks(*modules: torch.nn.Module) -> bool:
-    """Whether a module has forward hooks, its own or global ones, which run only if the module is called."""
+    """Whether a module has forward hooks, its own or global ones, which run only if the module is called.
+
+    So does a `forward` that was set on the module itself, which is how some libraries hook into it.
+    """
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return True
     return bool(torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks)

@@ -12,7 +12,7 @@ from .fast_path import has_hooks, use_fast_path
 from .linear import Linear
 
 _HIDDEN_BYTES = 2 << 20  # hidden layer of a chunk, per thread: what fits in an L2 cache
-_HALF_ROWS = 8192  # minimum rows of a chunk in a 16-bit type whose weights are not packed, but brought in order each time
+_HALF_ROWS = 8192  # minimum rows of a chunk in a 16-bit type whose weights are brought in order for each chunk
 
 
 def chunk_rows(hidden_channels: int, dtype: torch.dtype, packed: bool = False) -> int:

@@ -40,6 +40,21 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+def layer_norm_of(norm: nn.Module, *before: type[nn.Module]) -> LayerNorm | None:
+    """The layer norm of a sequence from `create_norm`; None if it is anything else.
+
+    Args:
+        norm: The sequence.
+        before: The classes of what precedes the norm in it.
+    """
+    if type(norm) is not nn.Sequential:
+        return None
+    *others, last = norm._modules.values() or [None]
+    if type(last) is not LayerNorm or tuple(map(type, others)) != before or last.weight is None or last.bias is None:
+        return None
+    return last if len(last.normalized_shape) == 1 else None
+
+
 def create_norm(
     channels: int,
     norm_layer: str = "layernorm",

@@ -7,6 +7,7 @@ dropped by `train()`, and neither copied nor saved with a model.
 """
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +23,47 @@ class Snapshot:
 
     def __init__(self, tensors: Sequence[Tensor], sampled: Sequence[Tensor]) -> None:
         self._tensors, self._sampled = list(tensors), list(sampled)
-        self._state = self._read()
+        self._state, self._values = self._read(), self._fingerprint()
 
-    def _read(self) -> tuple[list[int], list[int], int]:
-        versions = [t._version for t in self._tensors]
-        addresses = [t.data_ptr() for t in self._tensors]
-        return versions, addresses, torch.ops.internimage.fingerprint.default(self._sampled) if self._sampled else 0
+    def _read(self) -> list[int]:
+        return [t._version for t in self._tensors] + [t.data_ptr() for t in self._tensors]
+
+    def _fingerprint(self) -> int:
+        return torch.ops.internimage.fingerprint.default(self._sampled) if self._sampled else 0
 
     def is_current(self) -> bool:
         """Whether the tensors are unchanged.
 
-        A change through `tensor.data` or a NumPy array is one that torch does not count. It is noticed if it reaches one
-        of a few elements of a sampled tensor, as a change of the whole tensor does.
+        A change through `tensor.data` or a NumPy array is one that torch does not count. It is noticed if it reaches
+        one of a few elements of a sampled tensor, as a change of the whole tensor does.
         """
-        return self._read() == self._state
+        try:
+            return self._read() == self._state and self._fingerprint() == self._values
+        except RuntimeError:  # a tensor has another layout than before, in the same memory
+            return False
+
+
+@runtime_checkable
+class PacksWeights(Protocol):
+    """A module that keeps packed weights."""
+
+    pack_weights: bool
+
+    def clear_packed(self) -> None:
+        """Drop them; the next call in eval mode makes new ones."""
 
 
 def set_weight_packing(model: nn.Module, enabled: bool) -> None:
     """Turn packed weights on (the default) or off in all layers of a model.
 
-    Without them CPU inference takes less memory and, with few pixels, more time.
+    Without them CPU inference takes less memory and, with few pixels, more time. The results are the same up to
+    rounding.
+
+    Args:
+        model: A model of this package, or any module that contains one.
+        enabled: Whether to keep them. Those that are there are dropped in any case.
     """
     for module in model.modules():
-        if hasattr(module, "pack_weights"):
+        if isinstance(module, PacksWeights):
             module.pack_weights = enabled
             module.clear_packed()

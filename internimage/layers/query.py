@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..extension import has_kernel
 from .activation import GELU
 from .fast_path import has_hooks, use_fast_path
-from .norm import LayerNorm
+from .norm import LayerNorm, ToChannelsLast, layer_norm_of
 
 
 @register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
@@ -28,33 +28,34 @@ class Query(nn.Sequential):
 
     @torch.jit.unused
     def _can_fuse(self, x: Tensor) -> bool:
-        conv, norm, act = self
-        if not isinstance(norm, nn.Sequential) or type(act) is not GELU:
+        parts = self.parts()
+        if parts is None:
             return False
-        layer = norm[-1]
+        conv, norm = parts
         return (
-            isinstance(conv, nn.Conv2d)
-            and isinstance(layer, LayerNorm)
+            use_fast_path(x, conv.weight, conv.bias, norm.weight, norm.bias)
             and x.numel() > 0
-            and use_fast_path(x, conv.weight, conv.bias, layer.weight, layer.bias)
             and has_kernel("query", "cpu")
-            and not has_hooks(*self, *norm)
+            and not has_hooks(*list(self.modules())[1:])
         )
+
+    def parts(self) -> tuple[nn.Conv2d, LayerNorm] | None:
+        """Convolution and layer norm; None if the modules are not those that the operator computes."""
+        modules = list(self._modules.values())
+        if len(modules) != 3 or type(modules[0]) is not nn.Conv2d or type(modules[2]) is not GELU:
+            return None
+        conv, norm = modules[0], layer_norm_of(modules[1], ToChannelsLast)
+        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.dilation == (1, 1)
+        if norm is None or not depthwise or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return None
+        return conv, norm
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
-        conv, norm, _ = self
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.Sequential)
-        layer = norm[-1]
-        assert isinstance(layer, LayerNorm)
+        parts = self.parts()
+        assert parts is not None
+        conv, norm = parts
         channels_last = x.permute(0, 2, 3, 1)
-        return torch.ops.internimage.query.default(  # type: ignore[no-any-return]
-            channels_last,
-            conv.weight,
-            conv.bias,
-            layer.weight,
-            layer.bias,
-            conv.stride,
-            conv.padding,
-            layer.eps,
+        return torch.ops.internimage.query.default(
+            channels_last, conv.weight, conv.bias, norm.weight, norm.bias, conv.stride, conv.padding, norm.eps
         )

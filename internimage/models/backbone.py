@@ -14,6 +14,7 @@ from torch import nn
 
 from ..layers.attention_pool import AttentivePool
 from ..layers.dcnv3 import DCNv3
+from ..layers.packing import set_weight_packing
 from .blocks import Block, Stage, Stem
 from .families import FamilyModel
 
@@ -34,6 +35,7 @@ class Backbone(FamilyModel):
         stage3_post_norm_blocks: Blocks of the third stage that are followed by an extra norm.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
         act_layer: Activation, by timm's name.
+        pack_weights: Whether CPU inference keeps packed copies of weights; see `set_weight_packing`.
         device, dtype: Of the parameters; "meta" allocates nothing.
         block_kwargs: Arguments of `Block`.
     """
@@ -53,6 +55,7 @@ class Backbone(FamilyModel):
         stage3_post_norm_blocks: tuple[int, ...],
         drop_path_rate: float,
         act_layer: str,
+        pack_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **block_kwargs: Any,
@@ -79,6 +82,8 @@ class Backbone(FamilyModel):
             )
             self.levels.append(stage)
             self.feature_info += [dict(num_chs=channels * 2**i, reduction=4 * 2**i, module=f"levels.{i}")]
+        if not pack_weights:
+            set_weight_packing(self, False)
 
     # ---- parts, see `parts.HasParts`
 

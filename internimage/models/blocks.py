@@ -143,6 +143,8 @@ class Block(nn.Module):
         fused = self._fused
         if fused is None or fused.dtype != x.dtype or fused.packing != self.pack_weights or not fused.is_current():
             self._fused = None
+            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+                return None
             try:
                 fused = FusedBlock(self, x, self.pack_weights)
             except FusedBlock.Unsupported:

@@ -80,6 +80,8 @@ class InternImage(Backbone):
         act_layer: Activation, by timm's name.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
+        pack_weights: Whether CPU inference keeps copies of the weights in the layout of its kernels, made in the first
+            call: faster, for up to twice the memory. `layers.set_weight_packing` changes it later.
         device, dtype: Of the parameters; "meta" allocates nothing.
 
     Shapes:
@@ -121,6 +123,7 @@ class InternImage(Backbone):
         act_layer: str = "gelu",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        pack_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -145,6 +148,7 @@ class InternImage(Backbone):
             center_feature_scale=center_feature_scale,
             remove_center=remove_center,
             attentive_head=attentive_head,
+            pack_weights=pack_weights,
         )
         super().__init__(
             in_chans,
@@ -155,6 +159,7 @@ class InternImage(Backbone):
             stage3_post_norm_blocks=stage3_post_norm_blocks,
             drop_path_rate=drop_path_rate,
             act_layer=act_layer,
+            pack_weights=pack_weights,
             mlp_ratio=mlp_ratio,
             layer_scale=layer_scale,
             offset_scale=offset_scale,

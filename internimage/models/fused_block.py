@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..extension import has_kernel
@@ -24,12 +25,23 @@ from ..layers.dcnv3 import DCNv3
 from ..layers.fast_path import has_hooks
 from ..layers.linear import CAN_PACK, Linear, has_product, has_rows, pack, product
 from ..layers.mlp import Mlp, chunk_rows
-from ..layers.norm import LayerNorm
+from ..layers.norm import LayerNorm, layer_norm_of
 from ..layers.packing import Snapshot
 from ..layers.query import Query
 
 _KERNELS = "dcnv3", "fingerprint", "gelu_", "layer_norm", "query"
 _ops = torch.ops.internimage
+
+# what of a module besides its parameters and children its result depends on
+_ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
+    DCNv3: (
+        *("kernel_size", "stride", "padding", "dilation", "groups", "offset_scale"),
+        *("remove_center", "center_feature_scale"),
+    ),
+    DropPath: ("training",),
+    LayerNorm: ("eps",),
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+}
 
 
 class _Norm(NamedTuple):
@@ -88,10 +100,12 @@ class FusedBlock:
     class Unsupported(Exception):
         """Not for this block, or not for this input."""
 
-    def __init__(self, block: nn.Module, x: Tensor, packing: bool) -> None:
+    def __init__(self, block: Any, x: Tensor, packing: bool) -> None:
         self.dtype, self.packing = x.dtype, packing
         self._collect(block)
         self._require(all(has_kernel(name, "cpu") for name in _KERNELS))
+        # a subclass of tensors, such as a quantized one, has no memory that can be read
+        self._require(all(type(t) in (Tensor, nn.Parameter) for t in self._tensors))
         self._require(all(t.dtype == x.dtype and t.is_cpu and t.is_contiguous() for t in self._tensors))
         # torch does not count the changes of tensors that were made in inference mode
         self._is_counted = not any(t.is_inference() for t in self._tensors)
@@ -117,20 +131,30 @@ class FusedBlock:
 
     # ---- what it was made of
 
-    def _collect(self, block: nn.Module) -> None:
-        """Note every module and parameter, and the dictionary that has it."""
+    def _collect(self, block: Any) -> None:
+        """Note every module, parameter and argument, and the dictionary that has it."""
         self._members: list[tuple[dict[str, Any], str, Any]] = []
-        self.modules = list(block.modules())
-        for module in self.modules:
+        self._sizes: list[tuple[dict[str, Any], int]] = []  # of sequences, which can be appended to
+        modules = list(block.modules())
+        for module in modules:
             self._members += [(module._modules, name, child) for name, child in module._modules.items()]
             self._members += [(module._parameters, name, value) for name, value in module._parameters.items()]
+            own = module.__dict__
+            self._members += [(own, name, own[name]) for name in _ARGUMENTS.get(type(module), ())]
             self._require(not module._buffers)
+            if isinstance(module, nn.Sequential):
+                self._sizes.append((module._modules, len(module)))
+        self._members.append((block.__dict__, "post_norm", block.post_norm))
         self._tensors = [value for _, _, value in self._members if isinstance(value, Tensor)]
+        self.modules = modules[1:]  # the block itself is called: its own hooks run
 
     def is_current(self) -> bool:
-        """Whether the block still has the modules and parameters that it was made of, with the values that were copied."""
+        """Whether the block still has what it was made of, and the values that were copied."""
         for members, name, value in self._members:
             if members.get(name) is not value:
+                return False
+        for members, size in self._sizes:
+            if len(members) != size:
                 return False
         return self._snapshot is None or self._snapshot.is_current()
 
@@ -145,7 +169,7 @@ class FusedBlock:
 
     def _own(self, module: nn.Module, name: str) -> Tensor:
         """A parameter that the module itself has, in the dtype of the computation."""
-        parameter = module._parameters[name]
+        parameter = module._parameters.get(name)
         self._require(parameter is not None)
         assert parameter is not None
         return parameter.float() if self.in_float else parameter
@@ -156,20 +180,26 @@ class FusedBlock:
 
     def _norm(self, norm: nn.Module) -> _Norm | None:
         """Of a norm from `create_norm` that is a layer norm, or of an identity, which has none."""
-        if isinstance(norm, nn.Identity):
+        if type(norm) is nn.Identity:
             return None
-        self._require(isinstance(norm, nn.Sequential) and len(norm) > 0 and type(norm[-1]) is LayerNorm)
-        layer: Any = norm[-1]  # type: ignore[index]
+        return self._layer_norm(layer_norm_of(norm))
+
+    def _layer_norm(self, layer: LayerNorm | None) -> _Norm:
+        self._require(layer is not None)
+        assert layer is not None
         return _Norm(self._own(layer, "weight"), self._own(layer, "bias"), layer.eps)
 
-    def _scale(self, block: nn.Module, name: str) -> Tensor | None:
-        return None if block._parameters[name] is None else self._own(block, name)
+    def _scale(self, block: Any, name: str) -> Tensor | None:
+        return None if getattr(block, name) is None else self._own(block, name)
 
     def _read(self, block: Any) -> None:
         dcn, mlp = block.dcn, block.mlp
         self._require(type(dcn) is DCNv3 and type(mlp) is Mlp and type(mlp.act) is GELU and type(dcn.dw_conv) is Query)
-        conv, query_norm, act = dcn.dw_conv
-        self._require(type(conv) is nn.Conv2d and type(act) is GELU)
+        parts = dcn.dw_conv.parts()
+        self._require(parts is not None)
+        conv, query_norm = parts
+        for path in (block.drop_path1, block.drop_path2):
+            self._require(type(path) is nn.Identity or (type(path) is DropPath and not path.training))
         norms = self._norm(block.norm1), self._norm(block.norm2)
         self.before = (None, None) if block.post_norm else norms
         after = self._norm(block.res_post_norm1), self._norm(block.res_post_norm2)
@@ -179,8 +209,7 @@ class FusedBlock:
         self.offset_and_mask = _Product(self._linear(dcn.offset), self._linear(dcn.mask))
         self.output_proj = _Product(self._linear(dcn.output_proj))
         self.fc1, self.fc2 = _Product(self._linear(mlp.fc1)), _Product(self._linear(mlp.fc2))
-        norm = self._norm(query_norm)
-        assert norm is not None
+        norm = self._layer_norm(query_norm)
         weight, bias = self._own(conv, "weight"), self._own(conv, "bias")
         self.query = weight, bias, norm.weight, norm.bias, conv.stride, conv.padding, norm.eps
         self.geometry = dcn.geometry
@@ -192,12 +221,12 @@ class FusedBlock:
     # ---- what it computes
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float() if self.in_float else x
-        return self._second_half(self._first_half(wide.contiguous())).to(x.dtype)
+        wide = (x.float() if self.in_float else x).contiguous()
+        return self._add_mlp(self._branch(wide), wide).to(x.dtype)
 
-    def _first_half(self, x: Tensor) -> Tensor:
-        """x plus the branch of DCNv3, in new memory."""
-        before, after, scale = self.before[0], self.after[0], self.scales[0]
+    def _branch(self, x: Tensor) -> Tensor:
+        """The branch of DCNv3, before the norm that ends it; in memory of its own."""
+        before = self.before[0]
         normalized = x if before is None else _ops.layer_norm.default(x, *before)
         projected = self.input_proj(normalized)
         query = _ops.query.default(normalized, *self.query)
@@ -207,27 +236,36 @@ class FusedBlock:
             share = F.linear(query, *self.blend).sigmoid_().unsqueeze(-1)
             groups = share.shape[-2]
             y = torch.lerp(y.unflatten(-1, (groups, -1)), projected.unflatten(-1, (groups, -1)), share).flatten(-2)
-        y = self.output_proj(y)
-        if after is not None:
-            return _ops.layer_norm.default(y, *after, x, scale)
-        if scale is not None:
-            y *= scale
-        return y.add_(x)
+        return self.output_proj(y)
 
-    def _second_half(self, x: Tensor) -> Tensor:
-        """Adds the branch of the MLP to x, which is overwritten."""
-        before, after, scale = self.before[1], self.after[1], self.scales[1]
+    def _add_mlp(self, branch: Tensor, x: Tensor) -> Tensor:
+        """The output, from the branch of DCNv3, which is overwritten, and the block's input."""
         size = chunk_rows(self.fc1.widths[0], x.dtype, self.fc1.packed is not None)
-        rows = x.view(-1, x.shape[-1])
-        for chunk in (rows,) if len(rows) <= size else rows.split(size):
-            y = chunk if before is None else _ops.layer_norm.default(chunk, *before)
-            y = self.fc1(y)
-            _ops.gelu_.default(y)
-            y = self.fc2(y)
-            if after is not None:
-                _ops.add_layer_norm_.default(chunk, y, *after, scale)
-            else:
-                if scale is not None:
-                    y *= scale
-                chunk += y
-        return x
+        rows, inputs = branch.view(-1, x.shape[-1]), x.view(-1, x.shape[-1])
+        if len(rows) <= size:
+            self._add_mlp_rows(rows, inputs)
+        else:
+            for chunk, chunk_inputs in zip(rows.split(size), inputs.split(size)):
+                self._add_mlp_rows(chunk, chunk_inputs)
+        return branch
+
+    def _add_mlp_rows(self, rows: Tensor, inputs: Tensor) -> None:
+        """`_add_mlp` for some rows, so few that they stay in the cache."""
+        before, (scale1, scale2) = self.before[1], self.scales
+        if self.after[0] is not None:  # rows <- inputs + scale * norm(rows)
+            rows.copy_(_ops.layer_norm.default(rows, *self.after[0], inputs, scale1))
+            y = rows if before is None else _ops.layer_norm.default(rows, *before)
+        else:
+            if scale1 is not None:
+                rows *= scale1
+            assert before is not None  # one of the two norms there is
+            y = _ops.norm_of_sum_.default(rows, inputs, *before)
+        y = self.fc1(y)
+        _ops.gelu_.default(y)
+        y = self.fc2(y)
+        if self.after[1] is not None:
+            _ops.add_layer_norm_.default(rows, y, *self.after[1], scale2)
+        else:
+            if scale2 is not None:
+                y *= scale2
+            rows += y

@@ -5,9 +5,9 @@
     torch.ops.internimage.gelu_(input)    input <- the same
     torch.ops.internimage.gelu_backward(grad_output, input) = grad_output * (Phi(input) + input * phi(input))
 
-with the cumulative distribution function Phi and the density phi of the normal distribution, as `torch.nn.GELU`. Half types are computed in
-float32. Defined on every device and not differentiable. The compiled CPU kernel's output is contiguous; in place it takes
-contiguous tensors.
+with the cumulative distribution function Phi and the density phi of the normal distribution, as `torch.nn.GELU`. Half
+types are computed in float32. Defined on every device and not differentiable. The output is contiguous; in place, the
+compiled CPU kernel takes contiguous tensors only.
 """
 
 import torch

@@ -5,6 +5,8 @@
         = residual + scale * layer_norm(input)
     torch.ops.internimage.add_layer_norm_(residual, input, weight, bias, eps, scale=None)
         residual <- the same
+    torch.ops.internimage.norm_of_sum_(input, addend, weight, bias, eps)
+        input <- input + addend, and returns layer_norm(input)
 
 `weight`, `bias` and `scale` have shape (C,) and `input`'s dtype; `residual` has `input`'s shape and dtype. The compiled
 kernel rounds once, at the end. Defined on every device and not differentiable; faster than torch's operators only with
@@ -26,6 +28,10 @@ library.define(
 library.define(
     "add_layer_norm_(Tensor(a!) residual, Tensor input, Tensor weight, Tensor bias, float eps, Tensor? scale=None) "
     "-> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.define(
+    "norm_of_sum_(Tensor(a!) input, Tensor addend, Tensor weight, Tensor bias, float eps) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -50,6 +56,11 @@ def _add_layer_norm_(
     residual.copy_(_layer_norm(input, weight, bias, eps, residual, scale))
 
 
+def _norm_of_sum_(input: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _layer_norm(input.add_(addend), weight, bias, eps)
+
+
+library.impl("norm_of_sum_", _norm_of_sum_, "CompositeExplicitAutograd")
 library.impl("layer_norm", _layer_norm, "CompositeExplicitAutograd")
 library.impl("add_layer_norm_", _add_layer_norm_, "CompositeExplicitAutograd")
 
@@ -73,3 +84,9 @@ def _fake_in_place(
     residual: Tensor, input: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
 ) -> None:
     pass
+
+
+@torch.library.register_fake("internimage::norm_of_sum_", lib=library)
+def _fake_of_sum(input: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    check_one_device({"input": input, "addend": addend, "weight": weight, "bias": bias})
+    return torch.empty_like(input, memory_format=torch.contiguous_format)

@@ -5,9 +5,9 @@
         = gelu(layer_norm(depthwise_conv(input)))
 
 `input` is (N, H, W, C), the output (N, Ho, Wo, C); `conv_weight` is (C, 1, height, width), `conv_bias` (may be None),
-`norm_weight` and `norm_bias` (C,), all of `input`'s dtype. The compiled kernel computes half types in float32 and rounds
-once, at the end. Defined on every device and not differentiable; faster than torch's operators only with the compiled
-CPU kernel.
+`norm_weight` and `norm_bias` (C,), all of `input`'s dtype. The compiled kernel computes half types in float32 and
+rounds once, at the end. Defined on every device and not differentiable; faster than torch's operators only with the
+compiled CPU kernel.
 """
 
 from collections.abc import Sequence

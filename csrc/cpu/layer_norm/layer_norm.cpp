@@ -31,7 +31,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Writes to `output`, which may be the residual.
 void normalize(const Tensor& output, const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
-               const OptionalTensor& residual, const OptionalTensor& scale) {
+               const OptionalTensor& residual, const OptionalTensor& scale, const Tensor* addend = nullptr) {
   const auto is_row = [&](const Tensor& t) {
     return input.dim() > 0 && t.dim() == 1 && t.size(0) == input.size(input.dim() - 1) && t.size(0) > 0 &&
            t.scalar_type() == input.scalar_type();
@@ -53,6 +53,7 @@ void normalize(const Tensor& output, const Tensor& input, const Tensor& weight, 
                                 b.const_data_ptr(),
                                 residual ? r.const_data_ptr() : nullptr,
                                 scale ? s.const_data_ptr() : nullptr,
+                                addend == nullptr ? nullptr : addend->const_data_ptr(),
                                 output.mutable_data_ptr(),
                                 channels,
                                 eps};
@@ -74,10 +75,21 @@ void add_layer_norm_(const Tensor& residual, const Tensor& input, const Tensor& 
   normalize(residual, input, weight, bias, eps, residual, scale);
 }
 
+Tensor norm_of_sum_(const Tensor& input, const Tensor& addend, const Tensor& weight, const Tensor& bias, double eps) {
+  STD_TORCH_CHECK(input.is_contiguous(), "internimage::norm_of_sum_: input must be contiguous");
+  STD_TORCH_CHECK(addend.scalar_type() == input.scalar_type() && same_sizes(addend, input),
+                  "internimage::norm_of_sum_: addend must have input's shape and dtype");
+  const std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  const Tensor output = torch::stable::new_empty(input, shape), other = dense(addend);
+  normalize(output, input, weight, bias, eps, std::nullopt, std::nullopt, &other);
+  return output;
+}
+
 }  // namespace
 }  // namespace internimage
 
 STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) {
   m.impl("layer_norm", INTERNIMAGE_BOX(&internimage::layer_norm));
   m.impl("add_layer_norm_", INTERNIMAGE_BOX(&internimage::add_layer_norm_));
+  m.impl("norm_of_sum_", INTERNIMAGE_BOX(&internimage::norm_of_sum_));
 }
