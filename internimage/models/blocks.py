@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the stages of InternImage are made of: stem, blocks of DCNv3 and MLP, downsampling. All work channels last."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,11 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..layers.activation import activation_class
+from ..layers.batches import in_groups
 from ..layers.conv import Conv2d
 from ..layers.dcnv3 import DCNv3
 from ..layers.factory import FactoryKwargs
-from ..layers.fast_path import use_fast_path
+from ..layers.fast_path import has_hooks, use_fast_path
 from ..layers.mlp import Mlp
 from ..layers.norm import create_norm
 from .fused_block import FusedBlock
@@ -38,6 +40,13 @@ class Stem(nn.Module):
         self.norm2 = create_norm(channels, in_format="NCHW", out_format="NHWC", **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if use_fast_path(x, self.conv1.weight, self.conv2.weight) and x.numel() > 0 and not has_hooks(*self.modules()):
+                hidden = self.conv1.out_channels * (x.shape[2] // 2) * (x.shape[3] // 2)
+                return in_groups(self._layers, x, max(1, hidden * x.element_size()))
+        return self._layers(x)
+
+    def _layers(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x)))
         return self.norm2(self.conv2(x))
 
@@ -123,7 +132,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            fused = self._fused_for(x)
+            fused = self.fused_for(x)
             if fused is not None:
                 return fused(x)
         y = self.norm1(self.dcn(x)) if self.post_norm else self.res_post_norm1(self.dcn(self.norm1(x)))
@@ -136,7 +145,7 @@ class Block(nn.Module):
         return x + self.drop_path2(y)
 
     @torch.jit.unused
-    def _fused_for(self, x: Tensor) -> FusedBlock | None:
+    def fused_for(self, x: Tensor) -> FusedBlock | None:
         """The block in CPU inference; None where its modules have to run one by one."""
         if self.training or not use_fast_path(x):
             return None
@@ -206,6 +215,10 @@ class Stage(nn.Module):
         self.downsample = Downsample(channels, **dd) if downsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            fused = self._fused_for(x)
+            if fused is not None:
+                return in_groups(fused, x, x[0].numel() * x.element_size())
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)
@@ -215,3 +228,23 @@ class Stage(nn.Module):
                 if self.post_norm_blocks[k] == i:
                     x = norm(x)
         return self.norm(x)
+
+    @torch.jit.unused
+    def _fused_for(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The stage in CPU inference; None where its modules have to run one by one."""
+        norms = [self.norm, *self.post_norms]
+        if self.training or not use_fast_path(x) or x.numel() == 0:
+            return None
+        if has_hooks(*(module for norm in norms for module in norm.modules())):
+            return None
+        fused = [block.fused_for(x) if type(block) is Block else None for block in self.blocks]
+
+        def run(group: Tensor) -> Tensor:
+            for i, block in enumerate(fused):
+                assert block is not None
+                group = block(group)
+                if i in self.post_norm_blocks:
+                    group = self.post_norms[self.post_norm_blocks.index(i)](group)
+            return self.norm(group)  # type: ignore[no-any-return]
+
+        return None if None in fused else run

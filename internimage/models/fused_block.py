@@ -222,7 +222,12 @@ class FusedBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = (x.float() if self.in_float else x).contiguous()
-        return self._add_mlp(self._branch(wide), wide).to(x.dtype)
+        branch, scale, after = self._branch(wide), self.scales[0], self.after[0]
+        if after is not None:
+            return self._add_mlp(_ops.layer_norm.default(branch, *after, wide, scale), None).to(x.dtype)
+        if scale is not None:
+            branch *= scale
+        return self._add_mlp(branch, wide).to(x.dtype)
 
     def _branch(self, x: Tensor) -> Tensor:
         """The branch of DCNv3, before the norm that ends it; in memory of its own."""
@@ -238,34 +243,34 @@ class FusedBlock:
             y = torch.lerp(y.unflatten(-1, (groups, -1)), projected.unflatten(-1, (groups, -1)), share).flatten(-2)
         return self.output_proj(y)
 
-    def _add_mlp(self, branch: Tensor, x: Tensor) -> Tensor:
-        """The output, from the branch of DCNv3, which is overwritten, and the block's input."""
+    def _add_mlp(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        """x + addend plus the branch of the MLP; x is overwritten."""
         size = chunk_rows(self.fc1.widths[0], x.dtype, self.fc1.packed is not None)
-        rows, inputs = branch.view(-1, x.shape[-1]), x.view(-1, x.shape[-1])
+        rows = x.view(-1, x.shape[-1])
+        addends = None if addend is None else addend.view(rows.shape)
         if len(rows) <= size:
-            self._add_mlp_rows(rows, inputs)
+            self._add_mlp_rows(rows, addends)
         else:
-            for chunk, chunk_inputs in zip(rows.split(size), inputs.split(size)):
-                self._add_mlp_rows(chunk, chunk_inputs)
-        return branch
+            chunks = rows.split(size)
+            for chunk, added in zip(chunks, [None] * len(chunks) if addends is None else addends.split(size)):
+                self._add_mlp_rows(chunk, added)
+        return x
 
-    def _add_mlp_rows(self, rows: Tensor, inputs: Tensor) -> None:
-        """`_add_mlp` for some rows, so few that they stay in the cache."""
-        before, (scale1, scale2) = self.before[1], self.scales
-        if self.after[0] is not None:  # rows <- inputs + scale * norm(rows)
-            rows.copy_(_ops.layer_norm.default(rows, *self.after[0], inputs, scale1))
-            y = rows if before is None else _ops.layer_norm.default(rows, *before)
+    def _add_mlp_rows(self, rows: Tensor, addend: Tensor | None) -> None:
+        """`_add_mlp` for so few rows that they stay in the cache."""
+        before, after, scale = self.before[1], self.after[1], self.scales[1]
+        if before is None:
+            y = rows if addend is None else rows.add_(addend)
+        elif addend is None:
+            y = _ops.layer_norm.default(rows, *before)
         else:
-            if scale1 is not None:
-                rows *= scale1
-            assert before is not None  # one of the two norms there is
-            y = _ops.norm_of_sum_.default(rows, inputs, *before)
+            y = _ops.norm_of_sum_.default(rows, addend, *before)
         y = self.fc1(y)
         _ops.gelu_.default(y)
         y = self.fc2(y)
-        if self.after[1] is not None:
-            _ops.add_layer_norm_.default(rows, y, *self.after[1], scale2)
+        if after is not None:
+            _ops.add_layer_norm_.default(rows, y, *after, scale)
         else:
-            if scale2 is not None:
-                y *= scale2
+            if scale is not None:
+                y *= scale
             rows += y
