@@ -308,7 +308,7 @@ CHANGES = {
 UNCOUNTED = [name for name in CHANGES if name.startswith("data")]
 
 
-@pytest.mark.parametrize("change", map(CHANGES.get, UNCOUNTED), ids=UNCOUNTED)
+@pytest.mark.parametrize("change", [CHANGES[name] for name in UNCOUNTED], ids=UNCOUNTED)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @torch.no_grad()
 def test_a_change_of_what_was_copied_to_float32_is_noticed(monkeypatch, dtype, change):
@@ -559,7 +559,7 @@ def test_packing_changes_no_bit_of_a_model(size):
         assert all(not isinstance(module, Conv2d) or module._packed is None for module in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 @torch.no_grad()
 def test_a_used_model_is_scripted_compiled_and_exported():
     model, x = model_and_image()
