@@ -305,6 +305,22 @@ CHANGES = {
 }
 
 
+UNCOUNTED = [name for name in CHANGES if name.startswith("data")]
+
+
+@pytest.mark.parametrize("change", [CHANGES[name] for name in UNCOUNTED], ids=UNCOUNTED)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@torch.no_grad()
+def test_a_change_of_what_was_copied_to_float32_is_noticed(monkeypatch, dtype, change):
+    monkeypatch.setattr(linear, "_DTYPES", frozenset({torch.float32}))
+    block, x = build(dtype=dtype), golden.randn(1, (2, 6, 7, 16)).to(dtype)
+    before = block(x)
+    assert block._fused.in_float == linear.CAN_PACK
+    change(block)
+    assert_close(block(x), exact(block, x), 2 * TOLERANCE[dtype])
+    assert not torch.allclose(block(x), before, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
@@ -392,8 +408,17 @@ def test_training_frees_what_was_packed():
     def kept() -> list[bool]:
         return [(module._fused if isinstance(module, Block) else module._packed) is not None for module in keepers]
 
+    for drop in (
+        lambda state: model.double().float(),
+        lambda state: model.to("meta").to_empty(device="cpu").load_state_dict(state),
+        lambda state: set_weight_packing(model, True),
+    ):
+        model(x)
+        assert all(kept()) or not linear.CAN_PACK
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        drop(state)
+        assert not any(kept())
     expected = model(x)
-    assert all(kept()) or not linear.CAN_PACK
     model.train()
     assert not any(kept())
     model(x)
@@ -534,7 +559,7 @@ def test_packing_changes_no_bit_of_a_model(size):
         assert all(not isinstance(module, Conv2d) or module._packed is None for module in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 @torch.no_grad()
 def test_a_used_model_is_scripted_compiled_and_exported():
     model, x = model_and_image()

@@ -28,6 +28,7 @@ def values(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([dense, exponents, -exponents, torch.zeros(1, dtype=torch.float64)]).to(dtype)
 
 
+@needs_kernel  # torch's own loses digits, and is NaN for infinity
 @on_dtypes
 def test_gelu_operator(dtype):
     """float32: as simd/gelu.h says of its polynomial, and positive values have at least the digits of their type. Half
@@ -43,10 +44,10 @@ def test_gelu_operator(dtype):
     once_more = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).smallest_normal / 2
     assert (error <= 2.4e-7 * x.double().clamp_min(1) + once_more).all()
     digits = x > -5
-    if has_kernel("gelu_", "cpu"):  # torch's own cancels
-        assert (error <= 1e-5 * exact.abs() + once_more)[digits].all()
+    assert (error <= 1e-5 * exact.abs() + once_more)[digits].all()
 
 
+@needs_kernel
 @on_dtypes
 def test_gelu_of_what_is_no_number(dtype):
     inf, nan, large = float("inf"), float("nan"), torch.finfo(dtype).max

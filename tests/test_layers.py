@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from conftest import DEVICES, TOLERANCE, assert_close
 from test_gelu import exact_gelu
 from test_layer_norm import exact_layer_norm
+from torch import nn
 
+from internimage.extension import has_kernel
 from internimage.layers import AttentivePool, DCNv3
 from internimage.layers.activation import activation_class
 from internimage.layers.norm import create_norm
+from internimage.layers.query import Query
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -390,3 +393,99 @@ def test_gelu_layer_has_gradients():
     assert_close(torch.func.vmap(act)(x), exact_gelu(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert act(x.float()).dtype == torch.float32  # as torch's own
+
+
+# ---- the query
+
+
+def query_layer(channels=12, norm_layer="layernorm", act_layer="gelu", dtype=torch.float32, **conv) -> Query:
+    conv = {"padding": 1, "groups": channels, **conv}
+    found = Query(
+        nn.Conv2d(channels, channels, 3, dtype=dtype, **conv),
+        create_norm(channels, norm_layer, in_format="NCHW", out_format="NHWC", dtype=dtype),
+        activation_class(act_layer)(),
+    ).eval()
+    for parameter in found.parameters():
+        nn.init.normal_(parameter)
+    for name, buffer in found.named_buffers():
+        if name.endswith("var"):
+            buffer.fill_(2.0)
+    return found
+
+
+def one_by_one(found: Query, x: torch.Tensor) -> torch.Tensor:
+    """In float64, in which no module but torch's own computes."""
+    conv, norm, act = found.double()
+    x = conv(x.double())
+    if isinstance(norm[-1], nn.LayerNorm):
+        x = exact_layer_norm(x.permute(0, 2, 3, 1), norm[-1].weight, norm[-1].bias, norm[-1].eps)
+    else:
+        x = norm(x)
+    return F.silu(x) if isinstance(act, nn.SiLU) else exact_gelu(x)
+
+
+@pytest.mark.parametrize(
+    "arguments, fuses",
+    [
+        ({}, True),
+        ({"bias": False}, True),
+        ({"stride": (2, 1)}, True),
+        ({"norm_layer": "batchnorm"}, False),
+        ({"act_layer": "silu"}, False),
+        ({"dilation": 2}, False),
+        ({"groups": 6}, False),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_query_layer(monkeypatch, arguments, fuses):
+    found = query_layer(**arguments)
+    x = torch.randn(2, 12, 7, 8)
+    fused = []
+    monkeypatch.setattr(
+        Query, "_forward_fused", lambda self, x, run=Query._forward_fused: fused.append(1) or run(self, x)
+    )
+    output = found(x)
+    assert len(fused) == (fuses and has_kernel("query", "cpu"))
+    assert_close(output, one_by_one(found, x))
+
+
+@torch.no_grad()
+def test_query_layer_with_hooks_calls_its_modules():
+    found, x = query_layer(), torch.randn(2, 12, 7, 8)
+    expected, seen = found(x), []
+    modules = [found[0], found[1], *found[1], found[2]]
+    for module in modules:
+        handle = module.register_forward_hook(lambda module, arguments, output: seen.append(module))
+        assert_close(found(x), expected)
+        assert seen.pop() is module and not seen
+        handle.remove()
+    found[1][1].forward = lambda x: torch.zeros_like(x)  # as libraries set it that wrap a module in place
+    assert not found(x).any()
+
+
+@torch.no_grad()
+def test_query_layer_whose_modules_were_replaced():
+    x = torch.randn(2, 12, 7, 8)
+    found = query_layer()
+    found[2] = nn.Identity()
+    before = found(x)
+    found.append(nn.Softmax(-1))
+    assert_close(found(x), before.double().softmax(-1))
+    found = query_layer()
+    found[1].insert(1, nn.Softmax(-1))
+    conv = F.conv2d(x, found[0].weight, found[0].bias, padding=1, groups=12).permute(0, 2, 3, 1).softmax(-1)
+    norm = found[1][2]
+    assert_close(found(x), F.gelu(F.layer_norm(conv, (12,), norm.weight, norm.bias, norm.eps)))
+    reflecting = query_layer(padding_mode="reflect")
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    plain = query_layer(padding=0)
+    plain.load_state_dict(reflecting.state_dict())
+    assert_close(reflecting(x), plain(padded))
+
+
+def test_query_layer_has_gradients():
+    found = query_layer(4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(found, (torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True),))
+    found(torch.randn(1, 4, 3, 4, dtype=torch.float64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in found.parameters())

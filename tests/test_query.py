@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operator of DCNv3's query, and its layer, against convolution, norm and GELU in float64."""
+"""The operator of DCNv3's query, against its formula in float64. Needs the operators alone, not the layers."""
 
 import pytest
 import torch
@@ -7,12 +7,9 @@ import torch.nn.functional as F
 from conftest import assert_close
 from test_gelu import exact_gelu
 from test_layer_norm import exact_layer_norm
-from torch import nn
 
+from internimage import ops  # noqa: F401  (defines the operator)
 from internimage.extension import has_kernel
-from internimage.layers.activation import activation_class
-from internimage.layers.norm import create_norm
-from internimage.layers.query import Query
 
 query = torch.ops.internimage.query
 on_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -163,99 +160,3 @@ def test_query_operator_is_well_behaved():
     tensors = draw((2, 5, 6), 7, (3, 5))
     torch.library.opcheck(query, (*tensors, [1, 2], [1, 0], 1e-6))
     torch.library.opcheck(query, (*draw((1, 3, 4), 2, (1, 1), torch.float64, bias=False), [1, 1], [0, 0], 1e-6))
-
-
-# ---- the layer
-
-
-def layer(channels=12, norm_layer="layernorm", act_layer="gelu", dtype=torch.float32, **conv) -> Query:
-    conv = {"padding": 1, "groups": channels, **conv}
-    found = Query(
-        nn.Conv2d(channels, channels, 3, dtype=dtype, **conv),
-        create_norm(channels, norm_layer, in_format="NCHW", out_format="NHWC", dtype=dtype),
-        activation_class(act_layer)(),
-    ).eval()
-    for parameter in found.parameters():
-        nn.init.normal_(parameter)
-    for name, buffer in found.named_buffers():
-        if name.endswith("var"):
-            buffer.fill_(2.0)
-    return found
-
-
-def one_by_one(found: Query, x: torch.Tensor) -> torch.Tensor:
-    """In float64, in which no module but torch's own computes."""
-    conv, norm, act = found.double()
-    x = conv(x.double())
-    if isinstance(norm[-1], nn.LayerNorm):
-        x = exact_layer_norm(x.permute(0, 2, 3, 1), norm[-1].weight, norm[-1].bias, norm[-1].eps)
-    else:
-        x = norm(x)
-    return F.silu(x) if isinstance(act, nn.SiLU) else exact_gelu(x)
-
-
-@pytest.mark.parametrize(
-    "arguments, fuses",
-    [
-        ({}, True),
-        ({"bias": False}, True),
-        ({"stride": (2, 1)}, True),
-        ({"norm_layer": "batchnorm"}, False),
-        ({"act_layer": "silu"}, False),
-        ({"dilation": 2}, False),
-        ({"groups": 6}, False),
-    ],
-    ids=str,
-)
-@torch.no_grad()
-def test_query_layer(monkeypatch, arguments, fuses):
-    found = layer(**arguments)
-    x = torch.randn(2, 12, 7, 8)
-    fused = []
-    monkeypatch.setattr(
-        Query, "_forward_fused", lambda self, x, run=Query._forward_fused: fused.append(1) or run(self, x)
-    )
-    output = found(x)
-    assert len(fused) == (fuses and has_kernel("query", "cpu"))
-    assert_close(output, one_by_one(found, x))
-
-
-@torch.no_grad()
-def test_query_layer_with_hooks_calls_its_modules():
-    found, x = layer(), torch.randn(2, 12, 7, 8)
-    expected, seen = found(x), []
-    modules = [found[0], found[1], *found[1], found[2]]
-    for module in modules:
-        handle = module.register_forward_hook(lambda module, arguments, output: seen.append(module))
-        assert_close(found(x), expected)
-        assert seen.pop() is module and not seen
-        handle.remove()
-    found[1][1].forward = lambda x: torch.zeros_like(x)  # as libraries set it that wrap a module in place
-    assert not found(x).any()
-
-
-@torch.no_grad()
-def test_query_layer_whose_modules_were_replaced():
-    x = torch.randn(2, 12, 7, 8)
-    found = layer()
-    found[2] = nn.Identity()
-    before = found(x)
-    found.append(nn.Softmax(-1))
-    assert_close(found(x), before.double().softmax(-1))
-    found = layer()
-    found[1].insert(1, nn.Softmax(-1))
-    conv = F.conv2d(x, found[0].weight, found[0].bias, padding=1, groups=12).permute(0, 2, 3, 1).softmax(-1)
-    norm = found[1][2]
-    assert_close(found(x), F.gelu(F.layer_norm(conv, (12,), norm.weight, norm.bias, norm.eps)))
-    reflecting = layer(padding_mode="reflect")
-    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    plain = layer(padding=0)
-    plain.load_state_dict(reflecting.state_dict())
-    assert_close(reflecting(x), plain(padded))
-
-
-def test_query_layer_has_gradients():
-    found = layer(4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(found, (torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True),))
-    found(torch.randn(1, 4, 3, 4, dtype=torch.float64)).sum().backward()
-    assert all(parameter.grad is not None for parameter in found.parameters())

@@ -66,6 +66,10 @@ class Conv2d(nn.Conv2d):
             self.clear_packed()
         return super().train(mode)
 
+    def _apply(self, *arguments: Any, **keywords: Any) -> "Conv2d":
+        self.clear_packed()  # on another device, or in another dtype, nothing would drop it
+        return super()._apply(*arguments, **keywords)
+
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if is_transformed():  # vmap has no layouts

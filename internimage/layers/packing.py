@@ -3,7 +3,7 @@
 
 oneDNN otherwise brings a weight into this layout in every call, which takes a few percent of the call's time for many
 pixels and up to three quarters for few. The copies take as much memory as the weights. They are made in eval mode only,
-dropped by `train()`, and neither copied nor saved with a model.
+dropped by `train()` and `to()`, and neither copied nor saved with a model.
 """
 
 from collections.abc import Sequence

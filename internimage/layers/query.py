@@ -32,11 +32,13 @@ class Query(nn.Sequential):
         if parts is None:
             return False
         conv, norm = parts
+        sequence = self[1]
+        assert isinstance(sequence, nn.Sequential)
         return (
             use_fast_path(x, conv.weight, conv.bias, norm.weight, norm.bias)
             and x.numel() > 0
             and has_kernel("query", "cpu")
-            and not has_hooks(*list(self.modules())[1:])
+            and not has_hooks(*self, *sequence)
         )
 
     def parts(self) -> tuple[nn.Conv2d, LayerNorm] | None:

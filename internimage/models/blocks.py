@@ -174,6 +174,10 @@ class Block(nn.Module):
             self.clear_packed()
         return super().train(mode)
 
+    def _apply(self, *arguments: Any, **keywords: Any) -> "Block":
+        self.clear_packed()  # on another device, or in another dtype, nothing would drop them
+        return super()._apply(*arguments, **keywords)
+
 
 class Stage(nn.Module):
     """Blocks at one resolution; (N, H, W, C) -> (N, H, W, C). `downsample`, to the next stage, is called by the model.

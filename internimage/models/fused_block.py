@@ -102,6 +102,9 @@ class FusedBlock:
 
     def __init__(self, block: Any, x: Tensor, packing: bool) -> None:
         self.dtype, self.packing = x.dtype, packing
+        dcn, mlp = block.dcn, block.mlp
+        self._require(type(dcn) is DCNv3 and type(mlp) is Mlp and type(mlp.act) is GELU and type(dcn.dw_conv) is Query)
+        self._require(dcn.dw_conv.parts() is not None)
         self._collect(block)
         self._require(all(has_kernel(name, "cpu") for name in _KERNELS))
         # a subclass of tensors, such as a quantized one, has no memory that can be read
@@ -194,10 +197,7 @@ class FusedBlock:
 
     def _read(self, block: Any) -> None:
         dcn, mlp = block.dcn, block.mlp
-        self._require(type(dcn) is DCNv3 and type(mlp) is Mlp and type(mlp.act) is GELU and type(dcn.dw_conv) is Query)
-        parts = dcn.dw_conv.parts()
-        self._require(parts is not None)
-        conv, query_norm = parts
+        conv, query_norm = dcn.dw_conv.parts()
         for path in (block.drop_path1, block.drop_path2):
             self._require(type(path) is nn.Identity or (type(path) is DropPath and not path.training))
         norms = self._norm(block.norm1), self._norm(block.norm2)

@@ -5,9 +5,8 @@
         = gelu(layer_norm(depthwise_conv(input)))
 
 `input` is (N, H, W, C), the output (N, Ho, Wo, C); `conv_weight` is (C, 1, height, width), `conv_bias` (may be None),
-`norm_weight` and `norm_bias` (C,), all of `input`'s dtype. The compiled kernel computes half types in float32 and
-rounds once, at the end. Defined on every device and not differentiable; faster than torch's operators only with the
-compiled CPU kernel.
+`norm_weight` and `norm_bias` (C,), all of `input`'s dtype. Half types are computed in float32 and rounded once, at the
+end. Defined on every device and not differentiable; faster than torch's operators only with the compiled CPU kernel.
 """
 
 from collections.abc import Sequence
@@ -37,9 +36,12 @@ def _query(
     padding: Sequence[int],
     eps: float,
 ) -> Tensor:
-    channels_first = input.permute(0, 3, 1, 2)
-    x = F.conv2d(channels_first, conv_weight, conv_bias, tuple(stride), tuple(padding), groups=conv_weight.shape[0])
-    return F.gelu(F.layer_norm(x.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps)).contiguous()
+    dtype = torch.float32 if input.dtype.itemsize < 4 else input.dtype
+    weight, bias = conv_weight.to(dtype), None if conv_bias is None else conv_bias.to(dtype)
+    channels_first = input.to(dtype).permute(0, 3, 1, 2)
+    x = F.conv2d(channels_first, weight, bias, tuple(stride), tuple(padding), groups=weight.shape[0])
+    x = F.layer_norm(x.permute(0, 2, 3, 1), norm_weight.shape, norm_weight.to(dtype), norm_bias.to(dtype), eps)
+    return F.gelu(x).to(input.dtype).contiguous()
 
 
 library.impl("query", _query, "CompositeExplicitAutograd")

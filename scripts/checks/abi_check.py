@@ -32,6 +32,8 @@ TESTS = [
     "test_dcnv3_properties.py",
     "test_cpu_kernels.py",
     "test_layer_norm.py",
+    "test_gelu.py",
+    "test_query.py",
 ]
 MODULE = "internimage/_C.abi3.so"  # in a wheel
 NEED_TORCHVISION = "test_torchvision"

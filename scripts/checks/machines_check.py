@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NUMERIC = [
     "test_cpu_kernels.py", "test_dcnv3.py", "test_dcnv3_properties.py", "test_distributed.py", "test_imagenet.py",
-    "test_layer_norm.py", "test_layers.py", "test_linear.py", "test_models.py", "test_models_goldens.py",
-    "test_training.py", "test_transforms.py",
+    "test_fused_block.py", "test_gelu.py", "test_layer_norm.py", "test_layers.py", "test_linear.py", "test_models.py",
+    "test_models_goldens.py", "test_packing.py", "test_query.py", "test_training.py", "test_transforms.py",
 ]  # fmt: skip
 FILES = [  # tests of permissions, locks, links, caches
     "test_atomic.py", "test_cli.py", "test_convert.py", "test_create.py", "test_damage.py", "test_data.py",

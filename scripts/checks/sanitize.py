@@ -23,7 +23,10 @@ FLAGS = {
     "undefined": "-fsanitize=undefined -fno-sanitize=vptr,object-size -fno-wrapv",
 }
 LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so"}
-TESTS = ["test_dcnv3_properties.py", "test_cpu_kernels.py", "test_layer_norm.py", "test_dcnv3.py"]
+TESTS = [
+    *("test_dcnv3_properties.py", "test_cpu_kernels.py", "test_layer_norm.py", "test_gelu.py", "test_query.py"),
+    "test_dcnv3.py",
+]
 NOT_THESE = [
     NEED_TORCHVISION,
     "compile",

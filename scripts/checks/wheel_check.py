@@ -31,6 +31,8 @@ TESTS = [
     "test_dcnv3_properties.py",
     "test_cpu_kernels.py",
     "test_layer_norm.py",
+    "test_gelu.py",
+    "test_query.py",
     "test_layers.py",
     "test_extension.py",
 ]
