@@ -46,7 +46,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # create_graph: the gradient is differentiated again
             return torch.ops.aten.gelu_backward.default(grads[0], *ctx.saved_tensors)  # type: ignore[no-any-return]
-        return torch.ops.internimage.gelu_backward.default(grads[0], *ctx.saved_tensors)  # type: ignore[no-any-return]
+        return torch.ops.internimage.gelu_backward.default(grads[0], *ctx.saved_tensors)
 
 
 @register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
@@ -61,5 +61,5 @@ class GELU(timm.layers.activations.GELU):
                     return torch.ops.internimage.gelu.default(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
                 return torch.ops.internimage.gelu.default(input)
             if torch.is_grad_enabled() and is_plain(input) and has_kernel("gelu_backward", "cpu"):
-                return _Gelu.apply(input)  # type: ignore[no-any-return]
+                return _Gelu.apply(input)
         return F.gelu(input)

@@ -104,4 +104,4 @@ class Conv2d(nn.Conv2d):
         output = torch.ops.mkldnn._convolution_pointwise.default(
             _widened(x), packed.tensor, bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
-        return output.to(x.dtype)  # type: ignore[no-any-return]
+        return output.to(x.dtype)

@@ -41,10 +41,15 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if use_fast_path(x, self.conv1.weight, self.conv2.weight) and x.numel() > 0 and not has_hooks(*self.modules()):
+            if self._can_group(x):
                 hidden = self.conv1.out_channels * (x.shape[2] // 2) * (x.shape[3] // 2)
-                return in_groups(self._layers, x, max(1, hidden * x.element_size()))
+                return in_groups(self._layers, x, max(1, hidden) * x.element_size())
         return self._layers(x)
+
+    @torch.jit.unused
+    def _can_group(self, x: Tensor) -> bool:
+        """Whether the images may go through in groups: inference on a CPU without hooks, which would see parts."""
+        return use_fast_path(x, self.conv1.weight, self.conv2.weight) and x.numel() > 0 and not has_hooks(*self.modules())
 
     def _layers(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x)))
@@ -249,6 +254,6 @@ class Stage(nn.Module):
                 group = block(group)
                 if i in self.post_norm_blocks:
                     group = self.post_norms[self.post_norm_blocks.index(i)](group)
-            return self.norm(group)  # type: ignore[no-any-return]
+            return self.norm(group)
 
         return None if None in fused else run
