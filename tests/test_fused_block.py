@@ -332,7 +332,7 @@ def test_a_change_is_noticed(monkeypatch, change):
     torch.manual_seed(1)
     change(block)
     output = block(x)
-    monkeypatch.setattr(Block, "_fused_for", lambda self, x: None)
+    monkeypatch.setattr(Block, "fused_for", lambda self, x: None)
     expected = block(x)
     assert torch.equal(output, expected)
     assert not torch.allclose(output, before, rtol=1e-3, atol=1e-3)
@@ -594,7 +594,7 @@ def test_features_only(monkeypatch):
     set_weight_packing(model, False)
     for actual, expected in zip(model(x), maps):
         assert_close(actual, expected, 1e-5)
-    monkeypatch.setattr(Block, "_fused_for", lambda self, x: None)
+    monkeypatch.setattr(Block, "fused_for", lambda self, x: None)
     for actual, expected in zip(model(x), maps):
         assert_close(actual, expected, 1e-5)
 

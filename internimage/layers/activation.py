@@ -40,12 +40,12 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         ctx.save_for_backward(input)
-        return torch.ops.internimage.gelu.default(input)  # type: ignore[no-any-return]
+        return torch.ops.internimage.gelu.default(input)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # create_graph: the gradient is differentiated again
-            return torch.ops.aten.gelu_backward.default(grads[0], *ctx.saved_tensors)  # type: ignore[no-any-return]
+            return torch.ops.aten.gelu_backward.default(grads[0], *ctx.saved_tensors)
         return torch.ops.internimage.gelu_backward.default(grads[0], *ctx.saved_tensors)
 
 

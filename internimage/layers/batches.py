@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A batch in groups of images, whose tensors stay in the cache from one layer to the next in CPU inference.
 
-Images do not depend on each other, and a result does not depend on the group. Besides the cache, the memory allocator
-gains: it keeps blocks of this size, while it returns larger ones to the system, whose fresh pages take as long as a layer.
+Images do not depend on each other, and a result does not depend on the group. The memory allocator gains, too: it keeps
+blocks of this size, while it returns larger ones to the system, whose fresh pages take as long as a layer.
 """
 
 from collections.abc import Callable

@@ -49,7 +49,9 @@ class Stem(nn.Module):
     @torch.jit.unused
     def _can_group(self, x: Tensor) -> bool:
         """Whether the images may go through in groups: inference on a CPU without hooks, which would see parts."""
-        return use_fast_path(x, self.conv1.weight, self.conv2.weight) and x.numel() > 0 and not has_hooks(*self.modules())
+        return (
+            use_fast_path(x, self.conv1.weight, self.conv2.weight) and x.numel() > 0 and not has_hooks(*self.modules())
+        )
 
     def _layers(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x)))

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "../../boxed.h"
-#include "../../dense.h"
 #include "../../common.h"
+#include "../../dense.h"
 #include "../../problem.h"
 #include "../gather/plan.h"
 #include "../isa/dispatch.h"
@@ -30,8 +30,8 @@ void check_size(const Problem& p) {
                   "internimage::dcnv3: an image of ", p.height, " x ", p.width, " pixels is too large");
 }
 
-// A tensor of pixels without gaps in a pixel, and the elements from one pixel to the next: `t`, which may be a part of the
-// channels of another tensor, or a copy.
+// A tensor of pixels without gaps in a pixel, and the elements from one pixel to the next: `t`, which may be a part of
+// the channels of another tensor, or a copy.
 Tensor pixels_of(const Tensor& t, int64_t& stride) {
   const bool even = t.stride(3) == 1 && t.stride(2) >= t.size(3) && t.stride(1) == t.size(2) * t.stride(2) &&
                     t.stride(0) == t.size(1) * t.stride(1);
@@ -49,15 +49,15 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
   const std::vector<int64_t> shape = {p.batch, p.out_height, p.out_width, p.channels};
   if (input.numel() == 0) return torch::stable::new_zeros(input, shape);  // only padding is sampled
   Tensor output = torch::stable::new_empty(input, shape);
-  const Tensor in = dense(input), off = pixels_of(offset, p.offset_stride),
-               m = pixels_of(mask, p.mask_stride);
+  const Tensor in = dense(input), off = pixels_of(offset, p.offset_stride), m = pixels_of(mask, p.mask_stride);
   const void *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(), *m_data = m.const_data_ptr();
   void* out_data = output.mutable_data_ptr();
   const Plan plan = kernels.plan_forward(p);
   const int64_t task_cost = p.batch * p.out_height * p.out_width * p.channels * p.points / plan.tasks;
-  parallel_with_scratch(plan.tasks, 1 + 32768 / (1 + task_cost), plan.scratch_bytes, [&](void* scratch, int64_t begin, int64_t end) {
-    kernels.forward(p, in_data, off_data, m_data, out_data, scratch, begin, end);
-  });
+  parallel_with_scratch(plan.tasks, 1 + 32768 / (1 + task_cost), plan.scratch_bytes,
+                        [&](void* scratch, int64_t begin, int64_t end) {
+                          kernels.forward(p, in_data, off_data, m_data, out_data, scratch, begin, end);
+                        });
   return output;
 }
 
@@ -81,8 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
   Tensor grad_input = new_grad(input, want_input), grad_offset = new_grad(offset, want_points),
          grad_mask = new_grad(mask, want_points);
   if (!is_empty && (want_input || want_points)) {
-    const Tensor grad = dense(grad_output), in = dense(input),
-                 off = dense(offset), m = dense(mask);
+    const Tensor grad = dense(grad_output), in = dense(input), off = dense(offset), m = dense(mask);
     const void *grad_data = grad.const_data_ptr(), *in_data = in.const_data_ptr(), *off_data = off.const_data_ptr(),
                *m_data = m.const_data_ptr();
     void* to_input = want_input ? grad_input.mutable_data_ptr() : nullptr;

@@ -34,7 +34,7 @@ void gelu_range(const void* input, void* output, int64_t begin, int64_t end) {
 
 // grad_input[i] = grad_output[i] * the derivative of GELU at input[i], for i in [begin, end).
 template <typename S, typename T>
-void gelu_backward(const void* grad_output, const void* input, void* grad_input, int64_t begin, int64_t end) {
+void gelu_backward_range(const void* grad_output, const void* input, void* grad_input, int64_t begin, int64_t end) {
   const S *grad = (const S*)grad_output, *from = (const S*)input;
   S* to = (S*)grad_input;
   const auto run = [&](int64_t at, auto lanes, auto vectors) __attribute__((always_inline)) {

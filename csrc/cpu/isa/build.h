@@ -18,7 +18,9 @@ namespace internimage {
 namespace INTERNIMAGE_ISA {
 
 template <typename S, typename T>
-constexpr Kernels kKernels = {plan_forward<S, T>, forward<S, T>, plan_backward<S, T>, backward<S, T>, layer_norm<S, T>, gelu_range<S, T>, gelu_backward<S, T>, query_scratch<T>, query<S, T>};
+constexpr Kernels kKernels = {plan_forward<S, T>, forward<S, T>,    plan_backward<S, T>,       backward<S, T>,
+                              layer_norm<S, T>,   gelu_range<S, T>, gelu_backward_range<S, T>, query_scratch<T>,
+                              query<S, T>};
 
 }  // namespace INTERNIMAGE_ISA
 

@@ -42,8 +42,7 @@ void normalize(const Tensor& output, const Tensor& input, const Tensor& weight, 
   STD_TORCH_CHECK(!residual || (residual->scalar_type() == input.scalar_type() && same_sizes(*residual, input)),
                   "internimage::layer_norm: residual must have input's shape and dtype");
   const Kernels& kernels = kernels_of(input.scalar_type());
-  const Tensor in = dense(input), w = dense(weight),
-               b = dense(bias);
+  const Tensor in = dense(input), w = dense(weight), b = dense(bias);
   const Tensor r = residual ? dense(*residual) : in;
   const Tensor s = scale ? dense(*scale) : w;
   if (output.numel() == 0) return;

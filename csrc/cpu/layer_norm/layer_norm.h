@@ -44,8 +44,8 @@ INTERNIMAGE_INLINE Vector<T, N> uncontracted(Vector<T, N> v) {
 // Rows of a half type of at most this many elements are converted once, for all three passes.
 constexpr int kNormBuffer = 1024;
 
-// Normalizes the four rows that begin at `at`; without Sum some may be the same. Scale and residual are rounded as in separate
-// operators: in float32 and float64 the result is bit for bit that of norm, product and sum one by one.
+// Normalizes the four rows that begin at `at`; without Sum some may be the same. Scale and residual are rounded as in
+// separate operators: in float32 and float64 the result is bit for bit that of norm, product and sum one by one.
 template <typename S, typename T, bool Sum, bool Residual, bool Buffered>
 INTERNIMAGE_INLINE void norm_rows(const LayerNormArguments& norm, const int64_t (&at)[4]) {
   const int64_t channels = norm.channels;

@@ -55,8 +55,7 @@ Tensor query(const Tensor& input, const Tensor& conv_weight, const std::optional
   STD_TORCH_CHECK(q.out_height > 0 && q.out_width > 0, "internimage::query: the kernel does not fit the input");
   q.eps = eps;
   const Kernels& kernels = kernels_of(input.scalar_type());
-  const Tensor in = dense(input), weight = dense(conv_weight),
-               bias = dense(conv_bias ? *conv_bias : norm_bias),
+  const Tensor in = dense(input), weight = dense(conv_weight), bias = dense(conv_bias ? *conv_bias : norm_bias),
                gamma = dense(norm_weight), beta = dense(norm_bias);
   Tensor output = torch::stable::new_empty(input, {batch, q.out_height, q.out_width, q.channels});
   if (output.numel() == 0) return output;

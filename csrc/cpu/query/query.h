@@ -58,8 +58,7 @@ INTERNIMAGE_INLINE void convolve(const QueryArguments& q, const T* taps, const S
     } else {
       for (int64_t x = across.begin; x < across.end; ++x) {
         const V weight = load<V>(tap + x * channels);
-        for (int i = 0; i < P; ++i)
-          sum[i] += Convert<S, T, N>::load(row + (i * q.stride_w + x) * channels) * weight;
+        for (int i = 0; i < P; ++i) sum[i] += Convert<S, T, N>::load(row + (i * q.stride_w + x) * channels) * weight;
       }
     }
   }

@@ -15,10 +15,10 @@ namespace INTERNIMAGE_ISA {
 //
 //   gelu(x) = x Phi(x) = x / 2 + h - h * 2 Phi(-|x|)
 //
-// where no digits cancel for negative x, as they do in x / 2 * (1 + erf(x / sqrt(2))). 2 Phi(-|x|) is the eighth power of
-// a polynomial in h, a minimax fit of (2 Phi(-2h))^(1/8) for h < 2.75 that is exact at 0; the root varies so slowly that
-// degree 10 suffices. For larger h it is taken as 0. K vectors at once, as a single one is a long chain of dependent
-// operations.
+// where no digits cancel for negative x, as they do in x / 2 * (1 + erf(x / sqrt(2))). 2 Phi(-|x|) is the eighth power
+// of a polynomial in h, a minimax fit of (2 Phi(-2h))^(1/8) for h < 2.75 that is exact at 0; the root varies so slowly
+// that degree 10 suffices. For larger h it is taken as 0. K vectors at once, as a single one is a long chain of
+// dependent operations.
 template <int N, int K>
 struct GeluTail {
   using F = Vector<float, N>;
@@ -28,10 +28,17 @@ struct GeluTail {
 
   explicit INTERNIMAGE_INLINE GeluTail(const F (&half)[K]) {
     constexpr float kEnd = 2.75f;
-    constexpr float kCoefficients[] = {2.2431152046920033e-06f, -2.7507385311764665e-05f, 5.5715743656037375e-05f,
-                                       0.0006687786662951112f,  -0.003601227654144168f,   0.0006006751209497452f,
-                                       0.02660580538213253f,    -0.005986904259771109f,   -0.13924826681613922f,
-                                       -0.1994718760251999f,    1.0f};
+    constexpr float kCoefficients[] = {2.2431152046920033e-06f,
+                                       -2.7507385311764665e-05f,
+                                       5.5715743656037375e-05f,
+                                       0.0006687786662951112f,
+                                       -0.003601227654144168f,
+                                       0.0006006751209497452f,
+                                       0.02660580538213253f,
+                                       -0.005986904259771109f,
+                                       -0.13924826681613922f,
+                                       -0.1994718760251999f,
+                                       1.0f};
     F root[K];
     for (int k = 0; k < K; ++k) {
       magnitude[k] = (F)((Vector<int32_t, N>)half[k] & 0x7fffffff);
@@ -62,7 +69,9 @@ INTERNIMAGE_INLINE void gelu_derivative(Vector<float, N> (&x)[K]) {
   F half[K], density[K];
   for (int k = 0; k < K; ++k) {
     half[k] = x[k] * 0.5f;
-    const F bounded = x[k] > 13.0f ? F{} + 13.0f : x[k] < -13.0f ? F{} - 13.0f : x[k];  // infinity times 0 is not a number
+    const F bounded = x[k] > 13.0f    ? F{} + 13.0f
+                      : x[k] < -13.0f ? F{} - 13.0f
+                                      : x[k];  // infinity times 0 is not a number
     density[k] = bounded * bounded * -0.5f;
     x[k] = bounded;
   }

@@ -7,8 +7,8 @@
 #include "target.h"
 #include "vector.h"
 
-// GCC splits the vector extensions' conversions between 16-bit and 32-bit integers into halves of a register, which takes
-// five instructions instead of one. Not by the compiler's own macros (__AVX2__), which GCC defines too late.
+// GCC splits the vector extensions' conversions between 16-bit and 32-bit integers into halves of a register, which
+// takes five instructions instead of one. Not by the compiler's own macros (__AVX2__), which GCC defines too late.
 #if defined(__x86_64__) && !defined(__clang__) && INTERNIMAGE_VECTOR_BYTES >= 32
 #include <immintrin.h>
 #define INTERNIMAGE_X86_CONVERSIONS INTERNIMAGE_VECTOR_BYTES
