@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from internimage.extension import has_kernel
-from internimage.layers import linear
+from internimage.layers import batches, linear
 from internimage.layers import mlp as mlp_module
 from internimage.layers.conv import Conv2d
 from internimage.layers.linear import Linear
@@ -641,3 +641,48 @@ def test_packing_is_an_argument_of_models(tmp_path):
     assert_close(loaded(x), model_to_save.eval()(x), 1e-5)
     assert not any(module.pack_weights for module in loaded.modules() if hasattr(module, "pack_weights"))
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True) is not None
+
+
+# ---- groups of images
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(post_norm=True, layer_scale=0.5), dict(stage3_post_norm_blocks=(0, 2))])
+@torch.no_grad()
+def test_groups_of_images_change_no_bit(monkeypatch, arguments):
+    """Whatever the number of images, down to one at a time; with a last group that is smaller."""
+    model, _ = model_and_image(**arguments)
+    x = golden.images(2, (7, 3, 64, 96))
+    expected, maps = model(x), model.forward_intermediates(x, intermediates_only=True)
+    sizes = []
+    call = FusedBlock.__call__
+    monkeypatch.setattr(FusedBlock, "__call__", lambda self, x: (sizes.append(len(x)), call(self, x))[1])
+    image = 16 * 24 * 16 * 4  # bytes of a map of the first stage; that of the stem is twice as large
+    for images, groups in ((1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (4, [4, 3]), (7, [7])):
+        sizes.clear()
+        monkeypatch.setattr(batches, "_BYTES", images * image // torch.get_num_threads())
+        assert torch.equal(model(x), expected)
+        assert sizes[:: len(model.levels[0].blocks)][: len(groups)] == groups
+        for found, expected_map in zip(model.forward_intermediates(x, intermediates_only=True), maps):
+            assert torch.equal(found, expected_map)
+
+
+@torch.no_grad()
+def test_hooks_see_whole_batches(monkeypatch):
+    monkeypatch.setattr(batches, "_BYTES", 1)
+    model, _ = model_and_image(post_norm=True, layer_scale=0.5)
+    x, seen = golden.images(2, (3, 3, 64, 96)), []
+    expected = model(x)
+    names = [
+        "patch_embed",
+        "patch_embed.conv2",
+        "levels.0",
+        "levels.0.blocks.1",
+        "levels.0.blocks.1.mlp",
+        "levels.0.norm",
+    ]
+    for name in names:
+        handle = model.get_submodule(name).register_forward_hook(lambda module, arguments, y: seen.append(len(y)))
+        assert torch.equal(model(x), expected)
+        assert seen == [3], name
+        seen.clear()
+        handle.remove()

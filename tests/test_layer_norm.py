@@ -126,3 +126,34 @@ def test_adding_in_place_refuses_what_it_cannot_overwrite():
     torch.library.opcheck(add, (torch.randn(4, 6), x, row, row, 1e-6))
     torch.library.opcheck(add, (torch.randn(4, 6), x, row, row, 1e-6, row))
     add(torch.empty(0, 6), torch.empty(0, 6), row, row, 1e-6)
+
+
+# ---- of a sum
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16, 70, 1024, 1030])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 11])
+def test_norm_of_a_sum_has_the_bits_of_both_operators(rows, channels, dtype):
+    """Every rest of four rows: one that is repeated to make the last four must be added to once."""
+    x, addend = torch.randn(2, rows, channels).to(dtype).unbind()
+    weight, bias = torch.randn(2, channels).to(dtype).unbind()
+    total, kept = x + addend, addend.clone()
+    output = torch.ops.internimage.norm_of_sum_(x, addend, weight, bias, 1e-6)
+    assert torch.equal(x, total) and torch.equal(addend, kept)
+    assert torch.equal(output, torch.ops.internimage.layer_norm(total, weight, bias, 1e-6))
+    assert_close(output, exact_layer_norm(total, weight, bias, 1e-6))
+
+
+def test_norm_of_a_sum_refuses_what_it_cannot_overwrite():
+    x, row, norm = torch.randn(4, 6), torch.randn(6), torch.ops.internimage.norm_of_sum_
+    if has_kernel("norm_of_sum_", "cpu"):
+        for view in (torch.randn(6, 4).T, torch.randn(4, 12)[:, ::2], torch.randn(1, 6).expand(4, 6)):
+            kept = view.clone()
+            with pytest.raises(RuntimeError, match="norm_of_sum_: input must be contiguous"):
+                norm(view, x, row, row, 1e-6)
+            assert torch.equal(view, kept)
+        for addend in (torch.randn(1, 6), torch.randn(4, 6).double()):
+            with pytest.raises(RuntimeError, match="addend must have input's shape and dtype"):
+                norm(x, addend, row, row, 1e-6)
+    torch.library.opcheck(norm, (torch.randn(4, 6), torch.randn(6, 4).T, row, row, 1e-6))

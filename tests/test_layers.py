@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The DCNv3 layer against the official module's numbers and a composition by hand; norms and attentive pooling."""
 
+import math
+
 import golden
 import oracle
 import pytest
@@ -489,3 +491,30 @@ def test_query_layer_has_gradients():
     assert torch.autograd.gradcheck(found, (torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True),))
     found(torch.randn(1, 4, 3, 4, dtype=torch.float64)).sum().backward()
     assert all(parameter.grad is not None for parameter in found.parameters())
+
+
+# ---- GELU in training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gelu_has_gradients(dtype):
+    """Those of torch's, which loses digits where x is far below 0; of a tensor in any layout."""
+    act = activation_class("gelu")()
+    for x in (torch.randn(3, 5, 7), torch.randn(2, 6, 4, 5).permute(0, 3, 1, 2), torch.randn(0, 4)):
+        x = x.to(dtype).requires_grad_()
+        grad = torch.randn_like(x)
+        (found,) = torch.autograd.grad(act(x), x, grad)
+        wide = x.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(torch.nn.functional.gelu(wide), wide, grad.double())
+        assert found.dtype == dtype
+        assert_close(found, expected)
+
+
+def test_gelu_is_differentiated_again():
+    act, x = activation_class("gelu")(), torch.randn(37, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(act, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(act, (x,))
+    third = torch.func.grad(torch.func.grad(torch.func.grad(lambda t: act(t))))(torch.tensor(0.3, dtype=torch.float64))
+    # the derivative of (2 - x^2) times the density
+    density = math.exp(-(0.3**2) / 2) / math.sqrt(2 * math.pi)
+    assert abs(third.item() - (0.3**3 - 4 * 0.3) * density) < 1e-12

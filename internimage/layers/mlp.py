@@ -15,18 +15,20 @@ _HIDDEN_BYTES = 2 << 20  # hidden layer of a chunk, per thread: what fits in an 
 _HALF_ROWS = 8192  # minimum rows of a chunk in a 16-bit type whose weights are brought in order for each chunk
 
 
-def chunk_rows(hidden_channels: int, dtype: torch.dtype, packed: bool = False) -> int:
-    """Rows that go through an MLP together, so that their hidden layer stays in the cache.
+def chunk_rows(rows: int, hidden_channels: int, dtype: torch.dtype, packed: bool = False) -> int:
+    """How many rows go through an MLP together, so that their hidden layer stays in the cache, in chunks of one size.
 
     Args:
+        rows: All rows.
         hidden_channels: Channels of the hidden layer.
         dtype: Of the rows.
         packed: Whether the weights are packed.
     """
-    rows = max(1, _HIDDEN_BYTES // (hidden_channels * dtype.itemsize))
+    largest = max(1, _HIDDEN_BYTES // (hidden_channels * dtype.itemsize))
     if dtype.itemsize < 4 and not packed:
-        rows = max(rows, _HALF_ROWS)
-    return rows * torch.get_num_threads()
+        largest = max(largest, _HALF_ROWS)
+    chunks = -(-rows // (largest * torch.get_num_threads()))
+    return -(-rows // max(1, chunks))
 
 
 @register_notrace_module
@@ -64,7 +66,8 @@ class Mlp(nn.Module):
             return self.fc2(self.act(self.fc1(x)))
         if not use_fast_path(x, self.fc1.weight, self.fc2.weight):
             return self.fc2(self.act(self.fc1(x)))
-        rows, size = x.reshape(-1, x.shape[-1]), chunk_rows(self.fc1.out_features, x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        size = chunk_rows(len(rows), self.fc1.out_features, x.dtype)
         if len(rows) <= size or has_hooks(self.fc1, self.act, self.fc2):
             return self.fc2(self.act(self.fc1(x)))
         output = rows.new_empty(len(rows), self.fc2.out_features)

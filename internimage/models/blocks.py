@@ -246,9 +246,12 @@ class Stage(nn.Module):
         norms = [self.norm, *self.post_norms]
         if self.training or not use_fast_path(x) or x.numel() == 0:
             return None
-        if has_hooks(*(module for norm in norms for module in norm.modules())):
+        if has_hooks(*self.blocks, *(module for norm in norms for module in norm.modules())):
             return None
-        fused = [block.fused_for(x) if type(block) is Block else None for block in self.blocks]
+        blocks: list[Any] = list(self.blocks)
+        if any(type(block) is not Block or "forward" in vars(block) for block in blocks):
+            return None
+        fused = [block.fused_for(x) for block in blocks]
 
         def run(group: Tensor) -> Tensor:
             for i, block in enumerate(fused):

@@ -245,8 +245,8 @@ class FusedBlock:
 
     def _add_mlp(self, x: Tensor, addend: Tensor | None) -> Tensor:
         """x + addend plus the branch of the MLP; x is overwritten."""
-        size = chunk_rows(self.fc1.widths[0], x.dtype, self.fc1.packed is not None)
         rows = x.view(-1, x.shape[-1])
+        size = chunk_rows(len(rows), self.fc1.widths[0], x.dtype, self.fc1.packed is not None)
         addends = None if addend is None else addend.view(rows.shape)
         if len(rows) <= size:
             self._add_mlp_rows(rows, addends)

@@ -20,10 +20,17 @@ void gelu_range(const void* input, void* output, int64_t begin, int64_t end) {
   S* to = (S*)output;
   const auto run = [&](int64_t at, auto lanes, auto vectors) __attribute__((always_inline)) {
     constexpr int N = decltype(lanes)::value, K = decltype(vectors)::value;
+    using C = Convert<S, T, N>;
     Vector<T, N> v[K];
-    for (int k = 0; k < K; ++k) v[k] = Convert<S, T, N>::load(from + at + k * N);
-    gelu<N, K>(v);
-    for (int k = 0; k < K; ++k) Convert<S, T, N>::store(to + at + k * N, v[k]);
+    if constexpr (K == 1) {
+      v[0] = C::load(from + at);
+      gelu<N, K>(v);
+      C::store(to + at, v[0]);
+    } else {
+      for (int k = 0; k < K; k += 2) C::load_two(from + at + k * N, v[k], v[k + 1]);
+      gelu<N, K>(v);
+      for (int k = 0; k < K; k += 2) C::store_two(to + at + k * N, v[k], v[k + 1]);
+    }
   };
   constexpr int N = kLanes<T>, K = 4;
   int64_t i = begin;

@@ -58,8 +58,18 @@ INTERNIMAGE_INLINE Vector<uint16_t, N> narrowed(Vector<uint32_t, N> v) {
 }
 
 // Storage S <-> compute type T, N lanes at a time.
+//
+// load_two and store_two take 2N adjacent elements, in an order of the type's own: for work that treats elements alike.
 template <typename S, typename T, int N>
 struct Convert {
+  static INTERNIMAGE_INLINE void load_two(const S* from, Vector<T, N>& a, Vector<T, N>& b) {
+    a = load(from);
+    b = load(from + N);
+  }
+  static INTERNIMAGE_INLINE void store_two(S* to, Vector<T, N> a, Vector<T, N> b) {
+    store(to, a);
+    store(to + N, b);
+  }
   static INTERNIMAGE_INLINE Vector<T, N> load(const S* from) { return INTERNIMAGE_ISA::load<Vector<T, N>>(from); }
   static INTERNIMAGE_INLINE void store(S* to, Vector<T, N> v) { INTERNIMAGE_ISA::store(to, v); }
 };
@@ -69,12 +79,23 @@ struct Convert<Bf16, float, N> {
   static INTERNIMAGE_INLINE Vector<float, N> load(const Bf16* from) {
     return (Vector<float, N>)(widened<N>(INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from)) << 16);
   }
+  // the even elements, and the odd ones: in the lower and upper halves of 32-bit integers
+  static INTERNIMAGE_INLINE void load_two(const Bf16* from, Vector<float, N>& a, Vector<float, N>& b) {
+    const auto both = INTERNIMAGE_ISA::load<Vector<uint32_t, N>>(from);
+    a = (Vector<float, N>)(both << 16);
+    b = (Vector<float, N>)(both & 0xffff0000);
+  }
+  static INTERNIMAGE_INLINE void store_two(Bf16* to, Vector<float, N> a, Vector<float, N> b) {
+    INTERNIMAGE_ISA::store(to, (rounded(a) >> 16) | (rounded(b) & 0xffff0000));
+  }
   static INTERNIMAGE_INLINE void store(Bf16* to, Vector<float, N> v) {
+    INTERNIMAGE_ISA::store(to, narrowed<N>(rounded(v) >> 16));
+  }
+  static INTERNIMAGE_INLINE Vector<uint32_t, N> rounded(Vector<float, N> v) {  // the upper halves are the result
     // Rounds to nearest even. NaN needs no special case: it comes from a Bf16 or from the processor, so its lower half
     // is zero, and the addition does not carry into the upper half.
-    Vector<uint32_t, N> bits = (Vector<uint32_t, N>)v;
-    bits += 0x7fff + ((bits >> 16) & 1);
-    INTERNIMAGE_ISA::store(to, narrowed<N>(bits >> 16));
+    const auto bits = (Vector<uint32_t, N>)v;
+    return bits + (0x7fff + ((bits >> 16) & 1));
   }
 };
 
@@ -82,6 +103,14 @@ template <int N>
 struct Convert<Fp16, float, N> {
   using F = Vector<float, N>;
   using U = Vector<uint32_t, N>;
+  static INTERNIMAGE_INLINE void load_two(const Fp16* from, F& a, F& b) {
+    a = load(from);
+    b = load(from + N);
+  }
+  static INTERNIMAGE_INLINE void store_two(Fp16* to, F a, F b) {
+    store(to, a);
+    store(to + N, b);
+  }
   static INTERNIMAGE_INLINE F load(const Fp16* from) {
     const U bits = widened<N>(INTERNIMAGE_ISA::load<Vector<uint16_t, N>>(from));
     const U magnitude = bits & 0x7fff;
