@@ -15,32 +15,6 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// v, opaque to the compiler, which must not contract a product and the sum that follows into a fused multiply-add: both
-// are rounded, as in two operators.
-template <typename T, int N>
-INTERNIMAGE_INLINE Vector<T, N> uncontracted(Vector<T, N> v) {
-  if constexpr (N == 1) {
-    T scalar = v[0];
-#if defined(__x86_64__)
-    __asm__("" : "+x"(scalar));
-#else
-    __asm__("" : "+m"(scalar));
-#endif
-    v[0] = scalar;
-  } else {
-#if defined(__AVX512F__)
-    __asm__("" : "+v"(v));
-#elif defined(__x86_64__)
-    __asm__("" : "+x"(v));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(v));
-#else
-    __asm__("" : "+m"(v));
-#endif
-  }
-  return v;
-}
-
 // Rows of a half type of at most this many elements are converted once, for all three passes.
 constexpr int kNormBuffer = 1024;
 
@@ -75,7 +49,7 @@ INTERNIMAGE_INLINE void norm_rows(const LayerNormArguments& norm, const int64_t 
     using C = Convert<S, T, N>;
     const Vector<T, N> w = C::load(weight + c), b = C::load(bias + c);
     Vector<T, N> v[4];
-    for (int r = 0; r < 4; ++r) v[r] = (value(r, c, lanes) - mean[r]) * factor[r] * w + b;
+    for (int r = 0; r < 4; ++r) v[r] = uncontracted<T, N>((value(r, c, lanes) - mean[r]) * factor[r] * w) + b;
     if (scale != nullptr) {
       const Vector<T, N> s = C::load(scale + c);
       for (int r = 0; r < 4; ++r) v[r] = uncontracted<T, N>(v[r] * s);

@@ -34,7 +34,7 @@ INTERNIMAGE_INLINE void normalization(T (&mean)[4], T (&factor)[4], int64_t chan
   for (int r = 0; r < 4; ++r) mean[r] /= (T)channels;
   sum_rows<T>(factor, channels, [&](int r, int64_t c, auto lanes) __attribute__((always_inline)) {
     const auto deviation = value(r, c, lanes) - mean[r];
-    return deviation * deviation;
+    return uncontracted<T, decltype(lanes)::value>(deviation * deviation);
   });
   for (int r = 0; r < 4; ++r) factor[r] = (T)1 / (T)__builtin_sqrt(factor[r] / (T)channels + eps);
 }

@@ -52,5 +52,31 @@ INTERNIMAGE_INLINE Vector<T, N> broadcast(T value) {
   return value - Vector<T, N>{};
 }
 
+// v, opaque to the compiler, which does not contract a product and the sum that follows into a fused multiply-add: both
+// are rounded. It contracts one instance of a function and not another, where results have to have the same bits.
+template <typename T, int N>
+INTERNIMAGE_INLINE Vector<T, N> uncontracted(Vector<T, N> v) {
+  if constexpr (N == 1) {
+    T scalar = v[0];
+#if defined(__x86_64__)
+    __asm__("" : "+x"(scalar));
+#else
+    __asm__("" : "+m"(scalar));
+#endif
+    v[0] = scalar;
+  } else {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#else
+    __asm__("" : "+m"(v));
+#endif
+  }
+  return v;
+}
+
 }  // namespace INTERNIMAGE_ISA
 }  // namespace internimage
