@@ -12,9 +12,9 @@ struct Problem {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t groups, group_channels;
   int64_t points;  // sampling points per group
-  int64_t offset_stride, mask_stride;  // elements from one output pixel to the next
   double offset_scale;
   bool remove_center, softmax;
+  int64_t offset_stride, mask_stride;  // elements from one output pixel to the next, on a CPU
 };
 
 }  // namespace internimage

@@ -80,7 +80,9 @@ def product(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor |
         weight = weight if packed is None else packed
         return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
     if input.dtype.itemsize < 4 and has_product(torch.float32):
-        return product(input.float(), weight.float(), None if bias is None else bias.float()).to(input.dtype)
+        bias = None if bias is None else bias.float()
+        wide = torch.ops.mkldnn._linear_pointwise.default(input.float(), weight.float(), bias, "none", [], "")
+        return wide.to(input.dtype)
     return F.linear(input, weight, bias)
 
 

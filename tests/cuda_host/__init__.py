@@ -33,6 +33,8 @@ class Problem(ctypes.Structure):
         ("offset_scale", ctypes.c_double),
         ("remove_center", ctypes.c_bool),
         ("softmax", ctypes.c_bool),
+        ("offset_stride", ctypes.c_int64),  # of the CPU
+        ("mask_stride", ctypes.c_int64),
     ]
 
 
