@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..extension import has_kernel
 from ..ops.transforms import is_transformed
 from .fast_path import use_fast_path
-from .linear import has_operator, has_product
-from .packing import Snapshot
+from .linear import has_operator, has_product, multiplied_in
+from .packing import PacksWeights, Snapshot
 
 # The operator behind torch.compile's fused convolutions. It is not public, so its schema is checked.
 _CONVOLUTION = (
@@ -23,11 +23,6 @@ _CAN_PACK = has_operator("_convolution_pointwise", _CONVOLUTION) and hasattr(
 )
 
 
-def _widened(t: Tensor) -> Tensor:
-    """t, in float32 if it is of a half type that the processor has no products of: torch would emulate them."""
-    return t.float() if t.dtype.itemsize < 4 and not has_product(t.dtype) else t
-
-
 class _Packed:
     """The packed weight of a convolution, for inputs of one dtype."""
 
@@ -36,7 +31,12 @@ class _Packed:
         with torch.no_grad():
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks arguments
             self.tensor: Tensor = reorder(
-                _widened(conv.weight).to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape
+                conv.weight.to(multiplied_in(x.dtype)).to_mkldnn(),
+                conv.padding,
+                conv.stride,
+                conv.dilation,
+                conv.groups,
+                x.shape,
             )
         self._snapshot = Snapshot([conv.weight], [conv.weight])
 
@@ -48,36 +48,26 @@ class _Packed:
 
 
 @register_notrace_module  # a leaf of timm's FX graphs, whose results then match those of the model bit for bit
-class Conv2d(nn.Conv2d):
+class Conv2d(PacksWeights, nn.Conv2d):
     """torch's convolution of a channels-last tensor; CPU inference keeps the packed weight."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.pack_weights = True  # see `set_weight_packing`
         self._packed: _Packed | None = None
 
     def clear_packed(self) -> None:
         """Drop the packed weight; the next call in eval mode makes one."""
         self._packed = None
 
-    @torch.jit.ignore
-    def train(self, mode: bool = True) -> "Conv2d":
-        if mode:
-            self.clear_packed()
-        return super().train(mode)
-
-    def _apply(self, *arguments: Any, **keywords: Any) -> "Conv2d":
-        self.clear_packed()  # on another device, or in another dtype, nothing would drop it
-        return super()._apply(*arguments, **keywords)
-
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if is_transformed():  # vmap has no layouts
                 return self._conv_forward(input, self.weight, self.bias)
-            input = input.contiguous(memory_format=torch.channels_last)
+        input = input.contiguous(memory_format=torch.channels_last)
+        if not torch.jit.is_scripting():
             if self._can_pack(input):
                 return self._forward_packed(input)
-        return self._conv_forward(input.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
+        return self._conv_forward(input, self.weight, self.bias)
 
     @torch.jit.unused
     def _can_pack(self, x: Tensor) -> bool:
@@ -88,7 +78,7 @@ class Conv2d(nn.Conv2d):
             and not isinstance(self.padding, str)
             and not self.training
             and use_fast_path(x, self.weight, self.bias)
-            and has_product(_widened(x[:0]).dtype)
+            and has_product(multiplied_in(x.dtype))
             and x.numel() > 0
             and not self.weight.is_inference()
             and self.weight.is_contiguous()
@@ -100,8 +90,9 @@ class Conv2d(nn.Conv2d):
         packed = self._packed
         if packed is None or not packed.is_current(self):
             packed = self._packed = _Packed(self, x)
-        bias = None if self.bias is None else _widened(self.bias)
+        dtype = multiplied_in(x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         output = torch.ops.mkldnn._convolution_pointwise.default(
-            _widened(x), packed.tensor, bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+            x.to(dtype), packed.tensor, bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
         return output.to(x.dtype)

@@ -45,6 +45,15 @@ def has_product(dtype: torch.dtype) -> bool:
     return dtype in _DTYPES
 
 
+def multiplied_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which matrices of a dtype are multiplied.
+
+    Float32 for a half type that the processor has no products of: torch would emulate them, many times as slowly.
+    """
+    in_float = dtype.itemsize < 4 and not has_product(dtype) and has_product(torch.float32)
+    return torch.float32 if in_float else dtype
+
+
 def has_rows(input: Tensor) -> bool:
     """Whether an input has so many rows that oneDNN's product is not slower than torch's."""
     return input.numel() >= _MIN_ROWS * input.shape[-1]
@@ -66,9 +75,6 @@ def pack(weight: Tensor, rows: int) -> Tensor:
 def product(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
     """`F.linear` in inference on a CPU, by oneDNN where that is not slower.
 
-    A half type that the processor has no products of is multiplied in float32, in which torch emulates it many times as
-    slowly.
-
     Args:
         input: (..., in_features).
         weight, bias: Of the layer.
@@ -79,7 +85,7 @@ def product(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor |
     if has_product(input.dtype):
         weight = weight if packed is None else packed
         return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
-    if input.dtype.itemsize < 4 and has_product(torch.float32):
+    if multiplied_in(input.dtype) != input.dtype:
         bias = None if bias is None else bias.float()
         wide = torch.ops.mkldnn._linear_pointwise.default(input.float(), weight.float(), bias, "none", [], "")
         return wide.to(input.dtype)

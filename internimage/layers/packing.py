@@ -7,10 +7,12 @@ dropped by `train()` and `to()`, and neither copied nor saved with a model.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_Layer = TypeVar("_Layer", bound="PacksWeights")
 
 
 class Snapshot:
@@ -43,14 +45,24 @@ class Snapshot:
             return False
 
 
-@runtime_checkable
-class PacksWeights(Protocol):
-    """A module that keeps packed weights."""
+class PacksWeights(nn.Module):
+    """Base of layers that keep packed weights between calls of inference."""
 
-    pack_weights: bool
+    pack_weights = True  # see `set_weight_packing`
 
     def clear_packed(self) -> None:
-        """Drop them; the next call in eval mode makes new ones."""
+        """Drop the packed weights; the next call in eval mode makes new ones."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def train(self: _Layer, mode: bool = True) -> _Layer:
+        if mode:
+            self.clear_packed()
+        return super().train(mode)
+
+    def _apply(self: _Layer, *arguments: Any, **keywords: Any) -> _Layer:
+        self.clear_packed()  # on another device, or in another dtype, nothing would drop them
+        return super()._apply(*arguments, **keywords)
 
 
 def set_weight_packing(model: nn.Module, enabled: bool) -> None:

@@ -17,6 +17,7 @@ from ..layers.factory import FactoryKwargs
 from ..layers.fast_path import has_hooks, use_fast_path
 from ..layers.mlp import Mlp
 from ..layers.norm import create_norm
+from ..layers.packing import PacksWeights
 from .fused_block import FusedBlock
 
 
@@ -73,7 +74,7 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)))
 
 
-class Block(nn.Module):
+class Block(PacksWeights):
     """DCNv3 and MLP, each with a residual; (N, H, W, C) -> (N, H, W, C).
 
     With f the layer, the branch added to x is f(norm(x)); with `post_norm`, norm(f(x)); with `res_post_norm`,
@@ -128,7 +129,6 @@ class Block(nn.Module):
         self.reset_layer_scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.pack_weights = True  # see `set_weight_packing`
         self._fused: FusedBlock | None = None
 
     def reset_layer_scale(self) -> None:
@@ -174,16 +174,6 @@ class Block(nn.Module):
     def clear_packed(self) -> None:
         """Drop the packed weights; the next call in eval mode makes new ones."""
         self._fused = None
-
-    @torch.jit.ignore
-    def train(self, mode: bool = True) -> "Block":
-        if mode:
-            self.clear_packed()
-        return super().train(mode)
-
-    def _apply(self, *arguments: Any, **keywords: Any) -> "Block":
-        self.clear_packed()  # on another device, or in another dtype, nothing would drop them
-        return super()._apply(*arguments, **keywords)
 
 
 class Stage(nn.Module):

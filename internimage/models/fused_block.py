@@ -23,7 +23,7 @@ from ..extension import has_kernel
 from ..layers.activation import GELU
 from ..layers.dcnv3 import DCNv3
 from ..layers.fast_path import has_hooks
-from ..layers.linear import CAN_PACK, Linear, has_product, has_rows, pack, product
+from ..layers.linear import CAN_PACK, Linear, has_product, has_rows, multiplied_in, pack, product
 from ..layers.mlp import Mlp, chunk_rows
 from ..layers.norm import LayerNorm, layer_norm_of
 from ..layers.packing import Snapshot
@@ -113,7 +113,7 @@ class FusedBlock:
         # torch does not count the changes of tensors that were made in inference mode
         self._is_counted = not any(t.is_inference() for t in self._tensors)
         may_copy = packing and self._is_counted and CAN_PACK
-        self.in_float = may_copy and x.dtype.itemsize < 4 and not has_product(x.dtype)
+        self.in_float = may_copy and multiplied_in(x.dtype) != x.dtype
         self._copied: list[Tensor] = []
         with torch.no_grad():
             self._read(block)
