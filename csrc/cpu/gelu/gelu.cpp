@@ -39,9 +39,8 @@ void gelu_(const Tensor& input) {
 }
 
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& input) {
-  bool fits = grad_output.dim() == input.dim() && grad_output.scalar_type() == input.scalar_type();
-  for (int64_t i = 0; fits && i < input.dim(); ++i) fits = grad_output.size(i) == input.size(i);
-  STD_TORCH_CHECK(fits, "internimage::gelu_backward: grad_output must have input's shape and dtype");
+  STD_TORCH_CHECK(same_sizes(grad_output, input) && grad_output.scalar_type() == input.scalar_type(),
+                  "internimage::gelu_backward: grad_output must have input's shape and dtype");
   const Kernels& kernels = kernels_of(input.scalar_type());
   const Tensor grad = dense(grad_output), in = dense(input);
   const Tensor output = torch::stable::empty_like(in);

@@ -20,13 +20,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.size(i) != b.size(i)) return false;
-  return true;
-}
-
 using OptionalTensor = std::optional<Tensor>;
 
 // Writes to `output`, which may be the residual.
