@@ -122,13 +122,17 @@ STANDARD = {
     "<vector>": r"std::vector",
 }
 NOT_NAMES = {"__attribute__", "__launch_bounds__"}
-# names of members, parameters and template parameters, which need no include
+# names of members, parameters and template parameters, which need no include, and of kernels that an operator is
+# called like
 OTHER_NAMES = {
+    "cpu/block/block.cpp": {"layer_norm", "query"},
     "cpu/dcnv3/dcnv3.cpp": {"softmax"},
     "cpu/isa/kernel_table.h": {
         *("plan_forward", "forward", "plan_backward", "backward"),
-        *("layer_norm", "gelu", "query_scratch", "query"),
+        *("layer_norm", "gelu", "scaled_sum", "query_scratch", "query"),
     },
+    "cpu/isa/build.h": {"layer_norm", "query"},
+    "cpu/operators.h": {"layer_norm", "query", "softmax"},
     "cpu/simd/target.h": {"build_default"},
     "cuda/gather/kernels.cuh": {"Launch"},
 }
@@ -170,7 +174,8 @@ BELOW = {
     "cpu/layer_norm": {"cpu/simd"},
     "cpu/gelu": {"cpu/simd"},
     "cpu/query": {"cpu/simd", "cpu/layer_norm"},
-    "cpu/isa": {"cpu/simd", "cpu/gather", "cpu/layer_norm", "cpu/gelu", "cpu/query"},
+    "cpu/block": {"cpu/simd"},
+    "cpu/isa": {"cpu/simd", "cpu/gather", "cpu/layer_norm", "cpu/gelu", "cpu/query", "cpu/block"},
     "cpu": set(),
     "cuda/gather": {"cuda"},
     "cuda/dcnv3": {"cuda", "cuda/gather"},

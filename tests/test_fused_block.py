@@ -150,6 +150,59 @@ def test_widths_of_released_models(channels, groups):
         assert torch.equal(block(x), by_modules(block, x)), size
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("kind", ["pre-norm, scaled", "scaled", "plain"])
+@torch.no_grad()
+def test_widths_with_remainders(kind, dtype):
+    """Rows that are no whole number of vectors, of any width of them."""
+    for channels, groups in ((3, 3), (10, 2), (26, 2), (70, 7)):
+        block = build(kind, channels, groups, dtype)
+        x = golden.randn(1, (2, 3, 5, channels)).to(dtype)
+        output = block(x)
+        assert isinstance(block._fused, FusedBlock)
+        assert_close(output, exact(block, x), 2 * TOLERANCE.get(dtype, 1e-5) if dtype in HALF else None)
+        if dtype not in HALF:
+            assert torch.equal(output, by_modules(block, x))
+
+
+@torch.no_grad()
+def test_a_torch_without_the_products_that_a_block_calls(monkeypatch):
+    monkeypatch.setattr(fused_block, "has_kernel", lambda name, device: name != "block" and has_kernel(name, device))
+    block, x = build("scaled"), golden.images(1, (2, 9, 11, 16))
+    output = block(x)
+    assert block._fused is None
+    assert torch.equal(output, build("scaled")(x))
+
+
+@torch.no_grad()
+def test_the_operator_refuses_what_does_not_fit():
+    """Called directly it has no checks in Python."""
+    block, x = build("pre-norm, scaled"), golden.images(1, (2, 9, 11, 16))
+    expected = block(x)
+    weights, settings, numbers = block._fused.arguments
+    operator = torch.ops.internimage.block
+    assert torch.equal(operator(x, weights, settings, numbers, 50), expected)
+    for lists in ((weights[1:], settings, numbers), (weights, settings[1:], numbers), (weights, settings, [])):
+        with pytest.raises(RuntimeError, match="internimage::block: wrong number of weights, settings or numbers"):
+            operator(x, *lists, 50)
+    with pytest.raises(RuntimeError, match="wrong number"):
+        operator(x, weights, settings, numbers, 0)
+    for other in (x[0], x.transpose(1, 2), x[..., :8]):
+        with pytest.raises(RuntimeError, match="internimage::block: input must be"):
+            operator(other, weights, settings, numbers, 50)
+    scale = next(i for i, weight in enumerate(weights) if weight is block.gamma2)
+    for wrong in (block.gamma2[:7], block.gamma2.double(), block.gamma2.view(4, 4)):
+        with pytest.raises(RuntimeError, match="a branch and its scale must have input's sizes and dtype"):
+            operator(x, [*weights[:scale], wrong, *weights[scale + 1 :]], settings, numbers, 50)
+    for name in range(len(weights)):  # whatever is missing
+        if weights[name] is not None and weights[name] is not block.gamma1 and weights[name] is not block.gamma2:
+            fewer = [*weights[:name], None, *weights[name + 1 :]]
+            try:
+                operator(x, fewer, settings, numbers, 50)
+            except RuntimeError as error:
+                assert str(error)
+
+
 @torch.inference_mode()
 def test_threads_do_not_change_a_bit(monkeypatch, kind):
     monkeypatch.setattr(mlp_module, "_HIDDEN_BYTES", 1 << 15)

@@ -54,36 +54,29 @@ def multiplied_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if in_float else dtype
 
 
-def has_rows(input: Tensor) -> bool:
-    """Whether an input has so many rows that oneDNN's product is not slower than torch's."""
-    return input.numel() >= _MIN_ROWS * input.shape[-1]
-
-
 def pack(weight: Tensor, rows: int) -> Tensor:
-    """A copy of a linear layer's weight in oneDNN's own layout, which `product` otherwise brings it into in every call.
+    """A copy of a linear layer's weight in oneDNN's own layout, which a product otherwise brings it into in every call.
 
     Args:
         weight: (out_features, in_features), of a dtype that `has_product`; requires `CAN_PACK`.
         rows: About how many rows inputs have.
 
     Returns:
-        A tensor that is good for `product` only.
+        A tensor that is good for oneDNN's products only.
     """
     return torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), rows)
 
 
-def product(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
+def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in inference on a CPU, by oneDNN where that is not slower.
 
     Args:
         input: (..., in_features).
         weight, bias: Of the layer.
-        packed: The weight once more, from `pack`.
     """
-    if not has_rows(input):
+    if input.numel() < _MIN_ROWS * input.shape[-1]:
         return F.linear(input, weight, bias)
     if has_product(input.dtype):
-        weight = weight if packed is None else packed
         return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
     if multiplied_in(input.dtype) != input.dtype:
         bias = None if bias is None else bias.float()

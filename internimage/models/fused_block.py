@@ -9,13 +9,13 @@ The same arithmetic as `Block.forward`, in float32 and float64 to the bit, excep
 * no result goes to memory of its own where one that is no longer needed can hold it;
 * a half type without products of its own on this processor is computed in float32.
 
-What a block needs is collected once. `FusedBlock.is_current` tells in microseconds whether it still holds.
+All of it is one operator, csrc/cpu/block. What it needs is collected here, once. `FusedBlock.is_current` tells in
+microseconds whether that still holds.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -23,14 +23,14 @@ from ..extension import has_kernel
 from ..layers.activation import GELU
 from ..layers.dcnv3 import DCNv3
 from ..layers.fast_path import has_hooks
-from ..layers.linear import CAN_PACK, Linear, has_product, has_rows, multiplied_in, pack, product
+from ..layers.linear import CAN_PACK, Linear, has_product, multiplied_in, pack
 from ..layers.mlp import Mlp, chunk_rows
 from ..layers.norm import LayerNorm, layer_norm_of
 from ..layers.packing import Snapshot
 from ..layers.query import Query
 
-_KERNELS = "dcnv3", "fingerprint", "gelu_", "layer_norm", "query"
-_ops = torch.ops.internimage
+_KERNELS = "block", "fingerprint"
+_BY_TORCH, _BY_ONEDNN, _BY_ONEDNN_IN_FLOAT = range(3)  # how products are computed
 
 # what of a module besides its parameters and children its result depends on
 _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -53,20 +53,19 @@ class _Norm(NamedTuple):
 
 
 class _Product:
-    """One linear layer, or several of the same input.
+    """One linear layer, or several of the same input, whose packed weights are one.
 
     Args:
         layers: Weight and bias of each.
     """
 
     def __init__(self, *layers: tuple[Tensor, Tensor]) -> None:
-        self.layers = layers
-        self.widths = [len(weight) for weight, _ in layers]
         self.weight, self.bias = layers[0]
         self.packed: Tensor | None = None
+        self.layers = layers
 
     def pack(self, rows: int) -> list[Tensor]:
-        """Keep the weights in oneDNN's layout, those of several layers as one; returns what was copied."""
+        """Keep the weights in oneDNN's layout; returns what was copied."""
         if len(self.layers) == 1:
             self.packed = pack(self.weight, rows)
             return [self.weight]
@@ -74,15 +73,6 @@ class _Product:
         self.bias = torch.cat(biases)
         self.packed = pack(torch.cat(weights), rows)
         return [*weights, *biases]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias, self.packed)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of several layers, views of one tensor if the weights are packed."""
-        if self.packed is None or not has_rows(x):
-            return tuple(product(x, weight, bias) for weight, bias in self.layers)
-        return self(x).split(self.widths, -1)
 
 
 class FusedBlock:
@@ -120,6 +110,8 @@ class FusedBlock:
             if may_copy and (self.in_float or has_product(x.dtype)):
                 for linear in (self.input_proj, self.offset_and_mask, self.output_proj, self.fc1, self.fc2):
                     self._copied += linear.pack(x.numel() // x.shape[-1])
+        self.computed_in = torch.float32 if self.in_float else x.dtype
+        self.arguments = self._arguments()
         if self.in_float:
             self._copied = self._tensors
         self._snapshot = Snapshot(self._tensors, self._copied) if self._is_counted else None
@@ -168,7 +160,7 @@ class FusedBlock:
     def requires_grad(self) -> bool:
         return any(t.requires_grad for t in self._tensors)
 
-    # ---- the arguments of what it calls
+    # ---- the arguments of what it computes
 
     def _own(self, module: nn.Module, name: str) -> Tensor:
         """A parameter that the module itself has, in the dtype of the computation."""
@@ -218,59 +210,37 @@ class FusedBlock:
             names = "center_feature_scale_proj_weight", "center_feature_scale_proj_bias"
             self.blend = self._own(dcn, names[0]), self._own(dcn, names[1])
 
+    def _arguments(self) -> tuple[list[Tensor | None], list[int], list[float]]:
+        """The lists that `torch.ops.internimage.block` takes, in the order of csrc/cpu/block/block.cpp."""
+        offset, mask = (_Product(layer) for layer in self.offset_and_mask.layers)
+        products = (
+            *(self.input_proj, self.offset_and_mask, offset, mask),
+            *(self.output_proj, self.fc1, self.fc2),
+        )
+        norms = (*self.before, *self.after)
+        conv_weight, conv_bias, norm_weight, norm_bias, stride, padding, eps = self.query
+        weights: list[Tensor | None] = [
+            *(tensor for norm in norms for tensor in ((None, None) if norm is None else norm[:2])),
+            *self.scales,
+            *(conv_weight, conv_bias, norm_weight, norm_bias),
+            *((None, None) if self.blend is None else self.blend),
+            *(tensor for p in products for tensor in (p.weight, p.bias, p.packed)),
+        ]
+        kernel_size, dcn_stride, dcn_padding, dilation, groups, offset_scale, remove_center, softmax = self.geometry
+        method = _BY_ONEDNN if has_product(self.computed_in) else _BY_TORCH
+        if multiplied_in(self.computed_in) != self.computed_in:
+            method = _BY_ONEDNN_IN_FLOAT
+        settings = [
+            method,
+            *(*stride, *padding, *kernel_size, *dcn_stride, *dcn_padding, *dilation),
+            *(groups, int(remove_center), int(softmax)),
+        ]
+        return weights, settings, [*(0.0 if norm is None else norm.eps for norm in norms), eps, offset_scale]
+
     # ---- what it computes
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = (x.float() if self.in_float else x).contiguous()
-        branch, scale, after = self._branch(wide), self.scales[0], self.after[0]
-        if after is not None:
-            return self._add_mlp(_ops.layer_norm.default(branch, *after, wide, scale), None).to(x.dtype)
-        if scale is not None:
-            branch *= scale
-        return self._add_mlp(branch, wide).to(x.dtype)
-
-    def _branch(self, x: Tensor) -> Tensor:
-        """The branch of DCNv3, before the norm that ends it; in memory of its own."""
-        before = self.before[0]
-        normalized = x if before is None else _ops.layer_norm.default(x, *before)
-        projected = self.input_proj(normalized)
-        query = _ops.query.default(normalized, *self.query)
-        offset, mask = self.offset_and_mask.parts(query)
-        y = _ops.dcnv3.default(projected, offset, mask, *self.geometry)
-        if self.blend is not None:
-            share = F.linear(query, *self.blend).sigmoid_().unsqueeze(-1)
-            groups = share.shape[-2]
-            y = torch.lerp(y.unflatten(-1, (groups, -1)), projected.unflatten(-1, (groups, -1)), share).flatten(-2)
-        return self.output_proj(y)
-
-    def _add_mlp(self, x: Tensor, addend: Tensor | None) -> Tensor:
-        """x + addend plus the branch of the MLP; x is overwritten."""
-        rows = x.view(-1, x.shape[-1])
-        size = chunk_rows(len(rows), self.fc1.widths[0], x.dtype, self.fc1.packed is not None)
-        addends = None if addend is None else addend.view(rows.shape)
-        if len(rows) <= size:
-            self._add_mlp_rows(rows, addends)
-        else:
-            chunks = rows.split(size)
-            for chunk, added in zip(chunks, [None] * len(chunks) if addends is None else addends.split(size)):
-                self._add_mlp_rows(chunk, added)
-        return x
-
-    def _add_mlp_rows(self, rows: Tensor, addend: Tensor | None) -> None:
-        """`_add_mlp` for so few rows that they stay in the cache."""
-        before, after, scale = self.before[1], self.after[1], self.scales[1]
-        if before is None:
-            y = rows if addend is None else rows.add_(addend)
-        elif addend is None:
-            y = _ops.layer_norm.default(rows, *before)
-        else:
-            y = _ops.norm_of_sum_.default(rows, addend, *before)
-        y = self.fc1(y)
-        _ops.gelu_.default(y)
-        y = self.fc2(y)
-        if after is not None:
-            _ops.add_layer_norm_.default(rows, y, *after, scale)
-        else:
-            if scale is not None:
-                y *= scale
-            rows += y
+        rows = max(1, wide.numel() // max(1, wide.shape[-1]))
+        size = chunk_rows(rows, len(self.fc1.weight), wide.dtype, self.fc1.packed is not None)
+        return torch.ops.internimage.block.default(wide, *self.arguments, size).to(x.dtype)

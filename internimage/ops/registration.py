@@ -30,6 +30,8 @@ library = torch.library.Library(NAMESPACE, "DEF")
 # implemented by the compiled module only
 library.define("cpu_capability() -> str")  # the instruction set in use
 library.define("fingerprint(Tensor[] tensors) -> int")  # of a few elements, to notice that tensors changed
+# a block in inference, from the lists of models/fused_block.py
+library.define("block(Tensor input, Tensor?[] weights, int[] settings, float[] numbers, int mlp_rows) -> Tensor")
 library.define("serve_cuda() -> ()")  # registers the CUDA kernels that are compiled at run time, by:
 library.define("cuda_kernel(str kernel, int argument_bytes, int device, str refusal) -> (Tensor, Tensor)")
 library.impl("cuda_kernel", cuda_kernel, "CompositeExplicitAutograd")

@@ -17,6 +17,7 @@
 #include "../gather/plan.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
+#include "../operators.h"
 #include "../scratch.h"
 
 namespace internimage {
@@ -39,6 +40,8 @@ Tensor pixels_of(const Tensor& t, int64_t& stride) {
   return even ? t : dense(t);
 }
 
+}  // namespace
+
 Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
              double offset_scale, bool remove_center, bool softmax) {
@@ -60,6 +63,8 @@ Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std:
                         });
   return output;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
                                                   const Tensor& mask, std::vector<int64_t> kernel_size,

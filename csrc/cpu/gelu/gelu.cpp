@@ -11,6 +11,7 @@
 #include "../../dense.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
+#include "../operators.h"
 
 namespace internimage {
 namespace {
@@ -33,10 +34,14 @@ Tensor gelu(const Tensor& input) {
   return output;
 }
 
+}  // namespace
+
 void gelu_(const Tensor& input) {
   STD_TORCH_CHECK(input.is_contiguous(), "internimage::gelu_: input must be contiguous");
   run(input, input);
 }
+
+namespace {
 
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& input) {
   STD_TORCH_CHECK(same_sizes(grad_output, input) && grad_output.scalar_type() == input.scalar_type(),

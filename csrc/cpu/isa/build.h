@@ -6,6 +6,7 @@
 // could keep that copy for all callers.
 #pragma once
 
+#include "../block/sum.h"
 #include "../gather/kernels.h"
 #include "../gelu/gelu.h"
 #include "../layer_norm/layer_norm.h"
@@ -19,8 +20,8 @@ namespace INTERNIMAGE_ISA {
 
 template <typename S, typename T>
 constexpr Kernels kKernels = {plan_forward<S, T>, forward<S, T>,    plan_backward<S, T>,       backward<S, T>,
-                              layer_norm<S, T>,   gelu_range<S, T>, gelu_backward_range<S, T>, query_scratch<T>,
-                              query<S, T>};
+                              layer_norm<S, T>,   gelu_range<S, T>, gelu_backward_range<S, T>, scaled_sum<S, T>,
+                              query_scratch<T>,   query<S, T>};
 
 }  // namespace INTERNIMAGE_ISA
 

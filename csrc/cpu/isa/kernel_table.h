@@ -25,6 +25,8 @@ struct Kernels {
   void (*layer_norm)(const LayerNormArguments&, int64_t begin_row, int64_t end_row);
   void (*gelu)(const void* input, void* output, int64_t begin, int64_t end);
   void (*gelu_backward)(const void* grad_output, const void* input, void* grad_input, int64_t begin, int64_t end);
+  void (*scaled_sum)(const void* x, const void* y, const void* scale, void* output, int64_t channels, int64_t begin_row,
+                     int64_t end_row);
   int64_t (*query_scratch)(const QueryArguments&);  // bytes
   void (*query)(const QueryArguments&, void* scratch, int64_t begin_row, int64_t end_row);
 };

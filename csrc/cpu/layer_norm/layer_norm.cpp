@@ -13,6 +13,7 @@
 #include "../../dense.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
+#include "../operators.h"
 #include "arguments.h"
 
 namespace internimage {
@@ -53,6 +54,8 @@ void normalize(const Tensor& output, const Tensor& input, const Tensor& weight, 
                               [&](int64_t begin, int64_t end) { kernels.layer_norm(norm, begin, end); });
 }
 
+}  // namespace
+
 Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
                   const OptionalTensor& residual, const OptionalTensor& scale) {
   const std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
@@ -77,7 +80,6 @@ Tensor norm_of_sum_(const Tensor& input, const Tensor& addend, const Tensor& wei
   return output;
 }
 
-}  // namespace
 }  // namespace internimage
 
 STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) {

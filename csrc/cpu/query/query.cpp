@@ -14,12 +14,11 @@
 #include "../../problem.h"
 #include "../isa/dispatch.h"
 #include "../isa/kernel_table.h"
+#include "../operators.h"
 #include "../scratch.h"
 #include "arguments.h"
 
 namespace internimage {
-namespace {
-
 using torch::stable::Tensor;
 
 Tensor query(const Tensor& input, const Tensor& conv_weight, const std::optional<Tensor>& conv_bias,
@@ -72,7 +71,6 @@ Tensor query(const Tensor& input, const Tensor& conv_weight, const std::optional
   return output;
 }
 
-}  // namespace
 }  // namespace internimage
 
 STABLE_TORCH_LIBRARY_IMPL(internimage, CPU, m) { m.impl("query", INTERNIMAGE_BOX(&internimage::query)); }
