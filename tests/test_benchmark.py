@@ -113,6 +113,17 @@ def test_models(checkout, tmp_path):
     assert all(float(row["value"]) > 0 for row in rows)
 
 
+def test_without_bfloat16(tmp_path):
+    path = tmp_path / "models.csv"
+    command = ["benchmark", "models", "--quick", "--threads", "1", "--no-memory", "--no-bf16", "--csv", str(path)]
+    assert main([*command, "--peers", "resnet10t", "--training-batch", "0"]) == 0
+    assert [(row["who"], row["dtype"]) for row in read(path) if row["of"] == "min"] == [
+        ("internimage_tiny", "fp32"),
+        ("resnet10t", "fp32"),
+        ("internimage_tiny / resnet10t", "fp32"),
+    ]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_weights_are_packed_or_not(packed):
     model = models.Contender("internimage_atto", packed=packed).build()

@@ -199,6 +199,7 @@ def benchmark_models(
     packed_weights: bool = True,
     with_memory: bool = True,
     img_size: int = 224,
+    bfloat16: bool = True,
     csv: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
@@ -215,6 +216,8 @@ def benchmark_models(
         packed_weights: Whether inference of our models keeps packed weights. Its memory is measured without them, too.
         with_memory: Also measure peak memory, each model in a separate process.
         img_size: Side of the images in pixels.
+        bfloat16: Also time inference in bfloat16, which other models take minutes for on a processor without its
+            products.
         csv: File to append the rows to.
         report: Called with the printed tables.
 
@@ -238,7 +241,7 @@ def benchmark_models(
         result.extend(entries)
 
     for model in models:
-        timed = contenders(model, peers, checkout, DTYPES, img_size, packed_weights)
+        timed = contenders(model, peers, checkout, DTYPES if bfloat16 else DTYPES[:1], img_size, packed_weights)
         for tables in _times(model, timed, batches, training_batch, rounds, threads):
             finish(*tables)
         if with_memory:

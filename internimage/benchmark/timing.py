@@ -27,6 +27,7 @@ from .. import __version__
 from ..errors import UserError
 from ..extension import cpu_capability
 from ..files import appending, check_writable
+from ..malloc import SETTINGS as MALLOC_SETTINGS
 
 QUIET = 0.1  # number of cores that other processes may use during a round of wall times
 HOW = "From the fastest round; in parentheses, from the median round."  # above the printed tables
@@ -151,7 +152,7 @@ class _Others:
 
 def facts(clock: Clock | None = None, times: Times[Any] | None = None) -> dict[str, object]:
     """The columns of a row that say where and how it was measured."""
-    malloc = [f"{name}={os.environ[name]}" for name in _MALLOC if os.environ.get(name)]
+    malloc = [f"{name}={os.environ[name]}" for name in MALLOC_SETTINGS if os.environ.get(name)]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "machine": processor(),
@@ -169,9 +170,6 @@ def facts(clock: Clock | None = None, times: Times[Any] | None = None) -> dict[s
         "rounds": times.rounds if times else "",
         "others": f"{times.others:.2f}" if times else "",
     }
-
-
-_MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def processor() -> str:

@@ -45,6 +45,7 @@ def _models(arguments: argparse.Namespace) -> None:
         not arguments.no_packed_weights,
         not arguments.no_memory,
         64 if quick else arguments.img_size,
+        not arguments.no_bf16,
         _path(arguments.csv),
     )
 

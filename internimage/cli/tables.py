@@ -252,6 +252,7 @@ BENCHMARK_MODELS = (
         nargs="*",
     ),
     Option("--no-packed-weights", "time our models without the packed weights of inference"),
+    Option("--no-bf16", "do not time bfloat16, which takes minutes on processors without its products"),
     Option("--no-memory", "do not measure peak memory"),
 )
 
