@@ -54,11 +54,10 @@ def test_every_instruction_set_gives_the_golden_numbers(capability, best):
     if used == torch.ops.internimage.cpu_capability():
         return  # these tests are run with it anyway
     names = (
-        "golden or half or empty or one_pixel or layout or batches or nowhere or group_channels or strips or operator "
-        "or remainders"
+        "golden or half or empty or one_pixel or layout or batches or nowhere or group_channels or strips or operator"
     )
     files = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py"]
-    files += ["test_gelu.py", "test_query.py", "test_layer_norm.py", "test_fused_block.py"]
+    files += ["test_gelu.py", "test_query.py", "test_layer_norm.py", "test_block.py"]
     selected = [*files, "-k", f"({names}) and not every_instruction_set", "-m", "not slow and not gpu"]
     pytest_ = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     result = run_python(capability, "-c", USED + pytest_, "-q", "-p", "no:cacheprovider", *selected)

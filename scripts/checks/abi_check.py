@@ -34,6 +34,7 @@ TESTS = [
     "test_layer_norm.py",
     "test_gelu.py",
     "test_query.py",
+    "test_block.py",
 ]
 MODULE = "internimage/_C.abi3.so"  # in a wheel
 NEED_TORCHVISION = "test_torchvision"

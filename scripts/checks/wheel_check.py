@@ -33,6 +33,7 @@ TESTS = [
     "test_layer_norm.py",
     "test_gelu.py",
     "test_query.py",
+    "test_block.py",
     "test_layers.py",
     "test_extension.py",
 ]
