@@ -65,7 +65,7 @@ class Arguments:
         weights += [*self.scales, *self.conv, *self.query_norm, *(self.blend or (None, None))]
         weights += [*product(*input_proj), *product(*both), *product(*offset, False), *product(*mask, False)]
         weights += [*product(*output_proj), *product(*fc1), *product(*fc2)]
-        settings = [method, 1, 1, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1, self.groups, 0, 1]
+        settings = [method, 8, 1, 1, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1, self.groups, 0, 1]
         return weights, settings, [EPS] * 5 + [1.0]
 
     def exact(self, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def test_inference_computes_what_training_mode_differentiates(kind):
 @torch.inference_mode()
 def test_timms_graph_has_the_bits_of_the_model(kind, dtype, least_rows, monkeypatch):
     """timm compares its FX graphs with the model: blocks, linear layers and MLPs in chunks round alike in both."""
-    monkeypatch.setattr(layer_linear, "_MIN_ROWS", least_rows)
+    monkeypatch.setattr(layer_linear, "MIN_ROWS", least_rows)
     monkeypatch.setattr(layer_mlp, "_HIDDEN_BYTES", 1 << 12)
     model, x = build(kind).to(dtype), image(64, 96).to(dtype)
     graph = create_feature_extractor(model, ["head"])

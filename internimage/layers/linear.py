@@ -17,7 +17,7 @@ _PRODUCT = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
 _PACK = "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor Y"
-_MIN_ROWS = 8  # with fewer, reading the weight takes most of the time, and torch's product is as fast
+MIN_ROWS = 8  # with fewer, reading the weight takes most of the time, and torch's product is as fast
 
 
 def has_operator(name: str, schema: str) -> bool:
@@ -74,7 +74,7 @@ def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input: (..., in_features).
         weight, bias: Of the layer.
     """
-    if input.numel() < _MIN_ROWS * input.shape[-1]:
+    if input.numel() < MIN_ROWS * input.shape[-1]:
         return F.linear(input, weight, bias)
     if has_product(input.dtype):
         return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")

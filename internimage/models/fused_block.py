@@ -20,6 +20,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..extension import has_kernel
+from ..layers import linear
 from ..layers.activation import GELU
 from ..layers.dcnv3 import DCNv3
 from ..layers.fast_path import has_hooks
@@ -108,8 +109,8 @@ class FusedBlock:
         with torch.no_grad():
             self._read(block)
             if may_copy and (self.in_float or has_product(x.dtype)):
-                for linear in (self.input_proj, self.offset_and_mask, self.output_proj, self.fc1, self.fc2):
-                    self._copied += linear.pack(x.numel() // x.shape[-1])
+                for layer in (self.input_proj, self.offset_and_mask, self.output_proj, self.fc1, self.fc2):
+                    self._copied += layer.pack(x.numel() // x.shape[-1])
         self.computed_in = torch.float32 if self.in_float else x.dtype
         self.arguments = self._arguments()
         if self.in_float:
@@ -232,6 +233,7 @@ class FusedBlock:
             method = _BY_ONEDNN_IN_FLOAT
         settings = [
             method,
+            linear.MIN_ROWS,
             *(*stride, *padding, *kernel_size, *dcn_stride, *dcn_padding, *dilation),
             *(groups, int(remove_center), int(softmax)),
         ]

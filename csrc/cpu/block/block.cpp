@@ -75,6 +75,7 @@ enum EpsName { kEpsBefore1, kEpsBefore2, kEpsAfter1, kEpsAfter2, kEpsQuery, kOff
 
 enum SettingName {
   kMethod,  // a Method
+  kMinRows,  // with fewer, products are computed by torch
   kQueryStride,
   kQueryPadding = kQueryStride + 2,  // pairs
   kKernelSize = kQueryPadding + 2,
@@ -87,9 +88,8 @@ enum SettingName {
   kSettings
 };
 
-// How products of at least `kMinRows` rows are computed: as layers/linear.py does.
+// How products of at least kMinRows rows are computed: as layers/linear.py does.
 enum Method : int64_t { kByTorch, kByOneDnn, kByOneDnnInFloat };
-constexpr int64_t kMinRows = 8;
 
 // ---- the block
 
@@ -124,10 +124,13 @@ class Block {
   const Tensor& weight(int name) const { return weights_[name].value(); }
   std::vector<int64_t> pair(int name) const { return {settings_[name], settings_[name + 1]}; }
 
+  // Whether x has too few rows for oneDNN.
+  bool is_short(const Tensor& x) const { return x.numel() < settings_[kMinRows] * x.size(x.dim() - 1); }
+
   Tensor product(const Tensor& x, ProductName name) const {
     const int at = kFirstProduct + 3 * name;
     const Optional& packed = weights_[at + 2];
-    const int64_t method = x.numel() < kMinRows * x.size(x.dim() - 1) ? kByTorch : settings_[kMethod];
+    const int64_t method = is_short(x) ? kByTorch : settings_[kMethod];
     if (method == kByTorch) return call("aten::linear", "", x, weight(at), weights_[at + 1]);
     if (method == kByOneDnn) return by_onednn(x, packed ? *packed : weight(at), weight(at + 1));
     using torch::headeronly::ScalarType;
@@ -178,7 +181,7 @@ class Block {
       return dcnv3(projected, offset, mask, pair(kKernelSize), pair(kStride), pair(kPadding), pair(kDilation),
                    settings_[kGroups], numbers_[kOffsetScale], settings_[kRemoveCenter] != 0, settings_[kSoftmax] != 0);
     };
-    const bool joined = has(kFirstProduct + 3 * kOffsetAndMask + 2) && query.numel() >= kMinRows * query.size(3);
+    const bool joined = has(kFirstProduct + 3 * kOffsetAndMask + 2) && !is_short(query);
     if (!joined) return run(product(query, kOffset), product(query, kMask));
     Tensor both = product(query, kOffsetAndMask);
     const int64_t channels = both.size(3), offsets = channels / 3 * 2;
