@@ -111,7 +111,6 @@ class FusedBlock:
             if may_copy and (self.in_float or has_product(x.dtype)):
                 for layer in (self.input_proj, self.offset_and_mask, self.output_proj, self.fc1, self.fc2):
                     self._copied += layer.pack(x.numel() // x.shape[-1])
-        self.computed_in = torch.float32 if self.in_float else x.dtype
         self.arguments = self._arguments()
         if self.in_float:
             self._copied = self._tensors
@@ -228,8 +227,9 @@ class FusedBlock:
             *(tensor for p in products for tensor in (p.weight, p.bias, p.packed)),
         ]
         kernel_size, dcn_stride, dcn_padding, dilation, groups, offset_scale, remove_center, softmax = self.geometry
-        method = _BY_ONEDNN if has_product(self.computed_in) else _BY_TORCH
-        if multiplied_in(self.computed_in) != self.computed_in:
+        dtype = torch.float32 if self.in_float else self.dtype
+        method = _BY_ONEDNN if has_product(dtype) else _BY_TORCH
+        if multiplied_in(dtype) != dtype:
             method = _BY_ONEDNN_IN_FLOAT
         settings = [
             method,
@@ -243,6 +243,6 @@ class FusedBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = (x.float() if self.in_float else x).contiguous()
-        rows = max(1, wide.numel() // max(1, wide.shape[-1]))
-        size = chunk_rows(rows, len(self.fc1.weight), wide.dtype, self.fc1.packed is not None)
+        rows = wide.shape[:-1].numel()
+        size = max(1, chunk_rows(rows, len(self.fc1.weight), wide.dtype, self.fc1.packed is not None))
         return torch.ops.internimage.block.default(wide, *self.arguments, size).to(x.dtype)
