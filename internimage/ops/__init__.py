@@ -3,7 +3,7 @@
 
 from .. import extension
 from ..nvrtc import RUN_TIME_KERNELS
-from . import gelu, layer_norm, query  # noqa: F401  (they define schemas)
+from . import deform_columns, gelu, layer_norm, query  # noqa: F401  (they define schemas)
 from .dcnv3 import dcnv3
 
 extension.load(RUN_TIME_KERNELS)  # the kernels implement the schemas defined above

@@ -100,11 +100,62 @@ INTERNIMAGE_INLINE void scatter_unit(const Points<T>& s, int64_t t, int64_t poin
   }
 }
 
+// For one point with a gradient of its own, `width` channels in vectors as wide as possible: adds to the gradients of its
+// corners, and adds to its four dot products.
+template <typename S, typename T, int N, bool kInput, bool kDots>
+INTERNIMAGE_INLINE void scatter_point(const T (&weight)[4], const T* plane, T* grad_plane, int64_t row,
+                                      int64_t channels, int64_t width, const S* grad, T (&dots)[4]) {
+  using V = Vector<T, N>;
+  const int64_t corners[4] = {0, channels, row, row + channels};
+  if (width >= N) {
+    V sum[4] = {};
+    int64_t c = 0;
+    for (; c + N <= width; c += N) {
+      const V g = Convert<S, T, N>::load(grad + c);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kDots) sum[i] += load<V>(plane + corners[i] + c) * g;
+        if constexpr (kInput) {
+          T* to = grad_plane + corners[i] + c;
+          store(to, load<V>(to) + g * weight[i]);
+        }
+      }
+    }
+    if constexpr (kDots) {
+      T sums[4];
+      sum_lanes_4<T, N>(sums, sum[0], sum[1], sum[2], sum[3]);
+      for (int i = 0; i < 4; ++i) dots[i] += sums[i];
+    }
+    plane += c;
+    grad_plane += c;
+    grad += c;
+    width -= c;
+  }
+  if constexpr (N > 1) {
+    if (width > 0)
+      scatter_point<S, T, N / 2, kInput, kDots>(weight, plane, grad_plane, row, channels, width, grad, dots);
+  }
+}
+
+// As above for the points of the unit that begin at t; `step` elements from one point's gradient to the next's.
+template <typename S, typename T, bool kInput, bool kDots>
+INTERNIMAGE_INLINE void scatter_points(const Points<T>& s, int64_t t, int64_t points, const T* plane, T* grad_plane,
+                                       int64_t row, int64_t channels, const S* grad, int64_t step) {
+  for (int64_t k = t; k < t + points; ++k, grad += step) {
+    const int64_t at = s.pixel[k] * channels;
+    const T weight[4] = {s.weight[0][k], s.weight[1][k], s.weight[2][k], s.weight[3][k]};
+    T dots[4] = {};
+    scatter_point<S, T, kLanes<T>, kInput, kDots>(weight, plane + at, grad_plane + at, row, channels, channels, grad,
+                                                  dots);
+    if constexpr (kDots) __builtin_memcpy(s.dots + 4 * k, dots, sizeof(dots));
+  }
+}
+
 // Dot products -> s.grad_offset() and s.grad_factor().
 template <typename T>
 INTERNIMAGE_NOINLINE void gradients_from_dots(const Problem& p, const Points<T>& s, int64_t total) {
   constexpr int N = kLanes<T>;
   using V = Vector<T, N>;
+  const bool y_first = p.y_first;
   const T scale = (T)p.offset_scale;
   for (int64_t t = 0; t < total; t += N) {
     V d00, d01, d10, d11;
@@ -113,15 +164,16 @@ INTERNIMAGE_NOINLINE void gradients_from_dots(const Problem& p, const Points<T>&
     const V along_upper = d01 - d00, along_lower = d11 - d10;  // along x
     const V upper = d00 + right * along_upper, lower = d10 + right * along_lower;
     const V along_y = lower - upper;
-    store_pairs<T, N>(s.grad_offset() + 2 * t, scaled * (along_upper + below * (along_lower - along_upper)),
-                      scaled * along_y);
+    const V grad_x = scaled * (along_upper + below * (along_lower - along_upper)), grad_y = scaled * along_y;
+    store_pairs<T, N>(s.grad_offset() + 2 * t, y_first ? grad_y : grad_x, y_first ? grad_x : grad_y);
     store(s.grad_factor() + t, upper + below * along_y);
   }
 }
 
 // The backward pass as a sequence of tasks, one for each block of each image. No two tasks write to the same address,
 // so no atomics are needed, and no sum depends on how tasks are distributed over threads, or groups over blocks.
-template <typename S, typename T>
+// kColumns: there is a gradient for each point's sample, as in `Forward`; else one for their sum.
+template <typename S, typename T, bool kColumns = false>
 struct Backward {
   const Problem& p;
   Blocks blocks;
@@ -165,11 +217,14 @@ struct Backward {
         if (kDots) plane.ensure(rows);
         int64_t t = 0;
         for (int64_t i = 0; i < strip.pixels; ++i) {
-          const S* grad = grad_output + (strip.first_pixel + i) * p.channels + first_group * p.group_channels;
+          const S* grad = grad_output + (strip.first_pixel + i) * p.channels * (kColumns ? p.points : 1) +
+                          first_group * p.group_channels;
           for (int64_t g = 0; g < group_count; ++g, t += p.points, grad += p.group_channels) {
             const T* from = plane.data + g * plane.size;
             T* to = grad_plane.data + g * plane.size;
-            if (kIsSpecialized<S> && p.group_channels == 16 && p.points == 9) {
+            if constexpr (kColumns) {
+              scatter_points<S, T, kInput, kDots>(s, t, p.points, from, to, row, p.group_channels, grad, p.channels);
+            } else if (kIsSpecialized<S> && p.group_channels == 16 && p.points == 9) {
               constexpr int N = kLanes<T> < 16 ? kLanes<T> : 16;
               scatter_channels<S, T, N, 16 / N, kInput, kDots, true, 9, 16>(s, t, 9, from, to, row, 16, grad);
             } else {
@@ -186,18 +241,25 @@ struct Backward {
 
   INTERNIMAGE_NOINLINE void write_points(const Points<T>& s, const Strip& strip, S* grad_offset, S* grad_mask,
                                          int64_t first_group, int64_t group_count) const {
-    const int64_t units = strip.pixels * group_count, width = group_count * p.points;
+    const int64_t units = strip.pixels * group_count;
     gradients_from_dots(p, s, units * p.points);
     const T* grad = s.grad_factor();
     if (p.softmax) {
       softmax_backward(s.factor, s.grad_factor(), s.softmax_scratch(), s.grad_logits(), units, p.points);
       grad = s.grad_logits();
     }
-    for (int64_t i = 0; i < strip.pixels; ++i) {
-      const int64_t to = (strip.first_pixel + i) * p.groups * p.points + first_group * p.points;
-      copy_narrowed(grad_offset + 2 * to, s.grad_offset() + 2 * i * width, 2 * width);
-      copy_narrowed(grad_mask + to, grad + i * width, width);
-    }
+    write_units(grad_offset, s.grad_offset(), strip, first_group, group_count, 2 * p.points, p.grad_offset);
+    write_units(grad_mask, grad, strip, first_group, group_count, p.points, p.grad_mask);
+  }
+
+  // Writes `count` elements of each of the strip's units.
+  static INTERNIMAGE_INLINE void write_units(S* to, const T* from, const Strip& strip, int64_t first_group,
+                                             int64_t group_count, int64_t count, UnitStrides stride) {
+    const bool together = stride.group == count;  // the units of a pixel
+    const int64_t runs = together ? 1 : group_count, run = together ? group_count * count : count;
+    to += strip.first_pixel * stride.pixel + first_group * stride.group;
+    for (int64_t i = 0; i < strip.pixels; ++i, to += stride.pixel)
+      for (int64_t g = 0; g < runs; ++g, from += run) copy_narrowed(to + g * stride.group, from, run);
   }
 
   void run(const S* grad_output, const S* input, const S* offset, const S* mask, S* grad_input, S* grad_offset,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The forward pass: for each unit, the weighted sum of its points' corners, vectorized over channels.
+// The forward pass, vectorized over channels: for each unit, the weighted sum of its points' corners; or, for each of its
+// points, that of the point's corners.
 #pragma once
 
 #include <cstdint>
@@ -86,6 +87,32 @@ INTERNIMAGE_INLINE void gather_unit(const Points<T>& s, int64_t t, int64_t point
   }
 }
 
+// Computes the sample of one point, `width` channels: whole vectors, then half vectors, down to single channels.
+template <typename S, typename T, int N>
+INTERNIMAGE_INLINE void sample_point(const T (&weight)[4], const T* upper, const T* lower, int64_t channels,
+                                     int64_t width, S* out) {
+  using V = Vector<T, N>;
+  int64_t c = 0;
+  for (; c + N <= width; c += N)
+    Convert<S, T, N>::store(
+        out + c, (load<V>(upper + c) * weight[0] + load<V>(upper + channels + c) * weight[1]) +
+                     (load<V>(lower + c) * weight[2] + load<V>(lower + channels + c) * weight[3]));
+  if constexpr (N > 1) {
+    if (c < width) sample_point<S, T, N / 2>(weight, upper + c, lower + c, channels, width - c, out + c);
+  }
+}
+
+// Computes the samples of the unit whose points begin at t; `step` elements from one point's to the next's.
+template <typename S, typename T>
+INTERNIMAGE_INLINE void sample_unit(const Points<T>& s, int64_t t, int64_t points, const T* plane, int64_t row,
+                                    int64_t channels, S* out, int64_t step) {
+  for (int64_t k = 0; k < points; ++k, out += step) {
+    const T* upper = plane + s.pixel[t + k] * channels;
+    const T weight[4] = {s.weight[0][t + k], s.weight[1][t + k], s.weight[2][t + k], s.weight[3][t + k]};
+    sample_point<S, T, kLanes<T>>(weight, upper, upper + row, channels, channels, out);
+  }
+}
+
 // Prefetches what the next strip will read, a little with each unit of this one; strips are contiguous in memory.
 // Prefetching past the end of a tensor does not fault.
 template <typename S>
@@ -94,8 +121,8 @@ struct Prefetch {
 
   Prefetch(const Problem& p, const S* input_tensor, const S* offset_tensor, const S* mask_tensor, int64_t pixel,
            int64_t first_group)
-      : offset((uintptr_t)offset_tensor + (pixel * p.offset_stride + 2 * first_group * p.points) * sizeof(S)),
-        mask((uintptr_t)mask_tensor + (pixel * p.mask_stride + first_group * p.points) * sizeof(S)),
+      : offset((uintptr_t)offset_tensor + (pixel * p.offset.pixel + first_group * p.offset.group) * sizeof(S)),
+        mask((uintptr_t)mask_tensor + (pixel * p.mask.pixel + first_group * p.mask.group) * sizeof(S)),
         // a guess, right if the output has the input's size: the row that the next strip is the first to need
         input((uintptr_t)input_tensor +
               ((pixel + 3 * p.width) * p.channels + first_group * p.group_channels) * sizeof(S)) {}
@@ -105,14 +132,15 @@ struct Prefetch {
     __builtin_prefetch((const void*)(offset + 64));
     __builtin_prefetch((const void*)mask);
     __builtin_prefetch((const void*)input);
-    offset += 2 * p.points * sizeof(S);
-    mask += p.points * sizeof(S);
+    offset += p.offset.group * sizeof(S);
+    mask += p.mask.group * sizeof(S);
     input += p.group_channels * sizeof(S);
   }
 };
 
-// The forward pass as a sequence of independent tasks: the strips of each block of each image.
-template <typename S, typename T>
+// The forward pass as a sequence of independent tasks: the strips of each block of each image. kColumns: the output has
+// the samples of all points, of which an output pixel's are adjacent; else their sum.
+template <typename S, typename T, bool kColumns = false>
 struct Forward {
   const Problem& p;
   Blocks blocks;
@@ -148,11 +176,14 @@ struct Forward {
       Prefetch<S> prefetch(p, input, offset, mask, strip.first_pixel + strip.pixels, first_group);
       int64_t t = 0;
       for (int64_t i = 0; i < strip.pixels; ++i) {
-        S* out = output + (strip.first_pixel + i) * p.channels + first_group * p.group_channels;
+        S* out = output + (strip.first_pixel + i) * p.channels * (kColumns ? p.points : 1) +
+                 first_group * p.group_channels;
         const T* group = plane.data;
         for (int64_t g = 0; g < group_count; ++g, t += p.points, out += p.group_channels, group += plane.size) {
           prefetch.next_unit(p);
-          if constexpr (kChannels == 16) {
+          if constexpr (kColumns) {
+            sample_unit<S, T>(s, t, p.points, group, row, p.group_channels, out, p.channels);
+          } else if constexpr (kChannels == 16) {
             constexpr int N = kLanes<T> < 16 ? kLanes<T> : 16;
             gather_channels<S, T, N, 16 / N, kPoints, 16>(s, t, p.points, group, row, 16, out);
           } else {
@@ -164,11 +195,11 @@ struct Forward {
   }
 
   void run(const S* input, const S* offset, const S* mask, S* output, void* scratch, int64_t begin, int64_t end) const {
-    if (kIsSpecialized<S> && p.points == 9 && p.group_channels == 16)
-      run_tasks<kIsSpecialized<S> ? 9 : 0, kIsSpecialized<S> ? 16 : 0>(input, offset, mask, output, scratch, begin,
-                                                                       end);
-    else if (kIsSpecialized<S> && p.points == 9)
-      run_tasks<kIsSpecialized<S> ? 9 : 0, 0>(input, offset, mask, output, scratch, begin, end);
+    constexpr bool kSpecial = kIsSpecialized<S> && !kColumns;
+    if (kSpecial && p.points == 9 && p.group_channels == 16)
+      run_tasks<kSpecial ? 9 : 0, kSpecial ? 16 : 0>(input, offset, mask, output, scratch, begin, end);
+    else if (kSpecial && p.points == 9)
+      run_tasks<kSpecial ? 9 : 0, 0>(input, offset, mask, output, scratch, begin, end);
     else
       run_tasks<0, 0>(input, offset, mask, output, scratch, begin, end);
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The regular grid: the points of a kernel without offsets. Their order is x-major, as in DCNv3.
+// The regular grid: the points of a kernel without offsets.
 #pragma once
 
 #include <cstdint>
@@ -23,15 +23,15 @@ INTERNIMAGE_NOINLINE void fill_grid(const Problem& p, const StripShape& shape, c
     const T center_x = (T)(pixel % shape.columns * p.stride_w - p.pad_w + middle_x);
     const T center_y = (T)(pixel / shape.columns * p.stride_h - p.pad_h + middle_y);
     for (int64_t g = 0; g < group_count; ++g) {
-      for (int64_t i = 0; i < p.kernel_w; ++i) {
-        for (int64_t j = 0; j < p.kernel_h; ++j) {
-          if (p.remove_center && i == p.kernel_w / 2 && j == p.kernel_h / 2) continue;
-          s.center_x[t] = center_x;
-          s.center_y[t] = center_y;
-          s.kernel_x[t] = (T)(i * p.dilation_w - middle_x);
-          s.kernel_y[t] = (T)(j * p.dilation_h - middle_y);
-          ++t;
-        }
+      for (int64_t k = 0; k < p.kernel_h * p.kernel_w; ++k) {
+        const int64_t i = p.row_major ? k % p.kernel_w : k / p.kernel_h;
+        const int64_t j = p.row_major ? k / p.kernel_w : k % p.kernel_h;
+        if (p.remove_center && i == p.kernel_w / 2 && j == p.kernel_h / 2) continue;
+        s.center_x[t] = center_x;
+        s.center_y[t] = center_y;
+        s.kernel_x[t] = (T)(i * p.dilation_w - middle_x);
+        s.kernel_y[t] = (T)(j * p.dilation_h - middle_y);
+        ++t;
       }
     }
   }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The gather kernels on the CPU, for one instruction set.
 //
-//   output[unit] = sum over its points of factor[point] * bilinear(input, location[point])
+//   sample[point] = factor[point] * bilinear(input, location[point])
 //   location[point] = center[unit] + (kernel[point] + offset[point]) * offset_scale
+//   output[unit] = the sum of the samples of its points; or, with kColumns, these samples
 //
 // Loop nest:
 //
@@ -30,7 +31,7 @@
 //   task    the unit of parallel work; plan: how many tasks a pass has, and their scratch memory
 //   S, T    storage type, in tensors; compute type, in registers: float, or double for double
 //
-// Specific to DCNv3 are the order of the points (grid.h), that of the offsets, (x, y) (locate.h), and the softmax.
+// Where offsets and mask stand, and their order, is the caller's choice: `Problem`.
 #pragma once
 
 #include <cstdint>
@@ -44,16 +45,17 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
+// Without and with kColumns the plans are the same.
 template <typename S, typename T>
 Plan plan_forward(const Problem& p) {
   const Forward<S, T> forward(p);
   return {forward.tasks(), forward.scratch_bytes()};
 }
 
-template <typename S, typename T>
+template <typename S, typename T, bool kColumns>
 void forward(const Problem& p, const void* input, const void* offset, const void* mask, void* output, void* scratch,
              int64_t begin, int64_t end) {
-  Forward<S, T>(p).run((const S*)input, (const S*)offset, (const S*)mask, (S*)output, scratch, begin, end);
+  Forward<S, T, kColumns>(p).run((const S*)input, (const S*)offset, (const S*)mask, (S*)output, scratch, begin, end);
 }
 
 template <typename S, typename T>
@@ -62,11 +64,11 @@ Plan plan_backward(const Problem& p, int64_t wanted_tasks) {
   return {backward.tasks(), backward.scratch_bytes()};
 }
 
-template <typename S, typename T>
+template <typename S, typename T, bool kColumns>
 void backward(const Problem& p, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
               const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
               int64_t end) {
-  Backward<S, T>(p, wanted_tasks)
+  Backward<S, T, kColumns>(p, wanted_tasks)
       .run((const S*)grad_output, (const S*)input, (const S*)offset, (const S*)mask, (S*)grad_input, (S*)grad_offset,
            (S*)grad_mask, scratch, begin, end);
 }

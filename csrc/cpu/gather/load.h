@@ -15,7 +15,7 @@
 namespace internimage {
 namespace INTERNIMAGE_ISA {
 
-// Copies the first `count` of the `stride` elements of each of the strip's pixels, densely, and appends zeros.
+// Copies `count` elements of each of the strip's pixels, which are `stride` apart, densely, and appends zeros.
 template <typename S, typename T>
 INTERNIMAGE_NOINLINE void read_strip(T* to, const S* from, int64_t pixels, int64_t count, int64_t stride) {
   constexpr int N = kLanes<T>;
@@ -40,15 +40,25 @@ INTERNIMAGE_NOINLINE void read_strip(T* to, const S* from, int64_t pixels, int64
   store(to + pixels * count + N, V{});
 }
 
+// As above for `count` elements of each of a pixel's groups.
+template <typename S, typename T>
+INTERNIMAGE_INLINE void read_units(T* to, const S* from, int64_t pixels, int64_t groups, int64_t count,
+                                   UnitStrides stride) {
+  if (stride.group == count || groups == 1) {
+    read_strip(to, from, pixels, groups * count, stride.pixel);
+  } else {
+    for (int64_t i = 0; i < pixels; ++i)
+      read_strip(to + i * groups * count, from + i * stride.pixel, groups, count, stride.group);
+  }
+}
+
 // Loads the offsets and the mask of `group_count` groups from first_group on; computes the softmax if there is one.
 template <typename S, typename T>
 INTERNIMAGE_NOINLINE void load_points(const Problem& p, const Strip& strip, const Points<T>& s, const S* offset,
                                       const S* mask, int64_t first_group, int64_t group_count) {
-  const int64_t points = group_count * p.points, first = first_group * p.points;
-  read_strip(s.offset, offset + strip.first_pixel * p.offset_stride + 2 * first, strip.pixels, 2 * points,
-             p.offset_stride);
-  read_strip(p.softmax ? s.logits : s.factor, mask + strip.first_pixel * p.mask_stride + first, strip.pixels, points,
-             p.mask_stride);
+  const auto at = [&](UnitStrides stride) { return strip.first_pixel * stride.pixel + first_group * stride.group; };
+  read_units(s.offset, offset + at(p.offset), strip.pixels, group_count, 2 * p.points, p.offset);
+  read_units(p.softmax ? s.logits : s.factor, mask + at(p.mask), strip.pixels, group_count, p.points, p.mask);
   if (p.softmax) softmax(s, strip.pixels * group_count, p.points);
 }
 

@@ -36,6 +36,7 @@ INTERNIMAGE_NOINLINE RowRange locate(const Problem& p, const Strip& strip, const
   using V = Vector<T, N>;
   using Int = typename IntOf<T>::type;
   using I = Vector<Int, N>;
+  const bool y_first = p.y_first;
   const T scale = (T)p.offset_scale;
   const T shift_x = (T)(strip.x * p.stride_w), shift_y = (T)(strip.y * p.stride_h);
   const V width = broadcast<T, N>((T)p.width), height = broadcast<T, N>((T)p.height);
@@ -46,8 +47,9 @@ INTERNIMAGE_NOINLINE RowRange locate(const Problem& p, const Strip& strip, const
   const V safe_y = broadcast<T, N>((T)middle);
   V lowest = safe_y, highest = safe_y;
   for (int64_t t = 0; t < total; t += N) {
-    V dx, dy;
-    load_pairs<T, N>(s.offset + 2 * t, dx, dy);
+    V first, second;
+    load_pairs<T, N>(s.offset + 2 * t, first, second);
+    const V dx = y_first ? second : first, dy = y_first ? first : second;
     V x = (load<V>(s.center_x + t) + shift_x) + (load<V>(s.kernel_x + t) + dx) * scale;
     V y = (load<V>(s.center_y + t) + shift_y) + (load<V>(s.kernel_y + t) + dy) * scale;
     const I inside = (x > (T)-1) & (x < width) & (y > (T)-1) & (y < height);  // false for NaN

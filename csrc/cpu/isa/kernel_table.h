@@ -11,17 +11,20 @@
 
 namespace internimage {
 
-// The kernels of one dtype. Tensors are contiguous.
+using ForwardKernel = void(const Problem&, const void* input, const void* offset, const void* mask, void* output,
+                           void* scratch, int64_t begin, int64_t end);
+using BackwardKernel = void(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input,
+                            const void* offset, const void* mask, void* grad_input, void* grad_offset, void* grad_mask,
+                            void* scratch, int64_t begin, int64_t end);
+
+// The kernels of one dtype. Tensors are contiguous, but for the offsets and masks that a Problem describes.
 struct Kernels {
   Plan (*plan_forward)(const Problem&);
-  void (*forward)(const Problem&, const void* input, const void* offset, const void* mask, void* output, void* scratch,
-                  int64_t begin, int64_t end);
+  ForwardKernel *forward, *columns;  // the sum of the samples of each unit's points, or the samples
   // At least `wanted_tasks` tasks are made if there are enough groups; the results do not depend on it. grad_input may
   // be null, or both grad_offset and grad_mask.
   Plan (*plan_backward)(const Problem&, int64_t wanted_tasks);
-  void (*backward)(const Problem&, int64_t wanted_tasks, const void* grad_output, const void* input, const void* offset,
-                   const void* mask, void* grad_input, void* grad_offset, void* grad_mask, void* scratch, int64_t begin,
-                   int64_t end);
+  BackwardKernel *backward, *columns_backward;
   void (*layer_norm)(const LayerNormArguments&, int64_t begin_row, int64_t end_row);
   void (*gelu)(const void* input, void* output, int64_t begin, int64_t end);
   void (*gelu_backward)(const void* grad_output, const void* input, void* grad_input, int64_t begin, int64_t end);
