@@ -17,7 +17,7 @@ from internimage.benchmark import CORES, memory, models, ops, timing
 from internimage.benchmark.official import FUNCTION, MODEL, official_arguments
 from internimage.cli import main
 from internimage.extension import has_kernel
-from internimage.layers.linear import CAN_PACK
+from internimage.ops.onednn import CAN_PACK
 
 FUNCTION_FILE = """
     import DCNv3

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from internimage.extension import has_kernel
-from internimage.layers import batches, linear
+from internimage.layers import batches
 from internimage.layers import mlp as mlp_module
 from internimage.layers.conv import Conv2d
 from internimage.layers.linear import Linear
@@ -31,7 +31,7 @@ from internimage.models import InternImage, fused_block
 from internimage.models.blocks import Block
 from internimage.models.fused_block import FusedBlock
 from internimage.models.timm_folder import save_model
-from internimage.ops import dcnv3_reference
+from internimage.ops import dcnv3_reference, onednn
 
 pytestmark = pytest.mark.skipif(not has_kernel("query", "cpu"), reason="needs the compiled CPU kernels")
 
@@ -136,7 +136,7 @@ def test_a_fused_block_has_the_bits_of_its_modules(monkeypatch, kind, dtype, pac
         strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         assert torch.equal(block(strided), output)
         del seen[-1]
-    can = linear.CAN_PACK and packed and linear.has_product(dtype)
+    can = onednn.CAN_PACK and packed and onednn.has_product(dtype)
     assert (block._fused.fc1.packed is not None) == can
 
 
@@ -226,8 +226,8 @@ def test_threads_do_not_change_a_bit(monkeypatch, kind):
 def test_half_types(monkeypatch, kind, dtype, packed, dtypes):
     """Also on a processor without products in them, where the block is computed in float32."""
     if dtypes is not None:
-        monkeypatch.setattr(linear, "_DTYPES", dtypes)
-        monkeypatch.setattr(fused_block, "CAN_PACK", linear.CAN_PACK and bool(dtypes))
+        monkeypatch.setattr(onednn, "_DTYPES", dtypes)
+        monkeypatch.setattr(fused_block, "CAN_PACK", onednn.CAN_PACK and bool(dtypes))
     block = build(kind, dtype=dtype)
     set_weight_packing(block, packed)
     x = golden.randn(1, (2, 9, 11, 16)).to(dtype)
@@ -365,10 +365,10 @@ UNCOUNTED = [name for name in CHANGES if name.startswith("data")]
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @torch.no_grad()
 def test_a_change_of_what_was_copied_to_float32_is_noticed(monkeypatch, dtype, change):
-    monkeypatch.setattr(linear, "_DTYPES", frozenset({torch.float32}))
+    monkeypatch.setattr(onednn, "_DTYPES", frozenset({torch.float32}))
     block, x = build(dtype=dtype), golden.randn(1, (2, 6, 7, 16)).to(dtype)
     before = block(x)
-    assert block._fused.in_float == linear.CAN_PACK
+    assert block._fused.in_float == onednn.CAN_PACK
     change(block)
     assert_close(block(x), exact(block, x), 2 * TOLERANCE[dtype])
     assert not torch.allclose(block(x), before, rtol=1e-2, atol=1e-2)
@@ -467,7 +467,7 @@ def test_training_frees_what_was_packed():
         lambda state: set_weight_packing(model, True),
     ):
         model(x)
-        assert all(kept()) or not linear.CAN_PACK
+        assert all(kept()) or not onednn.CAN_PACK
         state = {key: value.clone() for key, value in model.state_dict().items()}
         drop(state)
         assert not any(kept())

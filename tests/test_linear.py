@@ -13,6 +13,7 @@ from internimage.layers import linear
 from internimage.layers import mlp as mlp_module
 from internimage.layers.fast_path import use_fast_path
 from internimage.layers.linear import Linear
+from internimage.ops import onednn
 from internimage.layers.mlp import Mlp
 
 
@@ -119,9 +120,9 @@ def test_under_vmap_and_autocast():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_without_the_fused_operator(monkeypatch, dtype):
-    monkeypatch.setattr(linear, "_PRODUCT", "another")
-    assert linear._dtypes() == frozenset()
-    monkeypatch.setattr(linear, "_DTYPES", linear._dtypes())
+    monkeypatch.setattr(onednn, "_PRODUCT", "another")
+    assert onednn._dtypes() == frozenset()
+    monkeypatch.setattr(onednn, "_DTYPES", onednn._dtypes())
     layer = Linear(9, 5).to(dtype)
     x = torch.randn(40, 9).to(dtype)
     with torch.inference_mode():
@@ -133,7 +134,7 @@ def test_without_the_fused_operator(monkeypatch, dtype):
 @torch.inference_mode()
 def test_a_half_type_without_products_is_multiplied_in_float32(monkeypatch, dtype, bias):
     """To the bit: the exact float32 product of the same numbers, rounded once."""
-    monkeypatch.setattr(linear, "_DTYPES", frozenset({torch.float32}))
+    monkeypatch.setattr(onednn, "_DTYPES", frozenset({torch.float32}))
     layer = Linear(300, 5, bias=bias).to(dtype)
     x = torch.randn(2, 20, 300).to(dtype)
     output = layer(x)
@@ -149,12 +150,12 @@ def test_a_half_type_without_products_is_multiplied_in_float32(monkeypatch, dtyp
 @torch.no_grad()
 def test_packed_product(features, rows):
     """Also with other numbers of rows than those that it was packed for, and for weights that were cut out."""
-    if not linear.CAN_PACK:
+    if not onednn.CAN_PACK:
         pytest.skip("torch has no such operator")
     weight = torch.randn(features[0] + 2, features[1]).T[:, 1:-1]
     bias, x = torch.randn(features[1]), torch.randn(rows, features[0])
     for packed_for in (1, 9, 3136):
-        packed = linear.pack(weight, packed_for)
+        packed = onednn.pack(weight, packed_for)
         for b in (bias, None):
             expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
             assert_close(torch.ops.mkldnn._linear_pointwise.default(x, packed, b, "none", [], ""), expected, 1e-5)

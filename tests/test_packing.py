@@ -15,9 +15,9 @@ from torch import nn
 from internimage import ops  # noqa: F401  (defines the operators)
 from internimage.extension import has_kernel
 from internimage.layers import conv as conv_module
-from internimage.layers import linear
 from internimage.layers.conv import Conv2d
 from internimage.layers.packing import Snapshot, set_weight_packing
+from internimage.ops import onednn
 
 needs_kernel = pytest.mark.skipif(not has_kernel("fingerprint", "cpu"), reason="needs the compiled CPU kernels")
 fingerprint = torch.ops.internimage.fingerprint
@@ -120,8 +120,8 @@ def test_convolution(packed, arguments, dtype):
     assert layer(torch.zeros(0, 6, 9, 12, dtype=dtype)).shape[0] == 0
     usable = packed and "same" not in arguments.values() and "reflect" not in arguments.values()
     if has_kernel("fingerprint", "cpu") and conv_module._CAN_PACK:
-        multiplied = torch.float32 if dtype.itemsize < 4 and not linear.has_product(dtype) else dtype
-        assert (layer._packed is not None) == (usable and linear.has_product(multiplied))
+        multiplied = torch.float32 if dtype.itemsize < 4 and not onednn.has_product(dtype) else dtype
+        assert (layer._packed is not None) == (usable and onednn.has_product(multiplied))
 
 
 @pytest.fixture

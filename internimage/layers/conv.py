@@ -8,9 +8,9 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..extension import has_kernel
+from ..ops.onednn import has_operator, has_product, multiplied_in
 from ..ops.transforms import is_transformed
 from .fast_path import use_fast_path
-from .linear import has_operator, has_product, multiplied_in
 from .packing import PacksWeights, Snapshot
 
 # The operator behind torch.compile's fused convolutions. It is not public, so its schema is checked.

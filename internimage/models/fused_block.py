@@ -20,15 +20,15 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..extension import has_kernel
-from ..layers import linear
 from ..layers.activation import GELU
 from ..layers.dcnv3 import DCNv3
 from ..layers.fast_path import has_hooks
-from ..layers.linear import CAN_PACK, Linear, has_product, multiplied_in, pack
+from ..layers.linear import Linear
 from ..layers.mlp import Mlp, chunk_rows
 from ..layers.norm import LayerNorm, layer_norm_of
 from ..layers.packing import Snapshot
 from ..layers.query import Query
+from ..ops.onednn import CAN_PACK, MIN_ROWS, has_product, multiplied_in, pack
 
 _KERNELS = "block", "fingerprint"
 _BY_TORCH, _BY_ONEDNN, _BY_ONEDNN_IN_FLOAT = range(3)  # how products are computed
@@ -233,7 +233,7 @@ class FusedBlock:
             method = _BY_ONEDNN_IN_FLOAT
         settings = [
             method,
-            linear.MIN_ROWS,
+            MIN_ROWS,
             *(*stride, *padding, *kernel_size, *dcn_stride, *dcn_padding, *dilation),
             *(groups, int(remove_center), int(softmax)),
         ]

@@ -98,8 +98,30 @@ def check_one_device(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
-def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
-    """Check that the named tensors are floating-point tensors of rank 4 on one device.
+def check_tensor(name: str, tensor: object, axes: str = "batch, height, width, channels") -> None:
+    """Check that an argument is a floating-point tensor.
+
+    Args:
+        name: Of the argument.
+        tensor: Its value.
+        axes: Names of the axes that it must have, separated by commas.
+
+    Raises:
+        TypeError: It is not a tensor, or its dtype is unsupported.
+        ValueError: It has another number of axes.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    rank = axes.count(",") + 1
+    if tensor.dim() != rank:
+        expected = f"{rank} dimension{'s' * (rank > 1)}, ({axes})"
+        raise ValueError(f"{name} must have {expected}, got {tensor.dim()}: {tuple(tensor.shape)}")
+
+
+def check_alike(tensors: dict[str, Tensor], same_dtype: bool) -> None:
+    """Check that the named tensors have one dtype and are on one device.
 
     Args:
         tensors: Name -> tensor.
@@ -107,23 +129,30 @@ def check_tensors(tensors: dict[str, Tensor], same_dtype: bool) -> None:
             to one dtype later, but leaves float64 alone.
 
     Raises:
-        TypeError: One is not a tensor, or its dtype is unsupported or incompatible with that of the first.
-        ValueError: One is not of rank 4, or not on the device of the first.
+        TypeError: The dtype of one is incompatible with that of the first.
+        ValueError: One is not on the device of the first.
     """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions, (batch, height, width, channels), "
-                f"got {tensor.dim()}: {tuple(tensor.shape)}"
-            )
         if tensor.dtype != first.dtype and (same_dtype or torch.float64 in (tensor.dtype, first.dtype)):
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
     check_one_device(tensors)
+
+
+def check_fits(input_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Check that a kernel fits the padded input, both as (height, width); returns the output's size.
+
+    Raises:
+        ValueError: It does not.
+    """
+    ho, wo = output_size(input_size, kernel_size, stride, padding, dilation)
+    if ho < 1 or wo < 1:
+        height, width = input_size
+        raise ValueError(
+            f"input of {height} x {width} pixels with padding {padding} is smaller than the "
+            f"kernel: kernel_size {kernel_size}, dilation {dilation}"
+        )
+    return ho, wo
 
 
 def check_shapes(
@@ -138,12 +167,7 @@ def check_shapes(
         ValueError: The kernel does not fit the padded input, or a shape is wrong.
     """
     n, height, width, _ = input.shape
-    ho, wo = output_size((height, width), *geometry[:4])
-    if ho < 1 or wo < 1:
-        raise ValueError(
-            f"input of {height} x {width} pixels with padding {geometry.padding} is smaller than the "
-            f"kernel: kernel_size {geometry.kernel_size}, dilation {geometry.dilation}"
-        )
+    ho, wo = check_fits((height, width), *geometry[:4])
     groups, points = geometry.groups, num_points(geometry.kernel_size, geometry.remove_center)
     for name, tensor, channels, formula in (
         ("offset", offset, groups * points * 2, "groups * points * 2"),

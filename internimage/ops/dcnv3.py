@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import dcnv3_reference as reference
-from .arguments import as_pair, check_channels, check_kernel, check_offset_scale, check_shapes, check_tensors
+from .arguments import (
+    as_pair,
+    check_alike,
+    check_channels,
+    check_kernel,
+    check_offset_scale,
+    check_shapes,
+    check_tensor,
+)
 from .registration import DifferentiableOperator, Reference, is_autocast_enabled
 from .sampling import Geometry, output_size
 
@@ -82,9 +90,10 @@ def dcnv3(
         TypeError: An argument has the wrong type, or a tensor a wrong dtype.
         ValueError: An argument is out of range, or a tensor has a wrong rank, shape or device.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-    check_tensors({"input": input, "offset": offset, "mask": mask}, not is_autocast_enabled(input.device.type))
+    tensors = {"input": input, "offset": offset, "mask": mask}
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    check_alike(tensors, not is_autocast_enabled(input.device.type))
     check_channels(input.shape[3], groups)
     check_offset_scale(offset_scale)
     geometry = Geometry(

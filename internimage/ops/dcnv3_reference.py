@@ -38,9 +38,7 @@ def dcnv3_backward(
     The last two arguments are `deterministic` and `output_mask`.
     """
     *others, deterministic, output_mask = arguments
-    return gather.backward(
-        grad_output, input, offset, mask, _geometry(others), False, deterministic, output_mask
-    )
+    return gather.backward(grad_output, input, offset, mask, _geometry(others), False, deterministic, output_mask)
 
 
 def dcnv3_double_backward(

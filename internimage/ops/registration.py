@@ -64,11 +64,15 @@ class DifferentiableOperator:
 
     Args:
         name: NAME.
-        tensors: Names of its tensors. The first axis of each, and of the output, is the batch.
+        tensors: Names of its tensors. The first axis of each, and of the output, is the batch, unless `batched` is
+            false.
         arguments: The schema of its other arguments, such as "int groups, bool softmax".
         output_shape: `(*shapes of the tensors, *arguments) -> shape of the output`. The output has the dtype of the
             first tensor.
         reference: The arithmetic.
+        batched: Whether vmap folds the mapped axis into the batch. Otherwise it calls the operator for each element.
+        memory_format: `(tensor) -> memory format` of the output, of the first tensor, and of the gradient of each. All
+            are contiguous if not given.
     """
 
     def __init__(
@@ -78,8 +82,11 @@ class DifferentiableOperator:
         arguments: str,
         output_shape: Callable[..., Sequence[int]],
         reference: Reference,
+        batched: bool = True,
+        memory_format: Callable[[Tensor], torch.memory_format] = lambda tensor: torch.contiguous_format,
     ) -> None:
         self.name, self.tensors, self.output_shape, self.reference = name, tuple(tensors), output_shape, reference
+        self._memory_format = memory_format
         count = len(tensors)
         inputs = ", ".join(f"Tensor {tensor}" for tensor in tensors)
         grads = ", ".join(["Tensor"] * count)
@@ -107,9 +114,9 @@ class DifferentiableOperator:
             setup_context=self._keep_inputs_of_backward,
             lib=library,
         )
-        self._register(
-            "register_vmap", partial(self._vmap, self._forward_op), partial(self._vmap_backward, self._backward_op)
-        )
+        vmap: Callable[..., Any] = self._vmap if batched else self._map
+        vmap_backward: Callable[..., Any] = self._vmap_backward if batched else self._map_backward
+        self._register("register_vmap", partial(vmap, self._forward_op), partial(vmap_backward, self._backward_op))
         for device_type, key in _AUTOCAST_KEYS.items():
             library.impl(name, partial(self._autocast, device_type), key)
             library.impl(f"{name}_backward", partial(self._autocast_backward, device_type), key)
@@ -119,7 +126,7 @@ class DifferentiableOperator:
             tensors=count,
             setup_context=self._keep_inputs,
             backward=self._backward,
-            vmap=partial(self._vmap, self),
+            vmap=partial(vmap, self),
             jvp=self._jvp,
         )
         self._backward_function = as_function(
@@ -127,7 +134,7 @@ class DifferentiableOperator:
             tensors=count + 1,
             setup_context=self._keep_inputs_of_backward,
             backward=self._double_backward,
-            vmap=partial(self._vmap_backward, self._apply_backward),
+            vmap=partial(vmap_backward, self.backward),
             jvp=self._jvp_of_backward,
         )
 
@@ -147,7 +154,8 @@ class DifferentiableOperator:
         with without_autocast(device_type):
             return self._forward_function.apply(*tensors, *arguments[count:])
 
-    def _apply_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """`torch.ops.internimage.NAME_backward`, wherever it has no derivatives, too."""
         return self._backward_function.apply(*arguments) if is_transformed() else self._backward_op(*arguments)
 
     # ---- fakes: shapes without data. They also run for meta tensors, even if only one of the tensors is one
@@ -156,13 +164,17 @@ class DifferentiableOperator:
         count = len(self.tensors)
         tensors = arguments[:count]
         check_one_device(dict(zip(self.tensors, tensors)))
-        return tensors[0].new_empty(self.output_shape(*(t.shape for t in tensors), *arguments[count:]))
+        shape = self.output_shape(*(t.shape for t in tensors), *arguments[count:])
+        return tensors[0].new_empty(shape).contiguous(memory_format=self._memory_format(tensors[0]))
 
     def _fake_backward(self, grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, wanted = arguments[: len(self.tensors)], arguments[-1]
         first, *others = zip(self.tensors, tensors)
         check_one_device(dict([first, ("grad_output", grad_output), *others]))
-        return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip(tensors, wanted))
+        return tuple(
+            t.new_empty(t.shape).contiguous(memory_format=self._memory_format(t)) if want else t.new_empty(0)
+            for t, want in zip(tensors, wanted)
+        )
 
     # ---- autograd
 
@@ -174,7 +186,7 @@ class DifferentiableOperator:
     def _backward(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needed = list(ctx.needs_input_grad[: len(self.tensors)])
         deterministic = torch.are_deterministic_algorithms_enabled()
-        grads = self._apply_backward(grad_output, *ctx.saved_tensors, *ctx.arguments, deterministic, needed)
+        grads = self.backward(grad_output, *ctx.saved_tensors, *ctx.arguments, deterministic, needed)
         return *(grad if need else None for grad, need in zip(grads, needed)), *[None] * len(ctx.arguments)
 
     def _keep_inputs_of_backward(self, ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
@@ -214,6 +226,23 @@ class DifferentiableOperator:
         )
         return unfolded, (0,) * len(unfolded)
 
+    # without a batch: one call for each element of the mapped axis
+
+    def _map(
+        self, call: Callable[..., Tensor], info: Any, in_dims: Sequence[int | None], *arguments: Any
+    ) -> tuple[Tensor, int]:
+        count = len(self.tensors)
+        elements = _elements(arguments[:count], in_dims, info.batch_size)
+        return torch.stack([call(*tensors, *arguments[count:]) for tensors in elements]), 0
+
+    def _map_backward(
+        self, call: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[int | None], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        count = len(self.tensors) + 1
+        elements = _elements(arguments[:count], in_dims, info.batch_size)
+        grads = zip(*(call(*tensors, *arguments[count:]) for tensors in elements))
+        return tuple(torch.stack(of_tensor) for of_tensor in grads), (0,) * (count - 1)
+
     # ---- forward mode
 
     def _jvp(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None], arguments: Sequence[Any]) -> Tensor:
@@ -227,7 +256,7 @@ class DifferentiableOperator:
         other tensors, a product of the (symmetric) Hessian, which double backward computes."""
         *others, deterministic, output_mask = arguments
         grad_output_dir, *directions = _or_zero(tangents, tensors)
-        grads = self._apply_backward(grad_output_dir, *tensors[1:], *arguments)
+        grads = self.backward(grad_output_dir, *tensors[1:], *arguments)
         with without_autocast(tensors[0].device.type):
             _, *curvature = self.reference.double_backward(*directions, *tensors, *others, deterministic)
         return tuple(a + b if wanted else a for a, b, wanted in zip(grads, curvature, output_mask))
@@ -266,6 +295,11 @@ def _fold(tensors: Sequence[Tensor], axes: Sequence[int | None], size: int) -> l
     """Move the mapped axis of each tensor (None: not mapped, repeat it) to the front and merge it with the batch."""
     moved = [t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in zip(tensors, axes)]
     return [t.flatten(0, 1) for t in moved]
+
+
+def _elements(tensors: Sequence[Tensor], axes: Sequence[int | None], size: int) -> list[list[Tensor]]:
+    """The tensors of each element of the mapped axis (None: not mapped, the same for all)."""
+    return [[t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes)] for i in range(size)]
 
 
 def _or_zero(tangents: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
