@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Checks the arguments of operators that gather and makes a Problem of them, for every device. LibTorch stable ABI only.
+// Checks the arguments of operators that gather and makes a Problem of them, for every device. LibTorch stable ABI
+// only.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -34,11 +35,11 @@ inline Problem make_problem(const char* operator_name, const torch::stable::Tens
                             const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
                             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
                             double offset_scale, bool remove_center, bool softmax) {
-  STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
-                  "internimage::", operator_name, ": input, offset and mask must have 4 dimensions");
+  STD_TORCH_CHECK(input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4, "internimage::", operator_name,
+                  ": input, offset and mask must have 4 dimensions");
   // one tensor on a device is enough for the dispatcher to choose its kernel
-  STD_TORCH_CHECK(same_device(input, offset) && same_device(input, mask),
-                  "internimage::", operator_name, ": input, offset and mask must be on one device");
+  STD_TORCH_CHECK(same_device(input, offset) && same_device(input, mask), "internimage::", operator_name,
+                  ": input, offset and mask must be on one device");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "internimage::", operator_name, ": kernel_size, stride, padding and dilation must be pairs");
   Problem p;
@@ -54,15 +55,16 @@ inline Problem make_problem(const char* operator_name, const torch::stable::Tens
   p.pad_w = padding[1];
   p.dilation_h = dilation[0];
   p.dilation_w = dilation[1];
-  STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0, "internimage::", operator_name, ": groups must divide the channels");
+  STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0, "internimage::", operator_name,
+                  ": groups must divide the channels");
   STD_TORCH_CHECK(
       p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0,
       "internimage::", operator_name, ": kernel_size, stride and dilation must be positive");
   STD_TORCH_CHECK(p.pad_h >= 0 && p.pad_w >= 0, "internimage::", operator_name, ": padding must not be negative");
   for (const auto* pair : {&kernel, &stride, &padding, &dilation})
     for (const int64_t value : *pair)
-      STD_TORCH_CHECK(value < kLargest,
-                      "internimage::", operator_name, ": kernel_size, stride, padding and dilation must be below 2^30");
+      STD_TORCH_CHECK(value < kLargest, "internimage::", operator_name,
+                      ": kernel_size, stride, padding and dilation must be below 2^30");
   STD_TORCH_CHECK(std::isfinite(offset_scale), "internimage::", operator_name, ": offset_scale must be finite");
   p.groups = groups;
   p.group_channels = p.channels / groups;
@@ -75,12 +77,13 @@ inline Problem make_problem(const char* operator_name, const torch::stable::Tens
   p.offset_scale = offset_scale;
   p.remove_center = remove_center;
   p.softmax = softmax;
-  STD_TORCH_CHECK(p.points > 0 && p.out_height > 0 && p.out_width > 0,
-                  "internimage::", operator_name, ": the kernel does not fit the input");
+  STD_TORCH_CHECK(p.points > 0 && p.out_height > 0 && p.out_width > 0, "internimage::", operator_name,
+                  ": the kernel does not fit the input");
   const bool fits = offset.size(0) == p.batch && offset.size(1) == p.out_height && offset.size(2) == p.out_width &&
                     offset.size(3) == groups * p.points * 2 && mask.size(0) == p.batch &&
                     mask.size(1) == p.out_height && mask.size(2) == p.out_width && mask.size(3) == groups * p.points;
-  STD_TORCH_CHECK(fits, "internimage::", operator_name, ": offset or mask does not have the shape that input and kernel ask for");
+  STD_TORCH_CHECK(fits, "internimage::", operator_name,
+                  ": offset or mask does not have the shape that input and kernel ask for");
   STD_TORCH_CHECK(input.scalar_type() == offset.scalar_type() && input.scalar_type() == mask.scalar_type(),
                   "internimage::", operator_name, ": input, offset and mask must have one dtype");
   return p;
@@ -93,11 +96,12 @@ inline void check_backward(const char* operator_name, const Problem& p, int64_t 
   STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch && grad_output.size(1) == p.out_height &&
                       grad_output.size(2) == p.out_width && grad_output.size(3) == channels,
                   "internimage::", operator_name, "_backward: grad_output must have the output's shape");
-  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
-                  "internimage::", operator_name, "_backward: grad_output must have input's dtype");
-  STD_TORCH_CHECK(same_device(grad_output, input),
-                  "internimage::", operator_name, "_backward: grad_output must be on the device of input");
-  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::", operator_name, "_backward: output_mask must have 3 entries");
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "internimage::", operator_name,
+                  "_backward: grad_output must have input's dtype");
+  STD_TORCH_CHECK(same_device(grad_output, input), "internimage::", operator_name,
+                  "_backward: grad_output must be on the device of input");
+  STD_TORCH_CHECK(output_mask.size() == 3, "internimage::", operator_name,
+                  "_backward: output_mask must have 3 entries");
 }
 
 }  // namespace internimage

@@ -126,7 +126,7 @@ NOT_NAMES = {"__attribute__", "__launch_bounds__"}
 # called like
 OTHER_NAMES = {
     "cpu/block/block.cpp": {"layer_norm", "query"},
-    "cpu/dcnv3/dcnv3.cpp": {"softmax"},
+    "cpu/deform/dcnv3.cpp": {"softmax"},
     "cpu/isa/kernel_table.h": {
         *("plan_forward", "forward", "plan_backward", "backward"),
         *("layer_norm", "gelu", "scaled_sum", "query_scratch", "query"),
@@ -175,6 +175,7 @@ BELOW = {
     "cpu/gelu": {"cpu/simd"},
     "cpu/query": {"cpu/simd", "cpu/layer_norm"},
     "cpu/block": {"cpu/simd"},
+    "cpu/deform": set(),
     "cpu/isa": {"cpu/simd", "cpu/gather", "cpu/layer_norm", "cpu/gelu", "cpu/query", "cpu/block"},
     "cpu": set(),
     "cuda/gather": {"cuda"},

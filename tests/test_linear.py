@@ -13,8 +13,8 @@ from internimage.layers import linear
 from internimage.layers import mlp as mlp_module
 from internimage.layers.fast_path import use_fast_path
 from internimage.layers.linear import Linear
-from internimage.ops import onednn
 from internimage.layers.mlp import Mlp
+from internimage.ops import onednn
 
 
 def exact_mlp(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:

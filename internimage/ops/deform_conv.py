@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import deform_conv_reference as reference
+from . import deform_conv_torchvision
 from .arguments import as_pair, check_alike, check_fits, check_tensor
 from .registration import DifferentiableOperator, Reference, is_autocast_enabled
 from .sampling import output_size
@@ -28,6 +29,8 @@ apply_deform_conv2d = DifferentiableOperator(
     batched=False,
     memory_format=reference.memory_format,
 )
+
+deform_conv_torchvision.register()
 
 _IMAGES = "batch, channels, height, width"
 
@@ -55,7 +58,8 @@ def deform_conv2d(
 
     Differentiable any number of times in all tensors; works under autocast (which casts all to its dtype),
     `torch.compile`, `torch.export`, the transforms of `torch.func` and in forward mode. Training keeps no columns
-    (samples of all points) between the passes.
+    (samples of all points) between the passes. On a
+    CPU our kernels sample; on CUDA and MPS torchvision's operator does the work where it can.
 
     Args:
         input: float64, float32, bfloat16 or float16. N may be 0.
@@ -95,20 +99,19 @@ def deform_conv2d(
     out_channels, _, kh, kw = weight.shape
     size = check_fits((input.shape[2], input.shape[3]), (kh, kw), *window)
     offset_groups = _offset_groups(input, offset, kh * kw)
-    _check_shape(
-        "offset", offset, (len(input), 2 * offset_groups * kh * kw, *size), "2 * offset groups * kernel points"
-    )
+    points = offset_groups * kh * kw
+    _check_shape("offset", offset, (len(input), 2 * points, *size), "2 * offset groups * kernel points")
     if mask is None:
-        mask = offset.new_ones(offset_groups * kh * kw).view(1, -1, 1, 1).expand(len(input), -1, *size)
+        mask = offset.new_ones(points).view(1, -1, 1, 1).expand(len(input), -1, *size)
     else:
-        _check_shape("mask", mask, (len(input), offset_groups * kh * kw, *size), "offset groups * kernel points")
+        _check_shape("mask", mask, (len(input), points, *size), "offset groups * kernel points")
     bias = weight.new_zeros(out_channels) if bias is None else bias
     return apply_deform_conv2d(input, offset, mask, weight, bias, *window, groups, offset_groups)
 
 
 def _groups(input: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """The number of groups of the convolution."""
-    channels, (out_channels, group_channels, kh, kw) = input.shape[1], weight.shape
+    channels, (out_channels, group_channels) = input.shape[1], weight.shape[:2]
     if min(weight.shape) < 1 or channels < 1:
         raise ValueError(
             f"input and weight must have channels, and weight kernel points, got {tuple(input.shape)} and "

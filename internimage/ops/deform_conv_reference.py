@@ -32,7 +32,7 @@ def memory_format(t: Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-def _like(t: Tensor, other: Tensor) -> Tensor:
+def like(t: Tensor, other: Tensor) -> Tensor:
     """t in the dtype and the memory format of another tensor."""
     return t.to(other.dtype).contiguous(memory_format=memory_format(other))
 
@@ -131,7 +131,7 @@ def forward(input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: T
             _last(input[chunk]), _last(offset[chunk]), _last(mask[chunk]), *shape.columns_arguments
         )
         outputs.append(shape.product(columns, weight, bias))
-    return _like(outputs[0] if len(outputs) == 1 else torch.cat(outputs), given)
+    return like(outputs[0] if len(outputs) == 1 else torch.cat(outputs), given)
 
 
 def backward(
@@ -171,7 +171,7 @@ def backward(
         grads.append(_first(parts[0] if len(parts) == 1 else torch.cat(parts)) if wanted else input.new_empty(0))
     grads.append(input.new_empty(0) if of_weight is None else shape.weight(of_weight))
     grads.append(grad_output.sum((0, 2, 3)) if output_mask[4] else input.new_empty(0))
-    return tuple(_like(g, t) if wanted else g.to(t.dtype) for g, t, wanted in zip(grads, given, output_mask))
+    return tuple(like(g, t) if wanted else g.to(t.dtype) for g, t, wanted in zip(grads, given, output_mask))
 
 
 def double_backward(

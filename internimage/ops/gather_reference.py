@@ -5,17 +5,17 @@ For output pixel o, group g and point p, with the locations of `sampling.samplin
 
     sample[o, g, p] = mask[o, g, p] * bilinear(input[:, g], location[o, g, p])
 
-The output has their sum over the points, as in DCNv3; or, with `columns=True`, all of them: (N, Ho, Wo, P * C), point by
-point. A location contributes only if it is strictly inside (-1, W) x (-1, H), where pixels outside the image are zero.
-All others, including NaN and infinity, contribute nothing and get no gradient. At pixel centers, where bilinear
+The output has their sum over the points, as in DCNv3; or, with `columns=True`, all of them: (N, Ho, Wo, P * C), point
+by point. A location contributes only if it is strictly inside (-1, W) x (-1, H), where pixels outside the image are
+zero. All others, including NaN and infinity, contribute nothing and get no gradient. At pixel centers, where bilinear
 interpolation has a kink, the derivative is the right-hand one.
 
 Works on any torch device, in float64, float32, bfloat16 and float16; the 16-bit types are computed in float32 and
 rounded once. Nothing here calls autograd: the derivatives are written out.
 
 Implementation: bilinear sampling at P points is a weighted sum of 4 * P rows (pixels of one group) of the input, and
-torch has an operator for weighted sums of gathered rows: `embedding_bag`. A bag is what one row of the output is the sum
-of: the points of a unit, or with `columns=True` one point.
+torch has an operator for weighted sums of gathered rows: `embedding_bag`. A bag is what is summed to one row of the
+output: the points of a unit, or with `columns=True` one point.
 """
 
 from collections.abc import Iterable, Sequence

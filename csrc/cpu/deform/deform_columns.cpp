@@ -35,11 +35,13 @@ Tensor deform_columns(const Tensor& input, const Tensor& offset, const Tensor& m
                      Samples::kColumns, input, offset, mask);
 }
 
-std::tuple<Tensor, Tensor, Tensor> deform_columns_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& mask,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, int64_t offset_groups, bool /* deterministic: always */,
-    std::vector<bool> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> deform_columns_backward(const Tensor& grad_output, const Tensor& input,
+                                                           const Tensor& offset, const Tensor& mask,
+                                                           std::vector<int64_t> kernel_size,
+                                                           std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                           std::vector<int64_t> dilation, int64_t offset_groups,
+                                                           bool /* deterministic: always */,
+                                                           std::vector<bool> output_mask) {
   return run_backward("deform_columns",
                       columns_problem(input, offset, mask, kernel_size, stride, padding, dilation, offset_groups),
                       Samples::kColumns, grad_output, input, offset, mask, output_mask);

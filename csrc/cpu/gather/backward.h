@@ -100,8 +100,8 @@ INTERNIMAGE_INLINE void scatter_unit(const Points<T>& s, int64_t t, int64_t poin
   }
 }
 
-// For one point with a gradient of its own, `width` channels in vectors as wide as possible: adds to the gradients of its
-// corners, and adds to its four dot products.
+// For one point with a gradient of its own, `width` channels in vectors as wide as possible: adds to the gradients of
+// its corners, and adds to its four dot products.
 template <typename S, typename T, int N, bool kInput, bool kDots>
 INTERNIMAGE_INLINE void scatter_point(const T (&weight)[4], const T* plane, T* grad_plane, int64_t row,
                                       int64_t channels, int64_t width, const S* grad, T (&dots)[4]) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The forward pass, vectorized over channels: for each unit, the weighted sum of its points' corners; or, for each of its
-// points, that of the point's corners.
+// The forward pass, vectorized over channels: for each unit, the weighted sum of its points' corners; or, for each of
+// its points, that of the point's corners.
 #pragma once
 
 #include <cstdint>
@@ -94,9 +94,8 @@ INTERNIMAGE_INLINE void sample_point(const T (&weight)[4], const T* upper, const
   using V = Vector<T, N>;
   int64_t c = 0;
   for (; c + N <= width; c += N)
-    Convert<S, T, N>::store(
-        out + c, (load<V>(upper + c) * weight[0] + load<V>(upper + channels + c) * weight[1]) +
-                     (load<V>(lower + c) * weight[2] + load<V>(lower + channels + c) * weight[3]));
+    Convert<S, T, N>::store(out + c, (load<V>(upper + c) * weight[0] + load<V>(upper + channels + c) * weight[1]) +
+                                         (load<V>(lower + c) * weight[2] + load<V>(lower + channels + c) * weight[3]));
   if constexpr (N > 1) {
     if (c < width) sample_point<S, T, N / 2>(weight, upper + c, lower + c, channels, width - c, out + c);
   }
@@ -176,8 +175,8 @@ struct Forward {
       Prefetch<S> prefetch(p, input, offset, mask, strip.first_pixel + strip.pixels, first_group);
       int64_t t = 0;
       for (int64_t i = 0; i < strip.pixels; ++i) {
-        S* out = output + (strip.first_pixel + i) * p.channels * (kColumns ? p.points : 1) +
-                 first_group * p.group_channels;
+        S* out =
+            output + (strip.first_pixel + i) * p.channels * (kColumns ? p.points : 1) + first_group * p.group_channels;
         const T* group = plane.data;
         for (int64_t g = 0; g < group_count; ++g, t += p.points, out += p.group_channels, group += plane.size) {
           prefetch.next_unit(p);

@@ -19,12 +19,9 @@ namespace internimage {
 namespace INTERNIMAGE_ISA {
 
 template <typename S, typename T>
-constexpr Kernels kKernels = {plan_forward<S, T>,      forward<S, T, false>,
-                              forward<S, T, true>,     plan_backward<S, T>,
-                              backward<S, T, false>,   backward<S, T, true>,
-                              layer_norm<S, T>,        gelu_range<S, T>,
-                              gelu_backward_range<S, T>, scaled_sum<S, T>,
-                              query_scratch<T>,        query<S, T>};
+constexpr Kernels kKernels = {plan_forward<S, T>,        forward<S, T, false>, forward<S, T, true>, plan_backward<S, T>,
+                              backward<S, T, false>,     backward<S, T, true>, layer_norm<S, T>,    gelu_range<S, T>,
+                              gelu_backward_range<S, T>, scaled_sum<S, T>,     query_scratch<T>,    query<S, T>};
 
 }  // namespace INTERNIMAGE_ISA
 

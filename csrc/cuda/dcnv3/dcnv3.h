@@ -81,8 +81,8 @@ template <typename Launch>
 Tensor dcnv3(const Tensor& input, const Tensor& offset, const Tensor& mask, std::vector<int64_t> kernel_size,
              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
              double offset_scale, bool remove_center, bool softmax) {
-  const Problem p = make_problem("dcnv3", input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
-                                 remove_center, softmax);
+  const Problem p = make_problem("dcnv3", input, offset, mask, kernel_size, stride, padding, dilation, groups,
+                                 offset_scale, remove_center, softmax);
   check_size(p);
   const Variants& variants = chosen_variants<Launch>();
   const DeviceGuard guard(input.get_device_index());
@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(const Tensor& grad_output, con
                                                   bool remove_center, bool softmax, bool deterministic,
                                                   std::vector<bool> output_mask) {
   const ScalarType dtype = input.scalar_type();
-  const Problem p = make_problem("dcnv3", input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale,
-                                 remove_center, softmax);
+  const Problem p = make_problem("dcnv3", input, offset, mask, kernel_size, stride, padding, dilation, groups,
+                                 offset_scale, remove_center, softmax);
   check_size(p);
   check_backward("dcnv3", p, p.channels, grad_output, input, output_mask);
   const Variants& variants = chosen_variants<Launch>();
