@@ -326,7 +326,7 @@ def large_problem(n, size, channels, out_size, groups=1, softmax=False) -> cuda_
     """Sizes without tensors; output and input need not go together, for nobody looks."""
     pairs = (3, 3), (1, 1), (1, 1), (1, 1)
     sizes = n, *size, channels, *out_size, *(value for pair in pairs for value in pair)
-    return cuda_host.Problem(*sizes, groups, channels // groups, 9, 1.0, False, softmax)
+    return cuda_host.Problem.dense(*sizes, groups, channels // groups, 9, 1.0, False, softmax)
 
 
 @pytest.mark.parametrize(

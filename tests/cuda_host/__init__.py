@@ -23,6 +23,12 @@ def build(library: Path, *flags: str) -> Path:
     return library
 
 
+class UnitStrides(ctypes.Structure):
+    """`UnitStrides` of csrc/common.h."""
+
+    _fields_ = [("pixel", ctypes.c_int64), ("group", ctypes.c_int64)]
+
+
 class Problem(ctypes.Structure):
     """`Problem` of csrc/common.h."""
 
@@ -31,11 +37,19 @@ class Problem(ctypes.Structure):
         *((f"{name}_{axis}", ctypes.c_int64) for name in ("kernel", "stride", "pad", "dilation") for axis in "hw"),
         *((name, ctypes.c_int64) for name in ("groups", "group_channels", "points")),
         ("offset_scale", ctypes.c_double),
-        ("remove_center", ctypes.c_bool),
-        ("softmax", ctypes.c_bool),
-        ("offset_stride", ctypes.c_int64),  # of the CPU
-        ("mask_stride", ctypes.c_int64),
+        *((name, ctypes.c_bool) for name in ("remove_center", "softmax", "row_major", "y_first")),
+        *((name, UnitStrides) for name in ("offset", "mask", "grad_offset", "grad_mask")),
     ]
+
+    @classmethod
+    def dense(cls, *sizes_and_options) -> "Problem":
+        """From all before `row_major`: DCNv3's order, and tensors of offsets and masks alone."""
+        problem = cls(*sizes_and_options)
+        numbers = {"offset": 2 * problem.points, "mask": problem.points}  # of a unit
+        for name, count in numbers.items():
+            for tensor in (name, f"grad_{name}"):
+                setattr(problem, tensor, UnitStrides(problem.groups * count, count))
+        return problem
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -67,7 +81,7 @@ class Host:
         n, height, width, channels = input.shape
         points = kernel[0] * kernel[1] - remove_center
         sizes = n, height, width, channels, *mask.shape[1:3], *kernel, *stride, *padding, *dilation
-        return Problem(*sizes, groups, channels // groups, points, offset_scale, remove_center, softmax)
+        return Problem.dense(*sizes, groups, channels // groups, points, offset_scale, remove_center, softmax)
 
     def call(self, function, input: Tensor, *arguments) -> None:
         message = function(str(input.dtype).removeprefix("torch.").encode(), *arguments).decode()
