@@ -151,11 +151,10 @@ INTERNIMAGE_INLINE void scatter_points(const Points<T>& s, int64_t t, int64_t po
 }
 
 // Dot products -> s.grad_offset() and s.grad_factor().
-template <typename T>
+template <typename T, bool kYFirst>
 INTERNIMAGE_NOINLINE void gradients_from_dots(const Problem& p, const Points<T>& s, int64_t total) {
   constexpr int N = kLanes<T>;
   using V = Vector<T, N>;
-  const bool y_first = p.y_first;
   const T scale = (T)p.offset_scale;
   for (int64_t t = 0; t < total; t += N) {
     V d00, d01, d10, d11;
@@ -165,7 +164,7 @@ INTERNIMAGE_NOINLINE void gradients_from_dots(const Problem& p, const Points<T>&
     const V upper = d00 + right * along_upper, lower = d10 + right * along_lower;
     const V along_y = lower - upper;
     const V grad_x = scaled * (along_upper + below * (along_lower - along_upper)), grad_y = scaled * along_y;
-    store_pairs<T, N>(s.grad_offset() + 2 * t, y_first ? grad_y : grad_x, y_first ? grad_x : grad_y);
+    store_pairs<T, N>(s.grad_offset() + 2 * t, kYFirst ? grad_y : grad_x, kYFirst ? grad_x : grad_y);
     store(s.grad_factor() + t, upper + below * along_y);
   }
 }
@@ -242,7 +241,10 @@ struct Backward {
   INTERNIMAGE_NOINLINE void write_points(const Points<T>& s, const Strip& strip, S* grad_offset, S* grad_mask,
                                          int64_t first_group, int64_t group_count) const {
     const int64_t units = strip.pixels * group_count;
-    gradients_from_dots(p, s, units * p.points);
+    if (p.y_first)
+      gradients_from_dots<T, true>(p, s, units * p.points);
+    else
+      gradients_from_dots<T, false>(p, s, units * p.points);
     const T* grad = s.grad_factor();
     if (p.softmax) {
       softmax_backward(s.factor, s.grad_factor(), s.softmax_scratch(), s.grad_logits(), units, p.points);

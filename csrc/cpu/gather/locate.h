@@ -29,14 +29,13 @@ INTERNIMAGE_INLINE void floor_and_integer(Vector<T, N> x, Vector<T, N>& floor,
 
 // Computes the location of each of the strip's points and the weights of its corners; returns the rows that they
 // sample. A point outside the image has weight 0 and samples the corner of the padding.
-template <typename T, bool kBackward>
-INTERNIMAGE_NOINLINE RowRange locate(const Problem& p, const Strip& strip, const Points<T>& s, int64_t total,
-                                     int64_t pitch) {
+template <typename T, bool kBackward, bool kYFirst>
+INTERNIMAGE_NOINLINE RowRange locate_ordered(const Problem& p, const Strip& strip, const Points<T>& s, int64_t total,
+                                             int64_t pitch) {
   constexpr int N = kLanes<T>;
   using V = Vector<T, N>;
   using Int = typename IntOf<T>::type;
   using I = Vector<Int, N>;
-  const bool y_first = p.y_first;
   const T scale = (T)p.offset_scale;
   const T shift_x = (T)(strip.x * p.stride_w), shift_y = (T)(strip.y * p.stride_h);
   const V width = broadcast<T, N>((T)p.width), height = broadcast<T, N>((T)p.height);
@@ -49,7 +48,7 @@ INTERNIMAGE_NOINLINE RowRange locate(const Problem& p, const Strip& strip, const
   for (int64_t t = 0; t < total; t += N) {
     V first, second;
     load_pairs<T, N>(s.offset + 2 * t, first, second);
-    const V dx = y_first ? second : first, dy = y_first ? first : second;
+    const V dx = kYFirst ? second : first, dy = kYFirst ? first : second;
     V x = (load<V>(s.center_x + t) + shift_x) + (load<V>(s.kernel_x + t) + dx) * scale;
     V y = (load<V>(s.center_y + t) + shift_y) + (load<V>(s.kernel_y + t) + dy) * scale;
     const I inside = (x > (T)-1) & (x < width) & (y > (T)-1) & (y < height);  // false for NaN
@@ -83,6 +82,13 @@ INTERNIMAGE_NOINLINE RowRange locate(const Problem& p, const Strip& strip, const
   }
   const int64_t begin = (int64_t)low, end = (int64_t)high + 2;
   return {begin < 0 ? 0 : begin, end > p.height ? p.height : end};
+}
+
+template <typename T, bool kBackward>
+INTERNIMAGE_INLINE RowRange locate(const Problem& p, const Strip& strip, const Points<T>& s, int64_t total,
+                                   int64_t pitch) {
+  return p.y_first ? locate_ordered<T, kBackward, true>(p, strip, s, total, pitch)
+                   : locate_ordered<T, kBackward, false>(p, strip, s, total, pitch);
 }
 
 }  // namespace INTERNIMAGE_ISA
