@@ -117,3 +117,54 @@ def check_arguments(
             raise ValueError(f"{name} must be true or false, got {repr(value)}")
     if switches.get("post_norm") and switches.get("res_post_norm"):
         raise ValueError("post_norm and res_post_norm exclude each other")
+
+
+def check_resnet(
+    block: Any,
+    layers: Any,
+    num_classes: Any,
+    in_chans: Any,
+    output_stride: Any,
+    global_pool: Any,
+    channels: Any,
+    cardinality: Any,
+    base_width: Any,
+    rates: Mapping[str, Any],
+    zero_init_last: Any,
+) -> None:
+    """Check arguments of `DCNResNet`, named as there; `rates` are those of dropout.
+
+    Raises:
+        ValueError: One is of another type, out of range, or does not fit another; the message names it.
+    """
+    if block not in ("basic", "bottleneck"):
+        raise ValueError(f"block must be 'basic' or 'bottleneck', got {repr(block)}")
+    _whole_numbers("layers", layers, 1, _MOST_BLOCKS)
+    _whole_numbers("channels", channels, 1, 8 * _MOST_CHANNELS)
+    if len(layers) != 4 or len(channels) != 4:
+        raise ValueError(f"layers and channels must name four stages, got {repr(layers)} and {repr(channels)}")
+    if sum(layers) > _MOST_BLOCKS:
+        raise ValueError(f"layers must be at most {_MOST_BLOCKS} blocks together, got {repr(layers)}")
+    check_num_classes(num_classes)
+    check_whole_number("in_chans", in_chans, 1, _MOST_IMAGE_CHANNELS)
+    if isinstance(output_stride, bool) or output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride must be 8, 16 or 32, got {repr(output_stride)}")
+    pools = ("avg", "max", "avgmax", "catavgmax", "")
+    if global_pool not in pools:
+        raise ValueError(f"global_pool must be one of {pools}, got {repr(global_pool)}")
+    if num_classes > 0 and not global_pool:
+        raise ValueError(f"global_pool='' gives a map, which has no classes: pass num_classes=0, not {num_classes}")
+    check_whole_number("cardinality", cardinality, 1, _MOST_CHANNELS)
+    check_whole_number("base_width", base_width, 1, _MOST_CHANNELS)
+    if block == "basic" and (cardinality, base_width) != (1, 64):
+        raise ValueError(
+            f"basic blocks have cardinality 1 and base_width 64, got {cardinality} and {base_width}; bottlenecks can "
+            f"have others"
+        )
+    if any(count * base_width < 64 for count in channels):
+        raise ValueError(f"base_width must leave each stage a channel, got {base_width} for channels {repr(channels)}")
+    for name, rate in rates.items():
+        if not is_number(rate) or not 0 <= rate <= 1:
+            raise ValueError(f"{name} must be a number from 0 to 1, got {repr(rate)}")
+    if not isinstance(zero_init_last, (bool, int)) or zero_init_last not in (0, 1):
+        raise ValueError(f"zero_init_last must be true or false, got {repr(zero_init_last)}")

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..weights.key_maps import KeyMap, Shape
 from ..weights.load import WeightsSource, load_pretrained
+from ..weights.readers import Entry
 
 _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
 
@@ -56,6 +57,15 @@ class FamilyModel(nn.Module):
         in_chans = self.key_map.in_chans(shapes)
         arguments = {} if in_chans is None else {"in_chans": in_chans}
         return {**arguments, "num_classes": self.key_map.num_classes(shapes)}
+
+    @torch.jit.ignore
+    def prepare(self, found: dict[str, Entry], origin: str) -> None:
+        """Replace tensors of a file by those that this model has in their place; see `load.Model`."""
+
+    @torch.jit.ignore
+    def advice(self, in_file: Mapping[str, Shape]) -> str:
+        """What to do about weights that do not fit; see `load.Model`."""
+        return ""
 
 
 @dataclass(frozen=True, eq=False)

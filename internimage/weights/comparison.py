@@ -175,12 +175,14 @@ class Comparison:
         ]
         return lines + [f"unexpected: {key} {entry.shape}" for key, entry in found.items() if key not in expected]
 
-    def hint(self) -> str:
-        """What to do about the most common differences."""
+    def hint(self, advice: str = "") -> str:
+        """What to do about the most common differences; `advice` is the model's own, empty without one."""
         in_file, expected, key_map = shapes(self.found), self.expected, self.key_map
         size, wanted_size = key_map.size(in_file), key_map.size(expected)
         if size and size != wanted_size:
             return f"\nThe file is of another size: {size}; the model has {wanted_size}"
+        if advice:
+            return f"\n{advice}"
         unexpected = set(in_file) - set(expected)
         for pattern, advice in key_map.advice.items():
             if any(re.search(pattern, key) for key in unexpected):

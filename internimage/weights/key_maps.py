@@ -16,6 +16,9 @@ _PREFIX = re.compile(r"(?:(?:module|_orig_mod|student|model|backbone)\.)*")
 # In a prefix: the model is a part of another, which has tensors beside it.
 _PART = re.compile(r"(?:backbone|student)\.")
 
+# What predicts the offsets of a deformable convolution, in all three spellings.
+_OFFSET = re.compile(r"(?:\.conv_offset|\.conv_offset_mask|\.conv\d_offset)\.weight$")
+
 
 @dataclass(frozen=True)
 class KeyMap:
@@ -109,6 +112,32 @@ class KeyMap:
         depths = Counter(stage for stage, _ in sorted(blocks))
         return f"channels={width[0]}, depths={tuple(depths.values())}"
 
+    def variant(self, shapes: Mapping[str, Shape]) -> str:
+        """What distinguishes architectures of one size, in words; empty if nothing does."""
+        return ""
+
+
+class ResNetKeyMap(KeyMap):
+    """The names of a ResNet's parameters, which a plain and a deformable one share."""
+
+    def is_in(self, keys: Iterable[str]) -> bool:
+        """Whether a file has a deformable ResNet; weights of a plain one are those of any other package."""
+        keys = set(keys)
+        return super().is_in(keys) and any(_OFFSET.search(key) for key in keys)
+
+    def size(self, shapes: Mapping[str, Shape]) -> str | None:
+        """Kind of the blocks, channels and depths in words; None if names and shapes do not show them."""
+        size = super().size(shapes)
+        kind = "bottleneck" if f"{self.width.removesuffix('conv1.weight')}conv3.weight" in shapes else "basic"
+        return None if size is None else f"{kind} blocks, {size}"
+
+    def variant(self, shapes: Mapping[str, Shape]) -> str:
+        """The version of deformable convolution; "plain" without offsets."""
+        offsets = [shape[0] for key, shape in shapes.items() if _OFFSET.search(key) and shape]
+        if not offsets:
+            return "plain"
+        return "DCNv2" if all(channels % 27 == 0 for channels in offsets) else "DCNv1"  # 3 numbers for each of 9 points
+
 
 INTERNIMAGE = KeyMap(
     family="InternImage",
@@ -122,4 +151,15 @@ INTERNIMAGE = KeyMap(
     advice={
         r"\.gamma1$": "The file has a layer scale (as the detectors' tiny has): create the model with layer_scale=1.0"
     },
+)
+
+DCN_RESNET = ResNetKeyMap(
+    family="ResNet",
+    first_conv="conv1",
+    anchors=("conv1.weight", "layer1.0.conv1.weight"),
+    classifier="fc",
+    head=("fc",),
+    width="layer1.0.conv1.weight",
+    block=r"layer(\d+)\.(\d+)\.",
+    renamings=((r"\.(conv\d)_offset\.", r".\1.conv_offset."),),  # mmcv before version 2 of its state dicts
 )

@@ -10,6 +10,9 @@ The names come from the model's `KeyMap`. For InternImage:
 | mmdetection, mmsegmentation | `backbone.` + ours, without the classifier's head |
 | ours | ours |
 
+A deformable ResNet has timm's keys, with `conv_offset` of mmcv below the deformable convolutions; the weights of a plain
+ResNet become its own (`Model.prepare`).
+
 All keys, and the kind, shape and dtype of every tensor, are compared, and all files are read, before any parameter is
 written.
 """
@@ -56,6 +59,12 @@ class Model(Protocol):
 
     def materialize(self, children: set[str], device: torch.device | str) -> None:
         """Give direct children on the meta device memory on `device` and initial values."""
+
+    def prepare(self, found: dict[str, Entry], origin: str) -> None:
+        """Replace tensors of a file, under the model's names, by those that the model has in their place."""
+
+    def advice(self, in_file: Mapping[str, Shape]) -> str:
+        """What to do about weights of these shapes, which do not fit; empty if the model does not know."""
 
 
 def shapes_of(weights: Weights, key_map: KeyMap) -> dict[str, Shape]:
@@ -196,6 +205,7 @@ def match(
     found, beside = find_model(weights, model.key_map)
     if beside:
         _logger.info("%s: ignored %d tensors beside the backbone (%s, ...)", weights.origin, len(beside), beside[0])
+    model.prepare(found, weights.origin)
     target = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in target.items()}
     sides = Comparison(model.key_map, model.num_classes, weights.origin, found, expected)
@@ -217,6 +227,6 @@ def match(
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise CheckpointError(
             f"{weights.origin} does not fit the model; nothing was loaded. {len(differences)} differences:\n"
-            f"{listed}{more}{sides.hint()}"
+            f"{listed}{more}{sides.hint(model.advice(shapes(found)))}"
         )
     return {key: found[key] for key in target if key in found}

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: MIT
+"""Deformable convolution v1 and v2 as layers that predict their own offsets, with the state-dict keys of mmcv's packs.
+
+Papers: "Deformable Convolutional Networks", ICCV 2017, https://arxiv.org/abs/1703.06211 (v1), and "Deformable ConvNets
+v2: More Deformable, Better Results", CVPR 2019, https://arxiv.org/abs/1811.11168 (v2).
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision.ops  # noqa: F401  (defines torch.ops.torchvision.deform_conv2d)
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..ops.arguments import as_pair
+from ..ops.sampling import Pair, accumulate_dtype
+from .factory import FactoryKwargs
+
+__all__ = ["DeformConv", "DeformConv2d", "ModulatedDeformConv2d", "accept_old_keys", "offset_layouts"]
+
+
+def _count(value: int, name: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return number
+
+
+def _check_divides(divisor: int, name: str, channels: int, of: str) -> None:
+    if channels % divisor:
+        raise ValueError(f"{name} must divide {of}, {channels}, got {divisor}")
+
+
+class _OffsetConv(nn.Module):
+    """The convolution that predicts offsets and mask logits. Its parameters are zero at the start.
+
+    Not an `nn.Conv2d`: the `init_weights` of timm's ResNets, and many another recipe, gives every one of those random
+    weights, and the offsets would no longer begin on the regular grid.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
+        device: torch.device | str | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros: a regular grid, and masks of 0.5."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, *kernel = self.weight.shape
+        return f"{in_channels}, {out_channels}, kernel_size={tuple(kernel)}, stride={self.stride}"
+
+
+class DeformConv(nn.Module):
+    """What `DeformConv2d` and `ModulatedDeformConv2d` have in common; create one of these."""
+
+    modulated: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        modulated: bool,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        offset_groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: FactoryKwargs = {"device": device, "dtype": dtype}
+        self.modulated = modulated
+        self.in_channels, self.out_channels = _count(in_channels, "in_channels"), _count(out_channels, "out_channels")
+        self.kernel_size: Pair = as_pair(kernel_size, "kernel_size", 1)
+        self.stride: Pair = as_pair(stride, "stride", 1)
+        self.padding: Pair = as_pair(padding, "padding", 0)
+        self.dilation: Pair = as_pair(dilation, "dilation", 1)
+        self.groups, self.offset_groups = _count(groups, "groups"), _count(offset_groups, "offset_groups")
+        _check_divides(self.groups, "groups", self.in_channels, "in_channels")
+        _check_divides(self.groups, "groups", self.out_channels, "out_channels")
+        _check_divides(self.offset_groups, "offset_groups", self.in_channels, "in_channels")
+        self.weight = nn.Parameter(
+            torch.empty(self.out_channels, self.in_channels // self.groups, *self.kernel_size, **dd)
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_channels, **dd))
+        else:
+            self.register_parameter("bias", None)
+        channels = (3 if modulated else 2) * self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = _OffsetConv(
+            self.in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation, **dd
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize weight and bias as mmcv does, and what predicts offsets and mask to zero."""
+        if self.modulated:
+            bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
+            nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.conv_offset.reset_parameters()
+
+    def _predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets (N, 2 * offset_groups * P, Ho, Wo), and the mask (N, offset_groups * P, Ho, Wo): ones for v1."""
+        predicted = self.conv_offset(input)
+        points = self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
+        if self.modulated:
+            return predicted[:, : 2 * points], predicted[:, 2 * points :].sigmoid()
+        return predicted, torch.ones_like(predicted[:, :points])
+
+    def _convolve(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Call the operator without the checks of `ops.deform_conv2d`: the shapes are right by construction, and the
+        call is visible to TorchScript, FX and export."""
+        bias = self.bias
+        if bias is None:
+            bias = self.weight.new_zeros(self.out_channels)
+        return torch.ops.torchvision.deform_conv2d(
+            input,
+            self.weight,
+            offset,
+            mask,
+            bias,
+            self.stride[0],
+            self.stride[1],
+            self.padding[0],
+            self.padding[1],
+            self.dilation[0],
+            self.dilation[1],
+            self.groups,
+            self.offset_groups,
+            self.modulated,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        offset, mask = self._predict(input)
+        return self._convolve(input, offset, mask)
+
+    # ---- see `SamplingLayer`
+
+    @torch.jit.ignore
+    def sampling(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sampling locations and weights for the input x, for analysis and visualization.
+
+        Args:
+            x: (N, in_channels, H, W).
+
+        Returns:
+            Locations (N, Ho, Wo, offset_groups, P, 2) as (x, y) in pixels of the layer's input, the points of the
+            kernel row by row; and weights (N, Ho, Wo, offset_groups, P): the mask, or ones for v1.
+        """
+        offset, mask = self._predict(x)
+        (n, _, height, width), (kh, kw) = offset.shape, self.kernel_size
+        groups = self.offset_groups
+        dtype = accumulate_dtype(offset.dtype)
+        offset = offset.to(dtype).view(n, groups, kh, kw, 2, height, width).permute(0, 5, 6, 1, 2, 3, 4)
+        y = torch.arange(height, dtype=dtype, device=x.device) * self.stride[0] - self.padding[0]
+        y = y.view(height, 1, 1, 1, 1) + (torch.arange(kh, dtype=dtype, device=x.device) * self.dilation[0]).view(kh, 1)
+        left = torch.arange(width, dtype=dtype, device=x.device) * self.stride[1] - self.padding[1]
+        column = left.view(width, 1, 1, 1) + torch.arange(kw, dtype=dtype, device=x.device) * self.dilation[1]
+        location = torch.stack([column + offset[..., 1], y + offset[..., 0]], dim=-1)
+        weight = mask.view(n, groups, kh * kw, height, width).permute(0, 3, 4, 1, 2)
+        return location.flatten(4, 5), weight
+
+    @torch.jit.ignore
+    def input_size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of an input; see `SamplingLayer`."""
+        return x.shape[2], x.shape[3]
+
+    @torch.jit.ignore
+    def offset_parameters(self) -> list[nn.Parameter]:
+        """The parameters that predict offsets and mask, which DCNv2 trains at a tenth of the learning rate."""
+        return list(self.conv_offset.parameters())
+
+    # ---- state dicts
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        self.adapt_keys(state_dict, prefix)
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is None and isinstance(bias, Tensor) and not bias.is_meta and not bias.any():
+            del state_dict[f"{prefix}bias"]  # another implementation always has one, and zeros it for no_bias
+        weight = state_dict.get(f"{prefix}conv_offset.weight")
+        if isinstance(weight, Tensor):
+            self._check_offsets(tuple(weight.shape), f"{prefix}conv_offset.weight")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+    @torch.jit.ignore
+    def adapt_keys(self, tensors: dict[str, Any], prefix: str) -> None:
+        """Rename the layer's tensors of another spelling, `conv_offset_mask`, in place.
+
+        Raises:
+            CheckpointError: The layer is dilated: what has this spelling predicts offsets without dilation.
+        """
+        for kind in ("weight", "bias"):
+            old, new = f"{prefix}conv_offset_mask.{kind}", f"{prefix}conv_offset.{kind}"
+            if old not in tensors or new in tensors:
+                continue
+            if self.dilation != (1, 1):
+                raise CheckpointError(
+                    f"'{old}' cannot be loaded: the implementation with this key predicts offsets without dilation, "
+                    f"and this layer has dilation {self.dilation}"
+                )
+            tensors[new] = tensors.pop(old)
+
+    def _check_offsets(self, shape: tuple[int, ...], key: str) -> None:
+        """Raise CheckpointError for offsets of the other version, or of another number of groups."""
+        own = tuple(self.conv_offset.weight.shape)
+        if shape[1:] != own[1:] or shape[0] == own[0]:
+            return  # anything else is an error of torch's
+        layouts = offset_layouts(shape[0], self.in_channels, self.kernel_size)
+        if not layouts:
+            return
+        modulated, groups = next((layout for layout in layouts if layout[0] == self.modulated), layouts[0])
+        instead = f"{(ModulatedDeformConv2d if modulated else DeformConv2d).__name__}(..., offset_groups={groups})"
+        raise CheckpointError(
+            f"'{key}' has {shape[0]} channels, as in {instead}; {type(self).__name__} with offset_groups="
+            f"{self.offset_groups} has {own[0]}"
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"offset_groups={self.offset_groups}"
+        )
+
+
+class DeformConv2d(DeformConv):
+    """Deformable convolution (v1) that predicts its offsets.
+
+    ::
+
+        dp = conv_offset(x)
+        y(p) = sum_k w_k x(p + p_k + dp_k)
+
+    with p_k the points of the kernel, row by row, and x interpolated bilinearly, zero outside. `conv_offset` is a
+    convolution with the kernel, stride, padding and dilation of the layer, zero at the start: then the layer is the
+    plain convolution with the same weight.
+
+    State-dict keys are those of mmcv's `DeformConv2dPack`. See `accept_old_keys` for an older spelling.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: As for `nn.Conv2d`, with
+            numbers as padding.
+        offset_groups: Groups of input channels with offsets of their own; divides `in_channels`.
+        device, dtype: Of the parameters.
+
+    Shapes:
+        (N, in_channels, H, W) -> (N, out_channels, Ho, Wo), as of a convolution.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range or does not fit another; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        offset_groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            False, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, offset_groups,
+            device, dtype,
+        )  # fmt: skip
+
+
+class ModulatedDeformConv2d(DeformConv):
+    """Modulated deformable convolution (v2) that predicts its offsets and its mask.
+
+    ::
+
+        dp, logits = conv_offset(x)
+        y(p) = sum_k w_k x(p + p_k + dp_k) sigmoid(logits_k)
+
+    Of the channels of `conv_offset` the first two thirds are the offsets and the last third the logits. All are zero at
+    the start: then the layer is **half** the plain convolution with the same weight. State-dict keys are those of
+    mmcv's `ModulatedDeformConv2dPack`; `conv_offset_mask`, as another implementation calls it, is loaded too.
+
+    Arguments, shapes and errors are those of `DeformConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        offset_groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            True, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, offset_groups,
+            device, dtype,
+        )  # fmt: skip
+
+
+def offset_layouts(channels: int, in_channels: int, kernel_size: Sequence[int]) -> list[tuple[bool, int]]:
+    """What a `conv_offset` with this many output channels can be: (modulated, offset_groups) pairs.
+
+    One at most, except where 3 divides `in_channels`: then 6 channels a point may be three groups of v1 or two of v2.
+    """
+    found = []
+    for modulated, each in ((True, 3), (False, 2)):
+        groups, rest = divmod(channels, each * kernel_size[0] * kernel_size[1])
+        if groups and not rest and in_channels % groups == 0:
+            found.append((modulated, groups))
+    return found
+
+
+def accept_old_keys(model: nn.Module) -> None:
+    """Let a model's `load_state_dict` take the keys of old mmcv: `NAME_offset.weight` beside `NAME.weight`.
+
+    For the layers that the model has now. A layer cannot do this itself: torch shows it only the keys below its name.
+    """
+    for module in model.modules():
+        if any(isinstance(child, DeformConv) for child in module.children()):
+            module.register_load_state_dict_pre_hook(_rename_beside)
+
+
+def _rename_beside(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
+    for name, child in module.named_children():
+        for kind in ("weight", "bias") if isinstance(child, DeformConv) else ():
+            old, new = f"{prefix}{name}_offset.{kind}", f"{prefix}{name}.conv_offset.{kind}"
+            if old in state_dict and new not in state_dict:
+                state_dict[new] = state_dict.pop(old)
