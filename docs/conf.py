@@ -37,6 +37,7 @@ myst_heading_anchors = 3  # links such as training.md#many-gpus
 # tables that are made from the code, so that they cannot differ from it; {{ name }} on a page shows one
 myst_substitutions = {
     "models": tables.models(),
+    "deformable_models": tables.deformable_models(),
     "recipes": tables.recipes(),
     "recipe_settings": tables.recipe_settings(),
     "recipe_files": tables.recipe_files(),

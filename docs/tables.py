@@ -9,7 +9,7 @@ import timm
 import yaml
 
 from internimage.cli import parser
-from internimage.models.families import known_models
+from internimage.models.families import family_of, known_models
 from internimage.weights.released import PUBLISHED
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -31,14 +31,14 @@ def _count(number: float) -> str:
     return str(number)
 
 
-def model_names() -> list[str]:
-    """Every name with its tag: the smallest architecture first, and of each the tag that its name alone stands for."""
+def model_names(family: str) -> list[str]:
+    """Every name of a family with its tag: the smallest architecture first, and of each its default tag."""
 
     def key(name: str) -> tuple[int, bool, str]:
         architecture, _, tag = name.partition(".")
         return _parameters(architecture), tag != timm.get_pretrained_cfg(architecture).tag, name
 
-    return sorted((name for name in known_models() if "." in name), key=key)
+    return sorted((name for name in known_models() if "." in name and family_of(name).name == family), key=key)
 
 
 def _parameters(name: str) -> int:
@@ -46,9 +46,9 @@ def _parameters(name: str) -> int:
 
 
 def models() -> str:
-    """Every model: counted parameters, and what was published about its weights."""
+    """Every InternImage: counted parameters, and what was published about its weights."""
     rows = []
-    for name in model_names():
+    for name in model_names("InternImage"):
         config, released = timm.get_pretrained_cfg(name), PUBLISHED.get(name)
         repository = released.hub_id if released else None
         rows.append(
@@ -63,6 +63,25 @@ def models() -> str:
             ]
         )
     return _table("name | parameters: | classes: | image size: | GMACs: | top-1, %: | weights", rows)
+
+
+def deformable_models() -> str:
+    """Every deformable ResNet: where it is deformable, and the weights of the plain ResNet that it starts from."""
+    rows = []
+    for name in model_names("deformable ResNet"):
+        config = timm.get_pretrained_cfg(name)
+        arguments = timm.create_model(name, device="meta").own_arguments()
+        rows.append(
+            [
+                f"`{name}`",
+                _count(_parameters(name)),
+                ", ".join(map(str, arguments["stages"])),
+                str(arguments["offset_groups"]),
+                f"[{config.hf_hub_id}](https://huggingface.co/{config.hf_hub_id})",
+                config.license,
+            ]
+        )
+    return _table("name | parameters: | stages: | offset groups: | starts from | license of these weights", rows)
 
 
 def _recipe_paths() -> list[Path]:

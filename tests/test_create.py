@@ -225,7 +225,7 @@ def test_checkpoint_of_another_model_that_cannot_be_used(ours, resnet, tmp_path,
     path = tmp_path / "w.pth"
     shutil.copy(ours / "model.safetensors", tmp_path / "w.safetensors")
     err = message(tmp_path / "w.safetensors")
-    assert "does not fit 'resnet10t'; nothing was loaded; it holds an InternImage" in err
+    assert "does not fit 'resnet10t'; nothing was loaded; it holds weights of InternImage" in err
     torch.save({**state_dict, "x": Harmless()}, path)
     assert "Harmless" in message(path)
     (tmp_path / "damaged.pth").write_bytes(path.read_bytes()[:3000])

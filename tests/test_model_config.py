@@ -304,7 +304,7 @@ def test_folder_of_another_architecture_is_neither_converted_nor_pushed(tmp_path
         assert err.count("\n") == 1
     torch.save(timm.create_model("internimage_atto", **SMALL).state_dict(), tmp_path / "w.pth")
     assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "out"), "--model", "resnet18"]) == 2
-    assert "only InternImage can be converted" in capsys.readouterr().err
+    assert "only InternImage and deformable ResNet can be converted" in capsys.readouterr().err
 
 
 # ---- every value everywhere

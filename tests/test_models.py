@@ -586,8 +586,9 @@ def test_arguments_that_no_key_shows(name, post_norm, layer_scale, offset_scale,
 
 
 def test_list_models():
-    assert sorted(internimage.list_models()) == sorted(ARCHITECTURES)
-    assert set(internimage.list_models(pretrained=True)) == {
+    ours = [name for name in internimage.list_models() if not name.startswith("dcnv")]  # see test_dcn_resnet.py
+    assert sorted(ours) == sorted(ARCHITECTURES)
+    assert {name for name in internimage.list_models(pretrained=True) if not name.startswith("dcnv")} == {
         name for name, published in PUBLISHED.items() if published.hub_id
     }
     assert set(timm.list_models("internimage_*")) == set(ARCHITECTURES)

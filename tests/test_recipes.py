@@ -10,7 +10,6 @@ import timm
 import internimage
 from internimage.config import load_config
 from internimage.tasks.classification.config import FinetuneConfig
-from internimage.weights.released import PUBLISHED
 
 ROOT = Path(internimage.__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -32,7 +31,7 @@ def test_recipe_loads_and_names_a_model_that_is_there(recipe):
     config = load_config(FinetuneConfig, recipe, ["data=data", "output=out"])
     assert timm.is_model(config.model)
     if config.pretrained:
-        assert config.model in PUBLISHED
+        assert config.model in internimage.list_models(pretrained=True)
         model = timm.create_model(config.model, device="meta")
         assert not config.head_from_22k or model.num_classes == 21841
     for processes in (1, 2, 4, 8):

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dtypes import FLOATING, is_weights, name_of
 from ..errors import CheckpointError, UserError, is_disk_full, one_line
 from ..files import write_text
-from ..models.families import FamilyModel, families
+from ..models.families import FamilyModel, families, list_models
 from ..models.model_config import find_model_config
 from ..models.timm_folder import write_config
 from ..values import shown
@@ -94,7 +94,7 @@ def convert(
         raise ConvertError(f"head must be '{HEAD_22K_TO_1K}' or None, got '{head}'")
     check_source(Path(source).expanduser(), destination)
     check_destination(destination, overwrite)
-    found_source = find_source(str(source), cache_dir)
+    found_source = find_source(str(source), cache_dir, list_models(pretrained=True))
     check_source(found_source.path, destination)
     reduce_head = head == HEAD_22K_TO_1K
     weights = open_weights(found_source.path, use_ema)
@@ -121,6 +121,7 @@ def convert(
         name,
         source=found_source.name,
         published=published,
+        started_from=None if own or published or found_source.model is None else built.pretrained_cfg["hf_hub_id"],
         parameters=result.parameters,
         dtypes=result.dtypes,
         head_from_22k=reduce_head,

@@ -84,7 +84,7 @@ def _family_of(weights: Weights) -> tuple[Family, dict[str, Shape]]:
 def _build(name: str, family: Family, **kwargs: Any) -> FamilyModel:
     model = timm.create_model(name, **kwargs)
     if not isinstance(model, family.model):
-        raise ConvertError(f"'{name}' is a {type(model).__name__}; the weights are of an {family.name}")
+        raise ConvertError(f"'{name}' is a {type(model).__name__}; the weights are those of {family.name}")
     return model
 
 
@@ -106,24 +106,30 @@ def _described(source: Path) -> tuple[Path, ModelConfig] | None:
 
 
 def _guess(family: Family, shapes: dict[str, Shape], path: Path) -> str:
-    """The released model with these channels, depths and classes; without a tag if the number of classes differs."""
+    """The released model with these channels, depths and classes; without a tag if the number of classes differs.
+
+    Of a family without released weights, the architecture.
+    """
     size, classes = family.key_map.size(shapes), family.key_map.num_classes(shapes)
+    variant = family.key_map.variant(shapes)
     tagged = [name for name in PUBLISHED if family_of(name) is family]
-    names = list(dict.fromkeys(name.partition(".")[0] for name in tagged))
-    fitting = [name for name in names if size is not None and _size_by_name(name, family) == size]
+    names = list(dict.fromkeys(name.partition(".")[0] for name in tagged or family.architectures))
+    fitting = [name for name in names if size is not None and _size_by_name(name, family) == (size, variant)]
     for name in tagged:
         cfg = timm.get_pretrained_cfg(name)
         if name.partition(".")[0] in fitting and cfg is not None and cfg.num_classes == classes:
             return name
     if not fitting:
         raise ConvertError(
-            f"'{path}' is of no released size ({size or 'no stem in it'}): name the model that it belongs to, such as "
-            f"--model internimage_atto, and what differs from it, such as --model-kwargs channels=8"
+            f"'{path}' is of no released size ({f'{variant} {size}'.strip() if size else 'no stem in it'}): name the "
+            f"model that it belongs to, such as --model {family.architectures[0]}, and what differs from it, such as "
+            f"--model-kwargs {family.example}"
         )
     return fitting[0]
 
 
 @cache
-def _size_by_name(name: str, family: Family) -> str | None:
+def _size_by_name(name: str, family: Family) -> tuple[str | None, str]:
     state_dict = _build(name, family, device="meta").state_dict()
-    return family.key_map.size({key: tuple(value.shape) for key, value in state_dict.items()})
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
+    return family.key_map.size(shapes), family.key_map.variant(shapes)

@@ -3,18 +3,10 @@
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..models.families import FamilyModel
+from ..models.families import FamilyModel, family_of
 from ..weights.released import HUB_PTH_REPO, Published
 
 _UPSTREAM = "https://github.com/OpenGVLab/InternImage"
-_CITATION = """\
-@inproceedings{wang2023internimage,
-  title={InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions},
-  author={Wang, Wenhai and Dai, Jifeng and Chen, Zhe and Huang, Zhenhang and Li, Zhiqi and Zhu, Xizhou and Hu, Xiaowei
-    and Lu, Tong and Lu, Lewei and Li, Hongsheng and Wang, Xiaogang and Qiao, Yu},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year={2023}
-}"""
 
 
 def _cost(published: Published | None) -> str:
@@ -28,6 +20,7 @@ def model_card(
     name: str,
     source: str,
     published: Published | None = None,
+    started_from: str | None = None,
     parameters: int = 0,
     dtypes: list[str] | None = None,
     head_from_22k: bool = False,
@@ -41,6 +34,8 @@ def model_card(
         source: Where the weights came from.
         published: What upstream published about them; None for other weights, for which the card states no license,
             data or accuracy.
+        started_from: Repository of the weights of a plain ResNet that these are, with offsets of zero; the model's
+            `pretrained_cfg` has their license.
         parameters: Their number.
         dtypes: Of the tensors.
         head_from_22k: The classifier has ImageNet-1k's rows of an ImageNet-22k one.
@@ -86,12 +81,20 @@ def model_card(
                 )
             ]
             facts.append(f"- ImageNet-1k top-1, as published and not measured again: {published.top1} %")
+    family = family_of(name)
+    kind, citation = ("InternImage", "") if family is None else (family.name, family.citation)
+    if started_from is not None:
+        data.base_model = started_from
+        data.license = model.pretrained_cfg.get("license")
     if head_from_22k:
         facts.append("- The classifier has the rows of an ImageNet-22k one that are ImageNet-1k's classes")
     about = (
         f"Weights of InternImage by OpenGVLab ({_UPSTREAM}, MIT license), in timm's format."
         if published is not None
-        else "InternImage weights in timm's format. Their license, data and accuracy were not known when they were "
+        else f"The weights of `{started_from}` in a {kind}, in timm's format. Its offsets are zero: untrained, it "
+        "computes what that model does."
+        if started_from is not None
+        else f"{kind} weights in timm's format. Their license, data and accuracy were not known when they were "
         "converted: state them here."
     )
     use = (
@@ -113,6 +116,7 @@ model = AutoModelForImageClassification.from_pretrained("OWNER/NAME")
 """
     )
     facts_text = "\n".join(facts)
+    cite = f"\n## Citation\n\n```bibtex\n{citation}\n```\n" if citation else ""
     return f"""---
 {data.to_yaml()}
 ---
@@ -133,10 +137,4 @@ import timm
 
 {use}
 ```
-{transformers}
-## Citation
-
-```bibtex
-{_CITATION}
-```
-"""
+{transformers}{cite}"""

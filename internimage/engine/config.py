@@ -72,7 +72,9 @@ class RunConfig:
         Number(above=0, at_most=1), None, "learning rate factor from each layer to the one below it"
     )
     offset_lr_factor: float = setting(
-        Number(at_least=0), 1.0, "learning rate factor of DCNv3's offset projections and center feature scales"
+        Number(at_least=0),
+        1.0,
+        "learning rate factor of what predicts offsets; of DCNv3's center feature scales and DCNv2's masks too",
     )
     clip_grad: float | None = setting(
         Number(above=0), 5.0, "largest norm of the gradient; null does not clip", optional=True

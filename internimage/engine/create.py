@@ -84,8 +84,8 @@ def create_model(
                 checkpoint, CONFIG,
             )  # fmt: skip
     family = family_of(architecture)
-    if family is None and kwargs.get("head_from_22k"):
-        ours = " and ".join(one.name for one in families())
+    if kwargs.get("head_from_22k") and (family is None or "head_from_22k" not in family.options):
+        ours = " and ".join(one.name for one in families() if "head_from_22k" in one.options)
         raise ModelError(f"'head_from_22k' is for {ours} models, which '{name}' is not")
     _check_img_size(img_size)
     try:
@@ -216,7 +216,7 @@ def _create_foreign(
             raise
         detail = one_line(RuntimeError(str(error).partition("\n")[2]))
         held = next((family.name for family in families() if family.key_map.is_in(opened)), None)
-        hint = f"; it holds an {held}" if held is not None else ""
+        hint = f"; it holds weights of {held}" if held is not None else ""
         raise CheckpointError(f"'{weights}' does not fit '{name}'; nothing was loaded{hint}: {detail}") from error
     pretrained_cfg(model).pop("state_dict", None)
     if asked is not None and asked != in_file:

@@ -119,6 +119,16 @@ def check_arguments(
         raise ValueError("post_norm and res_post_norm exclude each other")
 
 
+def check_head(num_classes: Any, global_pool: Any) -> None:
+    """Check the classes and the pooling of `DCNResNet`; raises ValueError."""
+    check_num_classes(num_classes)
+    pools = ("avg", "max", "avgmax", "catavgmax", "")
+    if global_pool not in pools:
+        raise ValueError(f"global_pool must be one of {pools}, got {repr(global_pool)}")
+    if num_classes > 0 and not global_pool:
+        raise ValueError(f"global_pool='' gives a map, which has no classes: pass num_classes=0, not {num_classes}")
+
+
 def check_resnet(
     block: Any,
     layers: Any,
@@ -145,15 +155,10 @@ def check_resnet(
         raise ValueError(f"layers and channels must name four stages, got {repr(layers)} and {repr(channels)}")
     if sum(layers) > _MOST_BLOCKS:
         raise ValueError(f"layers must be at most {_MOST_BLOCKS} blocks together, got {repr(layers)}")
-    check_num_classes(num_classes)
+    check_head(num_classes, global_pool)
     check_whole_number("in_chans", in_chans, 1, _MOST_IMAGE_CHANNELS)
     if isinstance(output_stride, bool) or output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride must be 8, 16 or 32, got {repr(output_stride)}")
-    pools = ("avg", "max", "avgmax", "catavgmax", "")
-    if global_pool not in pools:
-        raise ValueError(f"global_pool must be one of {pools}, got {repr(global_pool)}")
-    if num_classes > 0 and not global_pool:
-        raise ValueError(f"global_pool='' gives a map, which has no classes: pass num_classes=0, not {num_classes}")
     check_whole_number("cardinality", cardinality, 1, _MOST_CHANNELS)
     check_whole_number("base_width", base_width, 1, _MOST_CHANNELS)
     if block == "basic" and (cardinality, base_width) != (1, 64):

@@ -2,8 +2,8 @@
 """ResNets with deformable convolutions, registered with timm: DCNv1 and DCNv2.
 
 Papers: "Deformable Convolutional Networks", ICCV 2017, https://arxiv.org/abs/1703.06211, and "Deformable ConvNets v2:
-More Deformable, Better Results", CVPR 2019, https://arxiv.org/abs/1811.11168. State-dict keys are timm's, and mmcv's for
-the deformable convolutions, which together are those of mmdetection's backbones.
+More Deformable, Better Results", CVPR 2019, https://arxiv.org/abs/1811.11168. State-dict keys are timm's, and those of
+mmcv for the deformable convolutions, as in mmdetection's backbones.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..layers.deform_conv import DeformConv, offset_layouts
 from ..weights.key_maps import DCN_RESNET, KeyMap, Shape
 from ..weights.readers import Entry
-from .arguments import check_num_classes, check_resnet
+from .arguments import check_head, check_resnet
 from .builder import build_model
 from .deformable import check_deformation, deform_convolutions
 from .families import FamilyModel, register_family
@@ -154,15 +154,16 @@ class DCNResNet(ResNet, FamilyModel):
 
         Args:
             num_classes: Classes of the new classifier; 0 for none.
-            global_pool: As for the constructor; None keeps the pooling.
+            global_pool: As for the constructor. None keeps the pooling, except that a classifier after an unpooled map
+                gets "avg".
 
         Raises:
-            ValueError: `num_classes` is no number of classes, or the pooling is none and there are to be classes.
+            ValueError: As the constructor.
         """
-        check_num_classes(num_classes)
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        if num_classes > 0 and not pool:
-            raise ValueError(f"global_pool='' gives a map, which has no classes: pass num_classes=0, not {num_classes}")
+        if global_pool is None:
+            kept = str(self.global_pool.pool_type)
+            global_pool = kept if kept or num_classes == 0 else "avg"
+        check_head(num_classes, global_pool)
         super().reset_classifier(num_classes, global_pool)
 
     # ---- weights
@@ -232,7 +233,10 @@ class DCNResNet(ResNet, FamilyModel):
         if not wrong:
             return ""
         arguments = ", ".join(f"{key}={value}" for key, value in wrong.items())
-        return f"The file has other deformable convolutions: create the model with {arguments}"
+        return (
+            f"The file has other deformable convolutions: create the model with {arguments}, as `internimage convert` "
+            f"without --model does"
+        )
 
 
 def _zeros(shape: Shape, dtype: torch.dtype) -> Entry:
@@ -248,7 +252,23 @@ def _doubled(weight: Entry) -> Entry:
 
 # ---- registered models
 
-FAMILY = register_family("deformable ResNet", DCNResNet)
+_CITATION = """\
+@inproceedings{dai2017deformable,
+  title={Deformable Convolutional Networks},
+  author={Dai, Jifeng and Qi, Haozhi and Xiong, Yuwen and Li, Yi and Zhang, Guodong and Hu, Han and Wei, Yichen},
+  booktitle={Proceedings of the IEEE International Conference on Computer Vision (ICCV)},
+  year={2017}
+}
+@inproceedings{zhu2019deformable,
+  title={Deformable ConvNets v2: More Deformable, Better Results},
+  author={Zhu, Xizhou and Hu, Han and Lin, Stephen and Dai, Jifeng},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year={2019}
+}"""
+
+FAMILY = register_family(
+    "deformable ResNet", DCNResNet, options=("use_ema",), citation=_CITATION, example="offset_groups=4"
+)
 
 _PAPER_V1 = dict(paper_name="Deformable Convolutional Networks", paper_ids="arXiv:1703.06211")
 _PAPER_V2 = dict(

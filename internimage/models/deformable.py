@@ -83,7 +83,7 @@ def _convolutions(model: ResNet, name: str, stage: int) -> list[tuple[nn.Module,
     layer = getattr(model, f"layer{stage}")
     if any(isinstance(module, DeformConv) for module in layer.modules()):
         raise DeformError(f"stage {stage} of '{name}' is deformable already")
-    found = []
+    found: list[tuple[nn.Module, str, nn.Module]] = []
     for key, block in layer.named_children():
         if not isinstance(block, (BasicBlock, Bottleneck)):
             raise DeformError(

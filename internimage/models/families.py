@@ -76,12 +76,16 @@ class Family:
         name: In messages, such as "InternImage".
         model: The class.
         options: Arguments of the functions that build the models, besides those of the class.
+        citation: BibTeX of the papers; empty for none.
+        example: An argument in which a model may differ from its name, as on the command line.
         architectures: Names of the models, without tags.
     """
 
     name: str
     model: type[FamilyModel]
     options: tuple[str, ...] = ("head_from_22k", "use_ema")
+    citation: str = ""
+    example: str = "channels=8"
     architectures: list[str] = field(default_factory=list)
 
     @property

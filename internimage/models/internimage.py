@@ -13,7 +13,16 @@ from .builder import build_model
 from .classifier import InternImage
 from .families import register_family
 
-FAMILY = register_family("InternImage", InternImage)
+_CITATION = """\
+@inproceedings{wang2023internimage,
+  title={InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions},
+  author={Wang, Wenhai and Dai, Jifeng and Chen, Zhe and Huang, Zhenhang and Li, Zhiqi and Zhu, Xizhou and Hu, Xiaowei
+    and Lu, Tong and Lu, Lewei and Li, Hongsheng and Wang, Xiaogang and Qiao, Yu},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year={2023}
+}"""
+
+FAMILY = register_family("InternImage", InternImage, citation=_CITATION)
 
 
 def _create_internimage(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -10,8 +10,8 @@ The names come from the model's `KeyMap`. For InternImage:
 | mmdetection, mmsegmentation | `backbone.` + ours, without the classifier's head |
 | ours | ours |
 
-A deformable ResNet has timm's keys, with `conv_offset` of mmcv below the deformable convolutions; the weights of a plain
-ResNet become its own (`Model.prepare`).
+A deformable ResNet has timm's keys, with mmcv's `conv_offset` below the deformable convolutions; the weights of a
+plain ResNet become its own (`Model.prepare`).
 
 All keys, and the kind, shape and dtype of every tensor, are compared, and all files are read, before any parameter is
 written.

@@ -4,7 +4,7 @@
 import difflib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,17 @@ class Source:
 
     path: Path
     name: str  # for the model card; no path of this machine
-    model: str | None = None  # NAME.TAG if these are released weights
+    model: str | None = None  # NAME.TAG if it is known
     published: Published | None = None
 
 
-def find_source(source: str, cache_dir: str | None = None) -> Source:
+def find_source(source: str, cache_dir: str | None = None, names: Sequence[str] = tuple(PUBLISHED)) -> Source:
     """Weights by path, by the name of a released model, or on the Hub; downloads them if necessary.
 
     Args:
         source: A file or folder; `internimage_SIZE.TAG`; or `OWNER/NAME[@REVISION][/FILE]`, also behind `hf-hub:`.
         cache_dir: For downloads.
+        names: Of weights that have a repository, as `MODEL.TAG`.
 
     Raises:
         FileNotFoundError: It is none of these.
@@ -121,14 +122,14 @@ def find_source(source: str, cache_dir: str | None = None) -> Source:
     if path.exists():
         known = next((name for name, item in PUBLISHED.items() if item.pth == path.name), None)
         return Source(path, path.name, known, PUBLISHED.get(known or ""))
-    if source in PUBLISHED:
+    if source in PUBLISHED or source in names:
         cfg = timm.get_pretrained_cfg(source)
         path = _locate(source.partition(".")[0], cfg.to_dict() if cfg is not None else {}, cache_dir)
-        return Source(path, _on_the_hub(path, source), source, PUBLISHED[source])
+        return Source(path, _on_the_hub(path, source), source, PUBLISHED.get(source))
     match = _REPOSITORY.fullmatch(source)
     if match is None or source.startswith(("/", "./", "../")):
-        near = [name for name in PUBLISHED if name.startswith(f"{source}.")]
-        near = near or difflib.get_close_matches(source, PUBLISHED, n=3, cutoff=0.5)
+        near = [name for name in names if name.startswith(f"{source}.")]
+        near = near or difflib.get_close_matches(source, names, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise FileNotFoundError(f"no weights at '{source}', and it is no OWNER/NAME of the Hub{hint}")
     repo_id, revision, file = match.groups()

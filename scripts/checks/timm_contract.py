@@ -17,7 +17,8 @@ import tarfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / ".contract"
-NAMES = "internimage_"
+NAMES = ("internimage_", "dcnv1_", "dcnv2_")
+MODULES = ("internimage", "dcn_resnet")
 DOWNLOADING = {"test_model_load_pretrained", "test_model_features_pretrained"}
 
 # model -> the only tests to run on it; on others, all are run. Meta tensors need no memory at any size.
@@ -46,13 +47,13 @@ def download(version: str) -> Path:
     return FOLDER / root / "tests" / "test_models.py"
 
 
-def add_our_module(file: Path) -> None:
-    """Add our module to timm's list of modules with `forward_intermediates`, by which it selects tests."""
+def add_our_modules(file: Path) -> None:
+    """Add our modules to timm's list of modules with `forward_intermediates`, by which it selects tests."""
     anchor = "FEAT_INTER_FILTERS = [\n"
     text = file.read_text()
     if text.count(anchor) != 1:
         sys.exit(f"timm_contract: {file.name} of this timm has no single line '{anchor.strip()}', which is needed here")
-    file.write_text(text.replace(anchor, f"{anchor}    'internimage',\n"))
+    file.write_text(text.replace(anchor, anchor + "".join(f"    '{module}',\n" for module in MODULES)))
 
 
 def functions_over_all_models(file: Path) -> list[str]:
@@ -107,7 +108,7 @@ def main() -> int:
     os.environ["TORCH_BACKEND"] = "internimage"  # timm's test file imports the module named here
     os.environ.pop("GITHUB_ACTIONS", None)  # with it, timm skips tests and large models
     file = download(timm.__version__)
-    add_our_module(file)
+    add_our_modules(file)
     expected = functions_over_all_models(file)
     selection = Selection()
     config = file.parent.parent / "pyproject.toml"
