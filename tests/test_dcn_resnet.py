@@ -192,7 +192,7 @@ def test_converted_in_place_without_a_change_of_the_logits(name, arguments):
 
 @torch.no_grad()
 def test_a_new_model_and_initialization_again():
-    """A new model computes what a new ResNet does, and `init_weights` makes it one again; timm's leaves offsets zero."""
+    """A new model computes what a new ResNet does, and `init_weights` makes it one again; timm's keeps offsets 0."""
     torch.manual_seed(1)
     new = timm.create_model("dcnv2_resnet18", zero_init_last=False).eval()
     torch.manual_seed(1)

@@ -7,12 +7,11 @@ import json
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from runs import torchrun, write_noise
 from safetensors.torch import load_file, save
 from torch import nn
 
-import internimage
 from internimage.cli import main
 from internimage.models.parts import offset_parameters
 
@@ -71,7 +70,9 @@ def test_info_has_the_names(capsys):
 
 
 @torch.no_grad()
-def test_convert_push_and_load(hub, plain, tmp_path, capsys):
+def test_convert_push_and_load(hub, plain, tmp_path, monkeypatch):
+    hub.writer = "hf_writer"
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
     assert main(["convert", NAME, str(tmp_path / "out"), "--verify"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "dcnv2_resnet18" and "tag" not in config["pretrained_cfg"]
@@ -105,14 +106,15 @@ def test_convert_finds_what_the_weights_are(tmp_path, plain, capsys):
         card = (folder / "README.md").read_text()
         assert "deformable ResNet weights in timm's format. Their license" in card and "license:" not in card
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    capsys.readouterr()
     err = fails(capsys, "convert", tmp_path / "plain.pth", tmp_path / "out")
     assert "is of no released size (plain basic blocks, channels=64, depths=(2, 2, 2, 2)): name the model" in err
     assert "--model dcnv1_resnet50" in err and "--model-kwargs offset_groups=4" in err
     assert main(["convert", str(tmp_path / "plain.pth"), str(tmp_path / "out"), "--model", "dcnv2_resnet18"]) == 0
 
 
-def test_names_that_are_not_there(capsys, tmp_path):
-    for command in (["evaluate", "--data", "x"], ["predict", "x.png"]):
+def test_names_that_are_not_there(capsys, tmp_path, data):
+    for command in (["evaluate", "--data", data], ["predict", data / "val" / "red" / "0.png"]):
         err = fails(capsys, *command, "--model", "dcnv2_resnet34x")
         assert "no model 'dcnv2_resnet34x'; did you mean" in err and "dcnv2_resnet50" in err
     assert "did you mean dcnv2_resnet50.a1_in1k or" in fails(capsys, "convert", "dcnv2_resnet50", tmp_path / "out")
@@ -137,7 +139,9 @@ def test_finetune_evaluate_and_predict(hub, data, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("more", [["freeze=3"], ["freeze=5"], ["grad_checkpointing=true", "channels_last=true"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [["freeze=3"], ["freeze=5"], ["grad_checkpointing=true", "channels_last=true"]], ids=str
+)
 def test_settings_that_look_into_the_model(more, data, tmp_path):
     arguments = ["finetune", f"data={data}", f"output={tmp_path / 'run'}", "model=dcnv2_resnet18", "pretrained=false"]
     assert main([*arguments, "epochs=1", "eval_every=0", *SETTINGS, *more]) == 0
@@ -146,9 +150,18 @@ def test_settings_that_look_into_the_model(more, data, tmp_path):
     assert moved == {"['freeze=3']": {"layer4"}, "['freeze=5']": set()}.get(str(more), {"layer2", "layer3", "layer4"})
 
 
+@pytest.mark.slow
 def test_sharded_over_two_processes(tmp_path):
     data = write_noise(tmp_path / "noise", train=(8, 8), val=(2, 2))
-    arguments = ["-m", "internimage", "finetune", f"data={data}", "model=dcnv2_resnet18", "pretrained=false", "epochs=1"]
+    arguments = [
+        "-m",
+        "internimage",
+        "finetune",
+        f"data={data}",
+        "model=dcnv2_resnet18",
+        "pretrained=false",
+        "epochs=1",
+    ]
     settings = [*SETTINGS, "batch_size=8", "eval_every=0", "parallel=fsdp", f"output={tmp_path / 'run'}"]
     torchrun(2, *arguments, *settings)
     tensors = load_file(tmp_path / "run" / "model.safetensors")
@@ -156,7 +169,51 @@ def test_sharded_over_two_processes(tmp_path):
     assert all(value.isfinite().all() for value in tensors.values())
 
 
+def write_shapes(folder, **counts: int) -> None:
+    """Disks, squares, triangles and crosses of any place, size and color, on noise."""
+    numbers = torch.Generator().manual_seed(0)
+
+    def between(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=numbers))
+
+    for split, count in counts.items():
+        for kind in ("disk", "square", "triangle", "cross"):
+            (folder / split / kind).mkdir(parents=True)
+            for i in range(count):
+                noise = torch.rand(32, 32, 3, generator=numbers) * 80
+                image = Image.fromarray(noise.byte().numpy())
+                draw, r = ImageDraw.Draw(image), between(6, 11)
+                x, y = between(r, 32 - r), between(r, 32 - r)
+                color = tuple(between(120, 256) for _ in range(3))
+                box = [x - r, y - r, x + r, y + r]
+                if kind == "disk":
+                    draw.ellipse(box, fill=color)
+                elif kind == "square":
+                    draw.rectangle(box, fill=color)
+                elif kind == "triangle":
+                    draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=color)
+                else:
+                    draw.line([x - r, y, x + r, y], fill=color, width=4)
+                    draw.line([x, y - r, x, y + r], fill=color, width=4)
+                image.save(folder / split / kind / f"{i}.png")
+
+
 @pytest.mark.slow
-def test_digits_are_learned_as_by_the_plain_resnet(tmp_path):
-    """Trained from the same initial function by the demo's settings: offsets leave zero, and nothing is lost."""
-    from scripts_demo import write_digits
+def test_shapes_are_learned_as_by_the_plain_resnet(tmp_path):
+    """Both begin as the same function, by one recipe."""
+    write_shapes(tmp_path / "shapes", train=120, val=64)
+    top1 = {}
+    for name in ("resnet18", "dcnv2_resnet18"):
+        run = tmp_path / name
+        arguments = [f"data={tmp_path / 'shapes'}", f"output={run}", f"model={name}", "pretrained=false", "epochs=8"]
+        factor = 0.1 if name.startswith("dcn") else 1  # which is for models that have offsets
+        settings = ["batch_size=32", "warmup_epochs=1", "eval_every=0", f"offset_lr_factor={factor}"]
+        assert main(["finetune", *arguments, *SETTINGS, *settings]) == 0
+        assert main(["evaluate", "--model", str(run), "--data", str(tmp_path / "shapes"), "--workers", "0",
+                     "--json", str(tmp_path / f"{name}.json")]) == 0  # fmt: skip
+        top1[name] = json.loads((tmp_path / f"{name}.json").read_text())["top1"]
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    # AdamW moves what has a gradient by about the learning rate, here 1e-4 at its highest, in each of 120 steps
+    assert min(parameter.abs().max().item() for parameter in offset_parameters(model)) > 1e-3
+    # of 256 images at 95 %, where accuracy has a standard deviation of 1.4 percentage points in each model
+    assert top1["dcnv2_resnet18"] > 95 and top1["dcnv2_resnet18"] > top1["resnet18"] - 4, top1

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision.ops  # noqa: F401  (defines torch.ops.torchvision.deform_conv2d)
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..ops.arguments import as_pair
+from ..ops.deform_conv import apply_deform_conv2d  # the import defines torch.ops.internimage.deform_conv2d
 from ..ops.sampling import Pair, accumulate_dtype
+from ..ops.transforms import is_transformed
 from .factory import FactoryKwargs
 
 __all__ = ["DeformConv", "DeformConv2d", "ModulatedDeformConv2d", "accept_old_keys", "offset_layouts"]
@@ -132,7 +133,8 @@ class DeformConv(nn.Module):
         points = self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
         if self.modulated:
             return predicted[:, : 2 * points], predicted[:, 2 * points :].sigmoid()
-        return predicted, torch.ones_like(predicted[:, :points])
+        ones = predicted.new_ones(points).view(1, points, 1, 1)  # expanded, they take no memory
+        return predicted, ones.expand(predicted.shape[0], -1, predicted.shape[2], predicted.shape[3])
 
     def _convolve(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Call the operator without the checks of `ops.deform_conv2d`: the shapes are right by construction, and the
@@ -140,22 +142,27 @@ class DeformConv(nn.Module):
         bias = self.bias
         if bias is None:
             bias = self.weight.new_zeros(self.out_channels)
-        return torch.ops.torchvision.deform_conv2d(
+        if not torch.jit.is_scripting():
+            if is_transformed():
+                return self._convolve_transformed(input, offset, mask, bias)
+        return torch.ops.internimage.deform_conv2d(
             input,
-            self.weight,
             offset,
             mask,
+            self.weight,
             bias,
-            self.stride[0],
-            self.stride[1],
-            self.padding[0],
-            self.padding[1],
-            self.dilation[0],
-            self.dilation[1],
+            self.stride,
+            self.padding,
+            self.dilation,
             self.groups,
             self.offset_groups,
-            self.modulated,
         )
+
+    @torch.jit.unused
+    def _convolve_transformed(self, input: Tensor, offset: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        """`_convolve` under `torch.func` and in forward mode."""
+        window = self.stride, self.padding, self.dilation
+        return apply_deform_conv2d(input, offset, mask, self.weight, bias, *window, self.groups, self.offset_groups)
 
     def forward(self, input: Tensor) -> Tensor:
         offset, mask = self._predict(input)
