@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes import torch_dtype
+from ..layers.deform_conv import DeformConv
 from ..layers.packing import set_weight_packing
 from ..models.families import is_ours
 from .official import official_arguments, official_model
@@ -32,11 +34,12 @@ class Contender:
     checkout: Path | None = None  # for the official implementation of the model, which is one of ours
     img_size: int = 224
     packed: bool = True  # whether inference keeps packed weights, if the model has them
+    on_torchvision: bool = False  # deformable convolutions by torchvision's operator
 
     @property
     def ours(self) -> bool:
         """Whether it is a model of this package."""
-        return self.checkout is None and is_ours(self.model)
+        return self.checkout is None and not self.on_torchvision and is_ours(self.model)
 
     @property
     def who(self) -> str:
@@ -44,6 +47,8 @@ class Contender:
         if self.checkout is not None:
             size = self.model.removeprefix("internimage_")
             return f"official InternImage-{SIZES.get(size, size)}"
+        if self.on_torchvision:
+            return f"{self.model} on torchvision"
         return f"{self.model} (weights not packed)" if self.ours and not self.packed else self.model
 
     def build(self) -> nn.Module:
@@ -64,9 +69,11 @@ class Contender:
                 if "drop_path_rate" not in str(error):
                     raise
                 model = timm.create_model(self.model, **arguments)
-            if self.ours:
+            if is_ours(self.model):
                 make_like_trained(model)
                 set_weight_packing(model, self.packed)
+            if self.on_torchvision:
+                use_torchvision(model)
         model = model.eval().to(torch_dtype(self.dtype))
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
@@ -74,6 +81,28 @@ class Contender:
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(batch, 3, self.img_size, self.img_size, generator=generator).to(torch_dtype(self.dtype))
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+
+def use_torchvision(model: nn.Module) -> None:
+    """Have torchvision's operator convolve in the deformable layers of a model."""
+    from torchvision.ops import deform_conv2d
+
+    def convolve(layer: DeformConv, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        output: Tensor = deform_conv2d(
+            input,
+            offset,
+            layer.weight,
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            mask if layer.modulated else None,
+        )
+        return output
+
+    for module in model.modules():
+        if isinstance(module, DeformConv):
+            module._convolve = partial(convolve, module)  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -85,8 +114,8 @@ def make_like_trained(model: nn.Module) -> None:
     """
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if name.endswith((".dcn.offset.weight", ".dcn.mask.weight")):
-            parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]), generator=generator)
+        if name.endswith((".dcn.offset.weight", ".dcn.mask.weight", ".conv_offset.weight")):
+            parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
         elif name.endswith((".gamma1", ".gamma2")):
             parameter.fill_(1)
 

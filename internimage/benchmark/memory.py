@@ -37,6 +37,7 @@ def peak(contender: Contender, batch: int, training: bool) -> float:
         "checkout": str(contender.checkout) if contender.checkout is not None else None,
         "img_size": contender.img_size,
         "packed": contender.packed,
+        "on_torchvision": contender.on_torchvision,
         "batch": batch,
         "training": training,
     }
@@ -72,7 +73,8 @@ def _status(key: str) -> int:
 def _measure(task: dict[str, Any]) -> float:
     torch.set_num_threads(THREADS)
     checkout = Path(task["checkout"]) if task["checkout"] else None
-    contender = Contender(task["model"], checkout=checkout, img_size=task["img_size"], packed=task["packed"])
+    given = {key: task[key] for key in ("img_size", "packed", "on_torchvision")}
+    contender = Contender(task["model"], checkout=checkout, **given)
     model, images = contender.build(), contender.images(task["batch"])
     inference(model, images[:1])()
     set_weight_packing(model, contender.packed)  # drops what that has packed

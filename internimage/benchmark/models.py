@@ -93,7 +93,7 @@ def contenders(
 
 
 def check(models: dict[Contender, nn.Module], model: str) -> None:
-    """Check that the official implementation of a model, and ours in bfloat16, compute the logits of ours in float32.
+    """Check that other implementations of a model, and ours in bfloat16, compute the logits of ours in float32.
 
     Raises:
         BenchmarkError: They deviate by more than `TOLERANCE`.
@@ -172,20 +172,23 @@ def _in_order(row: Row) -> Row:
     return {column: row[column] for column in COLUMNS}
 
 
-def table(entries: Sequence[Row]) -> str:
-    """Rows of one clock as a Markdown table: values of the fastest round and, in parentheses, of the median round."""
-    medians = {_key(row): row["value"] for row in entries if row["of"] == "median"}
+def table(entries: Sequence[Row], formats_apart: bool = False) -> str:
+    """Rows of one clock as a Markdown table: values of the fastest round and, in parentheses, of the median round.
+
+    formats_apart: Whether there are rows of both memory formats, and not of the faster one.
+    """
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["what"], row["who"], row["dtype"], row["batch"], row["unit"], formats_apart and row["memory_format"]
+
+    medians = {key(row): row["value"] for row in entries if row["of"] == "median"}
     lines = []
     for row in entries:
         if row["of"] != "median":
-            value = f"{row['value']:g}" + (f" ({medians[_key(row)]:g})" if _key(row) in medians else "")
+            value = f"{row['value']:g}" + (f" ({medians[key(row)]:g})" if key(row) in medians else "")
             format = "" if row["memory_format"] == "default" else f", {row['memory_format']}"
             lines.append([f"{row['what']}, {row['dtype']}", row["who"] + format, row["unit"], row["batch"], value])
     return markdown(["work", "who", "unit", "batch", "value"], lines, names=3)
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return row["what"], row["who"], row["dtype"], row["batch"], row["unit"]
 
 
 def benchmark_models(
@@ -242,16 +245,16 @@ def benchmark_models(
 
     for model in models:
         timed = contenders(model, peers, checkout, DTYPES if bfloat16 else DTYPES[:1], img_size, packed_weights)
-        for tables in _times(model, timed, batches, training_batch, rounds, threads):
+        for tables in timings(model, timed, batches, training_batch, rounds, threads):
             finish(*tables)
         if with_memory:
             alone = [c for c in timed if c.dtype == "fp32" and not c.channels_last]
-            for tables in _peaks(model, alone, max(batches), training_batch):
+            for tables in peaks(model, alone, max(batches), training_batch):
                 finish(*tables)
     return result
 
 
-def _times(
+def timings(
     model: str,
     timed: Sequence[Contender],
     batches: Sequence[int],
@@ -285,13 +288,13 @@ def _times(
             yield f"{what}, batch {batch}, {timed[0].img_size} px: {describe(entries[0])}\n{HOW}", entries
 
 
-def _peaks(model: str, alone: Sequence[Contender], batch: int, training_batch: int) -> Iterator[tuple[str, list[Row]]]:
+def peaks(model: str, alone: Sequence[Contender], batch: int, training_batch: int) -> Iterator[tuple[str, list[Row]]]:
     """For inference and for a training step what stands above the table, and the rows."""
     about = facts(Clock("", memory.THREADS))
     for what, number in (("inference", batch), ("training step", training_batch)):
         if number > 0:
             both = {c for c in alone if c.ours and c.packed and what == "inference"}  # training has no packed weights
             measured = [each for c in alone for each in ((c, replace(c, packed=False)) if c in both else (c,))]
-            peaks = {c: memory.peak(c, number, what == "training step") for c in measured}
+            measured_peaks = {c: memory.peak(c, number, what == "training step") for c in measured}
             head = f"peak memory, {what}: growth of resident memory over two calls, in separate processes"
-            yield head, memory_rows(peaks, model, f"peak memory, {what}", number, about)
+            yield head, memory_rows(measured_peaks, model, f"peak memory, {what}", number, about)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..benchmark import MODEL_PEERS, OPS_PEERS
+from ..benchmark.deform import LAYERS, benchmark_deform
 from ..benchmark.models import benchmark_models
 from ..benchmark.ops import benchmark_ops
 from ..terminal import say
@@ -50,8 +51,24 @@ def _models(arguments: argparse.Namespace) -> None:
     )
 
 
+def _deform(arguments: argparse.Namespace) -> None:
+    quick = arguments.quick
+    benchmark_deform(
+        1 if quick else arguments.batch,
+        1 if quick else 2,
+        1 if quick else 4,
+        1 if quick else arguments.rounds,
+        arguments.threads,
+        not arguments.no_models,
+        not arguments.no_memory,
+        64 if quick else 224,
+        LAYERS[-1:] if quick else LAYERS,
+        _path(arguments.csv),
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
-    {"ops": _ops, "models": _models}[arguments.what](arguments)
+    {"ops": _ops, "deform": _deform, "models": _models}[arguments.what](arguments)
     return 0
 
 

@@ -201,9 +201,12 @@ PUSH = (
 _QUICK = Option("--quick", "smoke test: one round with little work")
 
 
+_OFFICIAL = Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH")
+_NO_MEMORY = Option("--no-memory", "do not measure peak memory")
+
+
 def _benchmark_options(rounds: int) -> tuple[Option, ...]:
     return (
-        Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH"),
         Option("--rounds", "timed calls per function", Whole(1), default=rounds, excludes=("--quick",)),
         Option(
             "--threads",
@@ -218,12 +221,21 @@ def _benchmark_options(rounds: int) -> tuple[Option, ...]:
 
 
 BENCHMARK_OPS = (
+    _OFFICIAL,
     *_benchmark_options(rounds=9),
     Option("--batch", "images per call", _BATCH, default=8, excludes=("--quick",)),
     Option("--peers", "implementations to time", Choice(OPS_PEERS), default=OPS_PEERS, nargs="*"),
 )
 
+BENCHMARK_DEFORM = (
+    *_benchmark_options(rounds=9),
+    Option("--batch", "images per call of a layer", _BATCH, default=4, excludes=("--quick",)),
+    Option("--no-models", "time the layers alone, not a whole model", excludes=("--no-memory",)),
+    _NO_MEMORY,
+)
+
 BENCHMARK_MODELS = (
+    _OFFICIAL,
     *_benchmark_options(rounds=7),
     Option(
         "--batches",
@@ -253,7 +265,7 @@ BENCHMARK_MODELS = (
     ),
     Option("--no-packed-weights", "time our models without the packed weights of inference"),
     Option("--no-bf16", "do not time bfloat16, which takes minutes on processors without its products"),
-    Option("--no-memory", "do not measure peak memory"),
+    _NO_MEMORY,
 )
 
 INFO = (Option("--json", "print JSON"),)

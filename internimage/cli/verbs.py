@@ -82,8 +82,7 @@ def _check_convert(arguments: argparse.Namespace, prog: str) -> None:
 
 
 def _check_benchmark(arguments: argparse.Namespace, prog: str) -> None:
-    wanted = "official" in arguments.peers
-    if arguments.official is not None and not wanted:
+    if getattr(arguments, "official", None) is not None and "official" not in arguments.peers:
         raise UsageError("--official has no effect if --peers does not include 'official'", prog)
     for option, values in (("--threads", arguments.threads), ("--models", getattr(arguments, "models", []))):
         if twice := [value for i, value in enumerate(values) if value in values[:i]]:
@@ -181,6 +180,16 @@ BENCHMARKS = (
         """
         internimage benchmark ops
         internimage benchmark ops --official ../InternImage --rounds 21 --csv ops.csv
+        """,
+        _check_benchmark,
+    ),
+    Verb(
+        "deform",
+        "Time deformable convolution v2 and a ResNet-50 that has it against torchvision's operator.",
+        tables.BENCHMARK_DEFORM,
+        """
+        internimage benchmark deform --quick
+        internimage benchmark deform --threads 1 --csv deform.csv
         """,
         _check_benchmark,
     ),
