@@ -148,6 +148,26 @@ def test_copies_and_graphs_compute_the_same(version):
     assert_close(layer.to(memory_format=last)(x.to(memory_format=last)), expected, 1e-5)
 
 
+@torch.no_grad()
+def test_half_types_and_autocast(version):
+    layer, x = trained(version, **CASES["strided"]), torch.randn(2, 8, 7, 9, dtype=torch.float64)
+    exact = layer(x)
+    # a location is rounded in the half type too: up to 2^-8 of a coordinate near 8, and the map's slope is about 1
+    assert_close(layer.bfloat16()(x.bfloat16()), exact, 0.1)
+    layer, x = layer.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert_close(layer(x), exact, 0.1)
+
+
+def test_transforms_of_torch_func(version):
+    layer, x = trained(version, **CASES["3x3"]), torch.randn(2, 8, 5, 4, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    actual = torch.func.grad(lambda x: layer(x).square().sum())(x.detach())
+    assert_close(actual, expected, 1e-11)
+    assert_close(torch.vmap(lambda image: layer(image[None])[0])(x), layer(x), 1e-11)
+
+
 def test_meta_and_dtypes(version):
     layer = version(8, 12, 3, device="meta", dtype=torch.float16)
     assert {p.device.type for p in layer.parameters()} == {"meta"} and layer.weight.dtype == torch.float16
