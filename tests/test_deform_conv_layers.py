@@ -11,8 +11,10 @@ from conftest import assert_close
 from torch import Tensor, nn
 
 from internimage import CheckpointError
+from internimage.extension import has_kernel
 from internimage.layers import DeformConv2d, ModulatedDeformConv2d, accept_old_keys
 from internimage.layers.deform_conv import offset_layouts
+from internimage.layers.packing import set_weight_packing
 from internimage.layers.sampling import SamplingLayer
 
 VERSIONS = [DeformConv2d, ModulatedDeformConv2d]
@@ -305,3 +307,64 @@ def test_what_a_number_of_channels_can_be():
 def test_bad_arguments_are_named(version, arguments, kind, message):
     with pytest.raises(kind, match=message):
         version(**{**dict(in_channels=8, out_channels=12, kernel_size=3), **arguments})
+
+
+# ---- the copy of the weight that inference keeps
+
+
+def kept_layer(dtype=torch.float32) -> ModulatedDeformConv2d:
+    return trained(ModulatedDeformConv2d, dtype, kernel_size=3, padding=1, groups=2).eval()
+
+
+def formula(layer: nn.Module, x: Tensor) -> Tensor:
+    """In float64, on the same numbers."""
+    return from_locations(copy.deepcopy(layer).double(), x.double())
+
+
+@pytest.mark.skipif(not has_kernel("fingerprint", "cpu"), reason="needs the compiled CPU kernels")
+@torch.no_grad()
+def test_inference_keeps_a_copy_of_the_weight():
+    layer, x = kept_layer(), torch.randn(2, 8, 5, 7)
+    first = layer(x)
+    kept = layer._kept
+    assert kept is not None and kept.tensor.is_contiguous(memory_format=torch.channels_last)
+    assert_close(first, formula(layer, x))
+    layer(x)
+    assert layer._kept is kept
+    assert copy.deepcopy(layer)._kept is None
+    assert layer.state_dict().keys() == kept_layer().state_dict().keys()
+    for change in (lambda: layer.weight.mul_(2), lambda: layer.weight.data.mul_(-1)):
+        change()
+        assert_close(layer(x), formula(layer, x))
+        assert layer._kept is not kept
+        kept = layer._kept
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    assert_close(layer(x), formula(layer, x))
+    layer.train()
+    assert layer._kept is None
+    layer(x)
+    assert layer._kept is None
+
+
+@pytest.mark.parametrize("why", ["off", "gradients", "channels last", "autocast"])
+def test_when_no_copy_is_kept(why):
+    layer, x = kept_layer(), torch.randn(2, 8, 5, 7)
+    if why == "off":
+        set_weight_packing(layer, False)
+    if why == "channels last":
+        layer.to(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(why == "gradients"), torch.autocast("cpu", enabled=why == "autocast"):
+        output = layer(x)
+    assert layer._kept is None
+    if why != "autocast":
+        assert_close(output, formula(layer, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_the_kept_weight_of_other_dtypes(dtype):
+    layer, x = kept_layer(dtype), torch.randn(2, 8, 5, 7).to(dtype)
+    output = layer(x)
+    set_weight_packing(layer, False)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, layer(x), rtol=0, atol=0)  # the same products of the same numbers

@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..extension import has_kernel
 from ..ops.arguments import as_pair
 from ..ops.deform_conv import apply_deform_conv2d  # the import defines torch.ops.internimage.deform_conv2d
+from ..ops.onednn import multiplied_in
 from ..ops.sampling import Pair, accumulate_dtype
 from ..ops.transforms import is_transformed
 from .factory import FactoryKwargs
+from .fast_path import use_fast_path
+from .packing import PacksWeights, Snapshot
 
 __all__ = ["DeformConv", "DeformConv2d", "ModulatedDeformConv2d", "accept_old_keys", "offset_layouts"]
 
@@ -71,7 +75,23 @@ class _OffsetConv(nn.Module):
         return f"{in_channels}, {out_channels}, kernel_size={tuple(kernel)}, stride={self.stride}"
 
 
-class DeformConv(nn.Module):
+class _Kept:
+    """The weight as the operator multiplies with it: channels last, in the dtype of the product."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        kept = weight.detach().to(multiplied_in(weight.dtype))
+        self.tensor = kept.contiguous(memory_format=torch.channels_last)
+        self._snapshot = Snapshot([weight], [weight])
+
+    def is_current(self, weight: nn.Parameter) -> bool:
+        return weight is self.weight and self._snapshot.is_current()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy of the layer makes its own
+
+
+class DeformConv(PacksWeights):
     """What `DeformConv2d` and `ModulatedDeformConv2d` have in common; create one of these."""
 
     modulated: torch.jit.Final[bool]
@@ -114,7 +134,12 @@ class DeformConv(nn.Module):
         self.conv_offset = _OffsetConv(
             self.in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation, **dd
         )
+        self._kept: _Kept | None = None
         self.reset_parameters()
+
+    def clear_packed(self) -> None:
+        """Drop the copy of the weight that inference keeps; the next call in eval mode makes one."""
+        self._kept = None
 
     def reset_parameters(self) -> None:
         """Initialize weight and bias as mmcv does, and what predicts offsets and mask to zero."""
@@ -139,17 +164,20 @@ class DeformConv(nn.Module):
     def _convolve(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Call the operator without the checks of `ops.deform_conv2d`: the shapes are right by construction, and the
         call is visible to TorchScript, FX and export."""
+        weight: Tensor = self.weight
         bias = self.bias
         if bias is None:
-            bias = self.weight.new_zeros(self.out_channels)
+            bias = weight.new_zeros(self.out_channels)
         if not torch.jit.is_scripting():
             if is_transformed():
                 return self._convolve_transformed(input, offset, mask, bias)
+            if self._can_keep(input):
+                weight = self._kept_weight()
         return torch.ops.internimage.deform_conv2d(
             input,
             offset,
             mask,
-            self.weight,
+            weight,
             bias,
             self.stride,
             self.padding,
@@ -157,6 +185,25 @@ class DeformConv(nn.Module):
             self.groups,
             self.offset_groups,
         )
+
+    @torch.jit.unused
+    def _can_keep(self, input: Tensor) -> bool:
+        return (
+            self.pack_weights
+            and not self.training
+            and use_fast_path(input, self.weight, self.bias)
+            and not self.weight.is_inference()
+            and self.weight.is_contiguous()
+            and has_kernel("fingerprint", "cpu")
+        )
+
+    @torch.jit.unused
+    def _kept_weight(self) -> Tensor:
+        """The weight without the copy that the operator otherwise makes in each call, half of its time for few
+        pixels."""
+        if self._kept is None or not self._kept.is_current(self.weight):
+            self._kept = _Kept(self.weight)
+        return self._kept.tensor
 
     @torch.jit.unused
     def _convolve_transformed(self, input: Tensor, offset: Tensor, mask: Tensor, bias: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Packed weights: copies in oneDNN's own layout, which CPU inference keeps between calls.
+"""Packed weights: copies in the layout in which they are multiplied, which CPU inference keeps between calls.
 
-oneDNN otherwise brings a weight into this layout in every call, which takes a few percent of the call's time for many
-pixels and up to three quarters for few. The copies take as much memory as the weights. They are made in eval mode only,
+That is oneDNN's own for convolutions and linear layers, and channels last for deformable convolutions. A weight is
+otherwise brought into it in every call, which takes a few percent of the call's time for many pixels and up to three
+quarters for few. The copies take as much memory as the weights. They are made in eval mode only,
 dropped by `train()` and `to()`, and neither copied nor saved with a model.
 """
 
