@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Hypothesis strategies for DCNv3: any geometry, with the smallest images that fit it and somewhat larger ones."""
+"""Hypothesis strategies for operators that sample: any geometry, with the smallest images that fit it and larger ones."""
 
 import math
 
+import deform_oracle
 import oracle
 import torch
 from hypothesis import strategies as st
@@ -49,3 +50,42 @@ def problems(
         for value in (math.nan, math.inf, -math.inf, 1e30, -1e30):
             offset[torch.randint(offset.numel(), (1,))] = value
     return tensors, arguments
+
+
+@st.composite
+def deform_problems(draw, nowhere: bool = True, most_room: int = 3) -> deform_oracle.Problem:
+    """Of deformable convolution v1 or v2, float64.
+
+    Args:
+        nowhere: Also offsets of zero, at the border of the image, huge, infinite or NaN. Otherwise no location is at a
+            kink of the interpolation, and all are finite.
+        most_room: Maximum height and width of an image, in excess of the smallest that fits.
+    """
+    side = st.integers(1, 4)
+    pair = {low: st.tuples(st.integers(low, 3), st.integers(low, 3)) for low in (0, 1)}
+    kernel_size = draw(st.tuples(side, side))
+    window = {"stride": draw(pair[1]), "padding": draw(pair[0]), "dilation": draw(pair[1])}
+    smallest = [
+        max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel_size, window["padding"], window["dilation"])
+    ]
+    groups, offset_groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    problem = deform_oracle.draw(
+        draw(st.integers(0, 2**16)),
+        n=draw(st.integers(1, 2)),
+        size=tuple(low + draw(st.integers(0, most_room)) for low in smallest),
+        channels=math.lcm(groups, offset_groups) * draw(st.sampled_from([1, 2, 3, 5])),
+        out_channels=groups * draw(st.integers(1, 3)),
+        kernel_size=kernel_size,
+        groups=groups,
+        offset_groups=offset_groups,
+        offset_std=draw(st.sampled_from([0.5, 2.0, 8.0])),
+        bias=draw(st.booleans()),
+        mask=draw(st.booleans()),
+        **window,
+    )
+    if nowhere and draw(st.booleans()):
+        problem.offset.round_()
+    if nowhere and draw(st.booleans()):
+        for value in (math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0):
+            problem.offset.view(-1)[torch.randint(problem.offset.numel(), (2,))] = value
+    return problem
