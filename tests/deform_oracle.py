@@ -62,6 +62,14 @@ class Problem:
         """The result of a function with the arguments of `deform_conv2d`."""
         return function(**{**self.tensors, **tensors}, **self.window)
 
+    def differentiate(self, function: Callable[..., Tensor], **changes: bool) -> dict[str, Tensor]:
+        """Such a function's output, and its gradients by name of the tensor; none for those with False in `changes`."""
+        leaves = {name: t.detach().requires_grad_(changes.get(name, True)) for name, t in self.tensors.items()}
+        output = self.call(function, **leaves)
+        wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        grads = torch.autograd.grad(output, [leaves[name] for name in wanted], self.grad_output)
+        return {"output": output.detach(), **dict(zip(wanted, grads, strict=True))}
+
 
 def output_size(size, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1)) -> tuple[int, int]:
     axes = zip(size, kernel_size, stride, padding, dilation)
