@@ -53,7 +53,7 @@ def problems(
 
 
 @st.composite
-def deform_problems(draw, nowhere: bool = True, most_room: int = 3) -> deform_oracle.Problem:
+def deform_problems(draw, nowhere: bool = True, most_room: int = 5) -> deform_oracle.Problem:
     """Of deformable convolution v1 or v2, float64.
 
     Args:

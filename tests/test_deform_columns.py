@@ -7,6 +7,7 @@ already rounded, numbers. Offset and mask are channels last here; the oracle's p
 
 import itertools
 import math
+import os
 
 import deform_oracle
 import pytest
@@ -22,6 +23,7 @@ from internimage.ops import deform_columns_reference as reference
 OP = torch.ops.internimage.deform_columns.default
 OP_BACKWARD = torch.ops.internimage.deform_columns_backward.default
 NAMES = ("grad_input", "grad_offset", "grad_mask")
+EXAMPLES = int(os.environ.get("INTERNIMAGE_TEST_EXAMPLES", 60))  # that hypothesis draws
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -73,7 +75,7 @@ def assert_right(tensors, grad, geometry, device="cpu") -> None:
 
 @on_devices
 @pytest.mark.parametrize("implementation", ["operator", "reference"])
-@settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(problem=strategies.deform_problems())
 def test_formula(problem, implementation, device):
     functions = (OP, OP_BACKWARD) if implementation == "operator" else (reference.forward, reference.backward)

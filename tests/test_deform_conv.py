@@ -7,6 +7,7 @@ Derivatives of higher order and torch's transforms are in test_deform_conv_trans
 import inspect
 import itertools
 import math
+import os
 
 import deform_oracle
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from internimage.ops import deform_conv2d
 
+EXAMPLES = int(os.environ.get("INTERNIMAGE_TEST_EXAMPLES", 100))  # that hypothesis draws
 HALF = [torch.bfloat16, torch.float16]
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -110,7 +112,7 @@ PEER = {torch.float64: 1e-11, torch.float32: 1e-5}
 def test_torchvision(dtype, device):
     from torchvision.ops import deform_conv2d as peer
 
-    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(problem=strategies.deform_problems(nowhere=False), memory_format=st.sampled_from(list(FORMATS.values())))
     def check(problem, memory_format):
         problem = stored(problem.map(lambda t: t.to(dtype)), memory_format)
@@ -151,7 +153,7 @@ def test_torchvision_with_large_batches(memory_format, groups, offset_groups, de
 
 
 @on_devices
-@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(problem=strategies.deform_problems(), memory_format=st.sampled_from(list(FORMATS.values())))
 def test_formula(problem, memory_format, device):
     results = stored(problem, memory_format).map(lambda t: t.to(device)).differentiate(deform_conv2d)
@@ -189,16 +191,15 @@ def one_sample(y: float, x: float, device="cpu", image=None, dtype=torch.float64
     if image is None:
         image = torch.tensor([[3.0, 5.0, 11.0, 2.0], [7.0, 1.0, 4.0, 13.0], [6.0, 17.0, 9.0, 8.0]], dtype=dtype)
     height, width = image.shape
-    offset = torch.zeros(1, 2, height, width, dtype=torch.float64)
+    offset = torch.full((1, 2, height, width), -99.0, dtype=torch.float64)  # the other output pixels sample nothing
     offset[0, :, 0, 0] = torch.tensor([y, x])
-    masks = torch.zeros(1, 1, height, width, dtype=dtype)
-    masks[0, 0, 0, 0] = mask
+    masks = torch.full((1, 1, height, width), mask, dtype=dtype)
     grad_output = torch.zeros(1, 1, height, width, dtype=dtype)
     grad_output[0, 0, 0, 0] = 1.0
     weight = torch.ones(1, 1, 1, 1, dtype=dtype)
     problem = Problem(image.view(1, 1, height, width), offset.to(dtype), weight, None, masks, grad_output)
     found = problem.map(lambda t: t.to(device)).differentiate(deform_conv2d)
-    assert not found["output"].flatten()[1:].any()  # the others have a mask of 0
+    assert not found["output"].flatten()[1:].any()
     return (
         found["output"][0, 0, 0, 0].item(),
         found["input"].view(height, width).cpu(),
@@ -298,7 +299,7 @@ def test_one_location_that_is_nowhere_leaves_the_others(value, dtype, device):
     [
         ((1, 1), {"padding": (1, 1)}),
         ((1, 1), {"padding": (3, 3), "dilation": (3, 3), "offset_groups": 2}),
-        ((1, 1), {"kernel_size": (1, 1), "groups": 4}),
+        ((1, 1), {"kernel_size": (1, 1), "groups": 2}),
         ((1, 6), {"padding": (1, 1), "groups": 2}),
         ((6, 1), {"padding": (7, 9), "kernel_size": (2, 2)}),
         ((5, 6), {"channels": 1, "out_channels": 1}),
