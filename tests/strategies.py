@@ -65,9 +65,7 @@ def deform_problems(draw, nowhere: bool = True, most_room: int = 5) -> deform_or
     pair = {low: st.tuples(st.integers(low, 3), st.integers(low, 3)) for low in (0, 1)}
     kernel_size = draw(st.tuples(side, side))
     window = {"stride": draw(pair[1]), "padding": draw(pair[0]), "dilation": draw(pair[1])}
-    smallest = [
-        max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel_size, window["padding"], window["dilation"])
-    ]
+    smallest = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel_size, window["padding"], window["dilation"])]
     groups, offset_groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     problem = deform_oracle.draw(
         draw(st.integers(0, 2**16)),

@@ -88,7 +88,9 @@ def test_formula(problem, implementation, device):
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(columns.cpu().view(shaped.shape), deform_oracle.columns(problem), **close)
     for name, found in zip(("input", "offset", "mask"), grads, strict=True):
-        torch.testing.assert_close(channels_first(found).cpu(), expected[name], **close, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            channels_first(found).cpu(), expected[name], **close, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # ---- shapes and dtypes, against the reference

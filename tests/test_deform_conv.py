@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from internimage.ops import deform_conv2d
+from internimage.ops import deform_conv_torchvision as other_kernels
 
 EXAMPLES = int(os.environ.get("INTERNIMAGE_TEST_EXAMPLES", 100))  # that hypothesis draws
 HALF = [torch.bfloat16, torch.float16]
@@ -141,9 +142,7 @@ def test_torchvision_with_large_batches(memory_format, groups, offset_groups, de
     """Columns of 5 images of 16 x 16 x 64 take 6 MB in float64: more than are made at once."""
     from torchvision.ops import deform_conv2d as peer
 
-    problem = deform_oracle.draw(
-        2, 5, (16, 16), 64, 8, groups=groups, offset_groups=offset_groups, padding=(1, 1)
-    )
+    problem = deform_oracle.draw(2, 5, (16, 16), 64, 8, groups=groups, offset_groups=offset_groups, padding=(1, 1))
     problem = stored(problem, FORMATS[memory_format])
     results = problem.map(lambda t: t.to(device)).differentiate(deform_conv2d)
     assert_all_close(results, problem.differentiate(peer), PEER[torch.float64])
@@ -158,6 +157,54 @@ def test_torchvision_with_large_batches(memory_format, groups, offset_groups, de
 def test_formula(problem, memory_format, device):
     results = stored(problem, memory_format).map(lambda t: t.to(device)).differentiate(deform_conv2d)
     assert_all_close(results, deform_oracle.output_and_gradients(problem), 1e-11, least=1.0)
+
+
+# ---- torchvision's kernels by our rules, as on CUDA and MPS; they are here on a CPU, where ours serve otherwise
+
+
+def by_other_kernels(problem: Problem, wanted=(True,) * 5) -> dict:
+    mask = torch.ones_like(problem.offset[:, ::2]) if problem.mask is None else problem.mask
+    bias = torch.zeros_like(problem.weight[:, 0, 0, 0]) if problem.bias is None else problem.bias
+    tensors = problem.input, problem.offset, mask, problem.weight, bias
+    groups = problem.input.shape[1] // problem.weight.shape[1]
+    arguments = problem.stride, problem.padding, problem.dilation, groups, problem.offset_groups
+    output = other_kernels.forward(*tensors, *arguments)
+    grads = other_kernels.backward(problem.grad_output, *tensors, *arguments, False, list(wanted))
+    grads = dict(zip(("input", "offset", "mask", "weight", "bias"), grads, strict=True))
+    return {"output": output, **{name: grads[name] for name in problem.tensors}}
+
+
+@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(problem=strategies.deform_problems(), memory_format=st.sampled_from(list(FORMATS.values())))
+def test_other_kernels(problem, memory_format):
+    results = by_other_kernels(stored(problem, memory_format))
+    assert_all_close(results, deform_oracle.output_and_gradients(problem), 1e-11, least=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_other_kernels_in_other_dtypes(memory_format, dtype):
+    problem = deform_oracle.draw(3, 2, (7, 8), 20, 6, padding=(1, 1), offset_groups=2).map(lambda t: t.to(dtype))
+    results = by_other_kernels(stored(problem, FORMATS[memory_format]))
+    assert results["output"].is_contiguous(memory_format=FORMATS[memory_format])
+    assert {t.dtype for t in results.values()} == {dtype}
+    assert_all_close(results, deform_oracle.output_and_gradients(problem))
+
+
+def test_other_kernels_leave_out_what_is_not_wanted_or_not_there():
+    problem = deform_oracle.draw(3, padding=(1, 1))
+    problem.offset.view(-1)[::5] = math.nan
+    problem.mask.view(-1)[::3] = math.inf
+    expected = deform_oracle.output_and_gradients(problem)
+    found = by_other_kernels(problem, (False, True, False, False, True))
+    assert [found[name].numel() for name in ("input", "mask", "weight")] == [0, 0, 0]
+    for name in ("output", "offset", "bias"):
+        assert torch.equal(found[name].isfinite(), expected[name].isfinite())
+    empty = by_other_kernels(deform_oracle.draw(3, 0, padding=(1, 1)))
+    assert empty["output"].shape == (0, 6, 5, 6)
+
+
+# ---- half types
 
 
 @on_devices
