@@ -3,10 +3,12 @@
 
 Dai et al., ICCV 2017, equations 2 to 4, and Zhu et al., CVPR 2019, equation 1. For each position p0 of the output::
 
-    y(p0) = sum_k  w(pk) m(k) x(p0 + pk + dpk)        x(p) = sum_q  g(qy, py) g(qx, px) x(q)        g(a, b) = max(0, 1 - |a - b|)
+    y(p0) = sum_k  w(pk) m(k) x(p0 + pk + dpk)
+    x(p) = sum_q  g(qy, py) g(qx, px) x(q)        g(a, b) = max(0, 1 - |a - b|)
 
-with a loop over every image, output pixel, offset group, kernel point and pixel q. v1 has no m. The gradients are the
-derivatives of the same sums, written out. Layouts are torchvision's: NCHW, points row by row, offsets (y, x).
+with a loop over every image, output pixel, offset group, kernel point and pixel q. v1 has no m. A point that is not
+strictly inside (-1, H) x (-1, W) is no part of the sum. The gradients are the derivatives of the same sums, written
+out. Layouts are torchvision's: NCHW, points row by row, offsets (y, x).
 """
 
 import itertools
@@ -62,9 +64,9 @@ class Problem:
         """The result of a function with the arguments of `deform_conv2d`."""
         return function(**{**self.tensors, **tensors}, **self.window)
 
-    def differentiate(self, function: Callable[..., Tensor], **changes: bool) -> dict[str, Tensor]:
-        """Such a function's output, and its gradients by name of the tensor; none for those with False in `changes`."""
-        leaves = {name: t.detach().requires_grad_(changes.get(name, True)) for name, t in self.tensors.items()}
+    def differentiate(self, function: Callable[..., Tensor], **needed: bool) -> dict[str, Tensor]:
+        """Such a function's output, and its gradients by name of the tensor; none for those with False in `needed`."""
+        leaves = {name: t.detach().requires_grad_(needed.get(name, True)) for name, t in self.tensors.items()}
         output = self.call(function, **leaves)
         wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
         grads = torch.autograd.grad(output, [leaves[name] for name in wanted], self.grad_output)
@@ -118,7 +120,7 @@ def draw(
 def _shares(location: float, length: int) -> list[tuple[int, float, float]]:
     """The pixels q near a location along one axis: q, g(q, location) and its derivative, at kinks the right-hand one.
 
-    None if the location is not strictly inside (-1, length); comparisons with NaN are false.
+    Empty if the location is not strictly inside (-1, length); comparisons with NaN are false.
     """
     if not -1 < location < length:
         return []

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Hypothesis strategies for operators that sample: any geometry, with the smallest images that fit it and larger ones."""
+"""Hypothesis strategies for operators that sample: any geometry, with the smallest images that fit it and somewhat
+larger ones."""
 
 import math
 

@@ -55,8 +55,9 @@ def test_every_instruction_set_gives_the_golden_numbers(capability, best):
         return  # these tests are run with it anyway
     names = (
         "golden or half or empty or one_pixel or layout or batches or nowhere or group_channels or strips or operator"
+        " or shapes or tails or expanded or output_mask"
     )
-    files = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py"]
+    files = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_deform_columns.py", "test_cpu_kernels.py"]
     files += ["test_gelu.py", "test_query.py", "test_layer_norm.py", "test_block.py"]
     selected = [*files, "-k", f"({names}) and not every_instruction_set", "-m", "not slow and not gpu"]
     pytest_ = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"

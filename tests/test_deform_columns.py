@@ -28,9 +28,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
-# dtype -> deviation, relative to the largest number. Half types are computed in float32 and rounded once, by half a unit
-# in the last place. In float32 it is the locations that count: below 16 pixels each of the three roundings in one is at
-# most 2^-21 = 5e-7 pixels, times the difference of two pixels, which are a few times the largest result at most.
+# dtype -> deviation, relative to the largest number. Half types are computed in float32 and rounded once, by half a
+# unit in the last place. In float32 it is the locations that count: below 16 pixels each of the three roundings in one
+# is at most 2^-21 = 5e-7 pixels, times the difference of two pixels, a few times the largest result at most.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5}
 ROUNDING |= {half: torch.finfo(half).eps / 2 + ROUNDING[torch.float32] for half in (torch.bfloat16, torch.float16)}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Deformable convolution v1 and v2: numbers against torchvision and the papers' equations, semantics at the edges, memory.
+"""Deformable convolution v1 and v2: numbers against torchvision and the papers' equations, the edges, memory.
 
 Derivatives of higher order and torch's transforms are in test_deform_conv_transforms.py.
 """
@@ -234,7 +234,7 @@ def test_half_coordinates_are_float32(dtype, device):
 
 
 def one_sample(y: float, x: float, device="cpu", image=None, dtype=torch.float64, mask=2.0) -> tuple:
-    """Output and gradients for grad_output 1 of one sample at (y, x) of a 3 x 4 image with one channel, and weight 1."""
+    """Output and gradients for grad_output 1 of one sample at (y, x) of a 3 x 4 image with one channel; weight 1."""
     if image is None:
         image = torch.tensor([[3.0, 5.0, 11.0, 2.0], [7.0, 1.0, 4.0, 13.0], [6.0, 17.0, 9.0, 8.0]], dtype=dtype)
     height, width = image.shape
