@@ -18,9 +18,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from conftest import TOLERANCE
 from torch import Tensor
 
 TENSORS = ("input", "offset", "weight", "bias", "mask")
+FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+
+# of `draw`: small problems of each kind, for derivatives
+CASES = {
+    "v2": {"padding": (1, 1), "kernel_size": (2, 3)},
+    "v1": {"padding": (1, 0), "kernel_size": (3, 2), "mask": False, "bias": False, "stride": (1, 2)},
+    "groups": {"padding": (1, 1), "kernel_size": (2, 2), "groups": 2, "offset_groups": 2, "dilation": (1, 2)},
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,23 @@ class Problem:
         return replace(
             self, **{name: function(t) for name, t in self.tensors.items()}, grad_output=function(self.grad_output)
         )
+
+    def stored(self, memory_format: torch.memory_format) -> "Problem":
+        """The problem with its images, maps and weight in a memory format."""
+        return self.map(lambda t: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t)
+
+    def as_function(self, function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """Such a function as one of the problem's tensors alone, in their order, and these."""
+        names = list(self.tensors)
+        return (lambda *t: function(**dict(zip(names, t)), **self.window)), tuple(self.tensors.values())
+
+    def operands(self) -> tuple[list[Tensor], tuple]:
+        """Tensors and other arguments of `torch.ops.internimage.deform_conv2d`."""
+        mask = torch.ones_like(self.offset[:, ::2]) if self.mask is None else self.mask
+        bias = torch.zeros_like(self.weight[:, 0, 0, 0]) if self.bias is None else self.bias
+        groups = self.input.shape[1] // self.weight.shape[1]
+        tensors = [self.input, self.offset, mask, self.weight, bias]
+        return tensors, (self.stride, self.padding, self.dilation, groups, self.offset_groups)
 
     def call(self, function: Callable[..., Tensor], **tensors: Tensor) -> Tensor:
         """The result of a function with the arguments of `deform_conv2d`."""
@@ -115,6 +141,10 @@ def draw(
         grad_output=randn(n, out_channels, ho, wo),
         **window,
     )
+
+
+def small(case: str, n: int = 1, seed: int = 0) -> Problem:
+    return draw(seed, n, (3, 4), 4, 2, **CASES[case])
 
 
 def _shares(location: float, length: int) -> list[tuple[int, float, float]]:
@@ -248,3 +278,19 @@ def gradients(problem: Problem) -> dict[str, Tensor]:
 
 def output_and_gradients(problem: Problem) -> dict[str, Tensor]:
     return {"output": forward(problem), **gradients(problem)}
+
+
+def assert_all_close(
+    results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None, least: float = 0.0
+) -> None:
+    """The largest deviation is within the tolerance, times the largest value or `least`."""
+    assert results.keys() == expected.keys()
+    for name, right in expected.items():
+        result = results[name]
+        assert result.shape == right.shape, f"{name}: {tuple(result.shape)}, expected {tuple(right.shape)}"
+        if right.numel() == 0:
+            continue
+        deviation = (result.detach().double().cpu() - right.detach().double().cpu()).abs().max().item()
+        limit = TOLERANCE[result.dtype] if tolerance is None else tolerance
+        allowed = limit * max(least, right.abs().max().item())
+        assert deviation <= allowed, f"{name}: deviates by {deviation:.2e}, allowed {allowed:.1e}"  # also false for NaN
