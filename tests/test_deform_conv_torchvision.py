@@ -48,14 +48,29 @@ def test_other_dtypes(memory_format, dtype):
     assert_all_close(results, deform_oracle.output_and_gradients(problem))
 
 
-def test_what_is_not_wanted_or_not_there():
-    problem = deform_oracle.draw(3, padding=(1, 1))
+def test_points_that_are_nowhere():
+    """Neither their offsets nor their masks matter, whatever they are."""
+    problem = deform_oracle.draw(4, padding=(1, 1), offset_groups=2)
     problem.offset.view(-1)[::5] = math.nan
-    problem.mask.view(-1)[::3] = math.inf
-    expected = deform_oracle.output_and_gradients(problem)
-    found = by_torchvision(problem, (False, True, False, False, True))
-    assert [found[name].numel() for name in ("input", "mask", "weight")] == [0, 0, 0]
-    for name in ("output", "offset", "bias"):
-        assert torch.equal(found[name].isfinite(), expected[name].isfinite())
-    empty = by_torchvision(deform_oracle.draw(3, 0, padding=(1, 1)))
-    assert empty["output"].shape == (0, 6, 5, 6)
+    gone = problem.offset.isnan().unflatten(1, (-1, 2)).any(2)
+    problem.mask[gone] = math.inf
+    results = by_torchvision(problem)
+    assert_all_close(results, deform_oracle.output_and_gradients(problem), 1e-11)
+    assert not results["mask"][gone].any()
+
+
+def test_gradients_that_are_not_wanted_are_empty():
+    problem = deform_oracle.draw(5, padding=(1, 1))
+    expected, found = by_torchvision(problem), by_torchvision(problem, (False, True, False, False, True))
+    for name in ("input", "mask", "weight"):
+        expected[name] = expected[name].new_empty(0)
+    assert_all_close(found, expected, 1e-13)
+
+
+def test_empty_batch():
+    problem = deform_oracle.draw(6, 0, padding=(1, 1))
+    results = by_torchvision(problem)
+    assert {name: t.shape for name, t in results.items() if name != "output"} == {
+        name: t.shape for name, t in problem.tensors.items()
+    }
+    assert results["output"].shape == (0, 6, 5, 6)
