@@ -32,7 +32,8 @@ def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
             raise TypeError
         height, width = operator.index(values[0]), operator.index(values[1])
     except TypeError:
-        raise TypeError(f"{name} must be an int or a (height, width) pair of ints, got {value!r}") from None
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
+        raise TypeError(f"{name} must be an int or a (height, width) pair of ints, got {given}") from None
     if height < minimum or width < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     return height, width

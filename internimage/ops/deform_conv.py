@@ -12,7 +12,7 @@ from . import deform_conv_reference as reference
 from . import deform_conv_torchvision
 from .arguments import as_pair, check_alike, check_fits, check_tensor
 from .registration import DifferentiableOperator, Reference, is_autocast_enabled
-from .sampling import output_size
+from .sampling import Pair, output_size
 
 # checks nothing; takes the arguments in the order of the schema. Ones stand for a mask that is not given, and zeros for
 # a bias: an expanded one takes no memory, and is read from the cache
@@ -58,8 +58,8 @@ def deform_conv2d(
 
     Differentiable any number of times in all tensors; works under autocast (which casts all to its dtype),
     `torch.compile`, `torch.export`, the transforms of `torch.func` and in forward mode. Training keeps no columns
-    (samples of all points) between the passes. On a
-    CPU our kernels sample; on CUDA and MPS torchvision's operator does the work where it can.
+    (samples of all points) between the passes. On a CPU our kernels sample; on CUDA and MPS torchvision's operator does
+    the work where it can.
 
     Args:
         input: float64, float32, bfloat16 or float16. N may be 0.
@@ -98,13 +98,12 @@ def deform_conv2d(
     groups = _groups(input, weight, bias)
     out_channels, _, kh, kw = weight.shape
     size = check_fits((input.shape[2], input.shape[3]), (kh, kw), *window)
-    offset_groups = _offset_groups(input, offset, kh * kw)
+    offset_groups = _offset_groups(input, offset, kh * kw, size)
     points = offset_groups * kh * kw
-    _check_shape("offset", offset, (len(input), 2 * points, *size), "2 * offset groups * kernel points")
     if mask is None:
-        mask = offset.new_ones(points).view(1, -1, 1, 1).expand(len(input), -1, *size)
+        mask = offset.new_ones(points).view(1, -1, 1, 1).expand(input.shape[0], -1, *size)
     else:
-        _check_shape("mask", mask, (len(input), points, *size), "offset groups * kernel points")
+        _check_shape("mask", mask, (input.shape[0], points, *size), "offset groups * kernel points")
     bias = weight.new_zeros(out_channels) if bias is None else bias
     return apply_deform_conv2d(input, offset, mask, weight, bias, *window, groups, offset_groups)
 
@@ -128,20 +127,22 @@ def _groups(input: Tensor, weight: Tensor, bias: Tensor | None) -> int:
             f"weight {tuple(weight.shape)} has {group_channels} of the {channels} channels of input, which makes "
             f"{groups} groups; they must divide its {out_channels} output channels"
         )
-    if bias is not None and len(bias) != out_channels:
+    if bias is not None and bias.shape[0] != out_channels:
         raise ValueError(
-            f"bias must have shape ({out_channels},), a number for each output channel, got ({len(bias)},)"
+            f"bias must have shape ({out_channels},), a number for each output channel, got ({bias.shape[0]},)"
         )
     return groups
 
 
-def _offset_groups(input: Tensor, offset: Tensor, points: int) -> int:
-    """The number of offset groups."""
-    channels = offset.shape[1]
+def _offset_groups(input: Tensor, offset: Tensor, points: int, size: Pair) -> int:
+    """The number of offset groups, for an output of `size`."""
+    n, channels, last = input.shape[0], offset.shape[1], offset.shape[3]
+    formula = "2 * offset groups * kernel points"
+    if tuple(offset.shape[:3]) == (n, *size) and last > 0 and last % (2 * points) == 0:
+        _check_shape("offset", offset, (n, last, *size), formula)  # channels last
     if channels < 1 or channels % (2 * points) != 0:
         raise ValueError(
-            f"offset must have 2 * offset groups * {points} kernel points channels, a multiple of {2 * points}, got "
-            f"{channels}: {tuple(offset.shape)}{_channels_last_hint(offset, 2 * points)}"
+            f"offset must have {formula} channels, a multiple of {2 * points}, got {channels}: {tuple(offset.shape)}"
         )
     offset_groups = channels // (2 * points)
     if input.shape[1] % offset_groups != 0:
@@ -149,13 +150,8 @@ def _offset_groups(input: Tensor, offset: Tensor, points: int) -> int:
             f"the offset groups must divide the channels of input: offset {tuple(offset.shape)} has {offset_groups} "
             f"groups of 2 * {points} channels, input has {input.shape[1]} channels"
         )
+    _check_shape("offset", offset, (n, channels, *size), formula)
     return offset_groups
-
-
-def _channels_last_hint(t: Tensor, multiple: int) -> str:
-    if t.shape[3] > 0 and t.shape[3] % multiple == 0:
-        return "; its last axis fits: is it channels last, as for dcnv3? Then permute(0, 3, 1, 2)"
-    return ""
 
 
 def _check_shape(name: str, t: Tensor, expected: tuple[int, ...], formula: str) -> None:

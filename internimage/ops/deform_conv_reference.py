@@ -86,7 +86,7 @@ class _Shape:
         """The inverse of `split_columns`, for an output of `size` (N, Ho, Wo)."""
         height, width = self.kernel_size
         joined = rows.unflatten(2, (height * width, -1)).permute(1, 2, 0, 3)
-        return joined.reshape(*size, -1)
+        return joined.reshape(*size, rows.shape[0] * rows.shape[2])
 
     def split_output(self, output: Tensor) -> Tensor:
         """(N, out, Ho, Wo) -> (groups, pixels, out / groups)."""
@@ -157,7 +157,7 @@ def backward(
             of_weight = product if of_weight is None else of_weight.add_(product)
             del columns, product
         if any(output_mask[:3]):
-            size = len(tensors[0]), *grad_output.shape[2:]
+            size = tensors[0].shape[0], *grad_output.shape[2:]
             grad_columns = shape.join_columns(torch.bmm(rows, matrices), size)
             of_points.append(
                 apply_deform_columns.backward(
@@ -200,7 +200,7 @@ def double_backward(
     shape = _Shape.of(weight, others)
     tensors = _last(input), _last(offset), _last(mask)
     directions = _last(grad_grad_input), _last(grad_grad_offset), _last(grad_grad_mask)
-    rows, size = shape.split_output(grad_output), (len(input), *grad_output.shape[2:])
+    rows, size = shape.split_output(grad_output), (input.shape[0], *grad_output.shape[2:])
     grad_columns = shape.join_columns(torch.bmm(rows, shape.matrices(weight)), size)
     tangent, *of_tangent = columns_reference.double_backward(
         *directions, grad_columns, *tensors, *shape.columns_arguments, deterministic
