@@ -53,17 +53,19 @@ class Kernel:
 
 
 TYPES = {"6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16", "f": "float", "d": "double"}
+LAYOUTS = {None: [], "0": [], "1": ["even"], "2": ["odd"]}  # of csrc/cuda/gather/arguments.h; dense is not named
 
 
 def readable(mangled: str) -> str:
-    """_ZN...14forward_kernelI6__halfLi16ELi9ELb1EjEEv... -> forward_kernel<__half, 16, 9, true, 32>."""
+    """_ZN...14forward_kernelI6__halfLi16ELi9ELb1EjLi0EEEv... -> forward_kernel<__half, 16, 9, true, 32>."""
     name, arguments = re.search(r"4cuda\d+([a-z]\w*?_kernel)I(.*?)EEv", mangled).groups()
     storage, rest = re.match(f"({'|'.join(TYPES)})(.*)", arguments).groups()
-    numbers, index = re.fullmatch(r"((?:L[ib]\d+E)*)([jmy])", rest).groups()
+    numbers, index, layout = re.fullmatch(r"((?:L[ib]\d+E)*)([jmy])(?:Li(\d)E)?", rest).groups()
     values = [
         value if kind == "i" else str(value == "1").lower() for kind, value in re.findall(r"L([ib])(\d+)E", numbers)
     ]
-    return f"{name}<{', '.join([TYPES[storage], *values, {'j': '32', 'm': '64', 'y': '64'}[index]])}>"
+    bits = {"j": "32", "m": "64", "y": "64"}[index]
+    return f"{name}<{', '.join([TYPES[storage], *values, bits, *LAYOUTS[layout]])}>"
 
 
 def parse_resources(text: str) -> dict[str, Kernel]:

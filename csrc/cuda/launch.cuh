@@ -22,6 +22,7 @@ namespace cuda {
 // Runs kernels on torch's current stream of a device, asynchronously.
 struct CompiledLaunch {
   static constexpr bool kHasVariants = false;  // their kernels would make the module larger by more than half
+  static constexpr bool kHasLayouts = false;
   using Half = __half;
   using BFloat16 = __nv_bfloat16;
   cudaStream_t stream;

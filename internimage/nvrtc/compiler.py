@@ -165,7 +165,8 @@ def load(path: Path) -> Nvrtc:
 def _program(kernel: str, argument_bytes: int) -> str:
     """A translation unit with what a kernel is instantiated from."""
     arguments = kernel[kernel.index("<") + 1 : -1].split(", ")
-    compute, index = ("double" if arguments[0] == "double" else "float"), arguments[-1]
+    compute = "double" if arguments[0] == "double" else "float"
+    index = next(argument for argument in arguments if argument.startswith("uint"))
     return (
         f'#include "cuda/gather/{kernel.partition("_")[0]}.cuh"\n'
         f"static_assert(sizeof(internimage::cuda::Arguments<{compute}, {index}>) == {argument_bytes}, "

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Every CUDA kernel and nothing else, for tests that inspect the compiled code.
+// Every CUDA kernel of the dense layout and nothing else, for tests that inspect the compiled code.
 #include "../../csrc/cuda/gather/kernels.cuh"
 #include "../../csrc/cuda/gather/variants.h"
 
@@ -8,6 +8,7 @@ namespace cuda {
 
 struct Launch {
   static constexpr bool kHasVariants = true;
+  static constexpr bool kHasLayouts = false;
   template <typename Kernel, typename... A>
   void operator()(Kernel kernel, int64_t threads, A... arguments) const {
     constexpr int kWidth = kBlockThreads<Kernel>;

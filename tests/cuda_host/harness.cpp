@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The CUDA kernels on a CPU, as a shared library for ctypes. Passes return "" or an error message.
+// The CUDA kernels on a CPU, as a shared library for ctypes. Passes return "" or an error message. With LAYOUTS, there
+// are kernels of all layouts, three times as many.
 #include "cuda_host.h"
 // last, as it needs the names above
 #include "../../csrc/cuda/gather/kernels.cuh"
@@ -54,6 +55,11 @@ void remember(const std::string& name, Kernel* kernel, int width, std::index_seq
 
 struct Launch {
   static constexpr bool kHasVariants = true;
+#ifdef LAYOUTS
+  static constexpr bool kHasLayouts = true;
+#else
+  static constexpr bool kHasLayouts = false;
+#endif
   template <typename Kernel, typename... A>
   void operator()(Kernel name, int64_t threads, A... arguments) const {
     if (!message.empty()) return;

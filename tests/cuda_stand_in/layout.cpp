@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the launcher of csrc/cuda/driver asks NVRTC for, according to the host's compiler: the names of all kernels, and
-// where the fields of their arguments are. Prints JSON.
+// What the launcher of csrc/cuda/driver asks NVRTC for, according to the host's compiler: the names of all kernels
+// (apart from them, those of layouts that are not dense), and where the fields of their arguments are. Prints JSON.
 #include <cstddef>
 #include <cstdio>
 #include <map>
@@ -15,10 +15,12 @@ using internimage::Problem;
 
 namespace {
 
-std::map<std::string, size_t> kernels;
+std::map<std::string, size_t> dense_kernels, other_kernels;
 
 struct Launch {
   static constexpr bool kHasVariants = true;
+  static constexpr bool kHasLayouts = true;
+  std::map<std::string, size_t>& kernels;
   template <typename Kernel, typename First, typename... A>
   void operator()(Kernel kernel, int64_t, First, A...) const {
     kernels[cuda::name_of(kernel)] = sizeof(First);
@@ -26,14 +28,25 @@ struct Launch {
 };
 
 template <typename S>
-void ask(const Problem& p, bool wide, const cuda::Variants& variants) {
+void ask(Problem p, bool wide, const cuda::Variants& variants) {
   using T = cuda::Compute<S>;
   S* s = reinterpret_cast<S*>(32);
   T* t = reinterpret_cast<T*>(32);
-  cuda::forward(p, s, s, s, s, wide, variants, Launch());
-  for (bool deterministic : {false, true}) {
-    cuda::backward(p, s, s, s, s, t, s, s, deterministic, nullptr, wide, variants, Launch());
+  for (const int64_t padding : {0, 2, 1}) {  // dense, and at even and at odd elements
+    p.mask = p.grad_mask = {p.points + padding, p.points};
+    p.offset = p.grad_offset = {2 * p.points + padding, 2 * p.points};
+    const Launch launch{padding == 0 ? dense_kernels : other_kernels};
+    cuda::forward(p, s, s, s, s, wide, variants, launch);
+    for (bool deterministic : {false, true})
+      cuda::backward(p, s, s, s, s, t, s, s, deterministic, nullptr, wide, variants, launch);
   }
+}
+
+void print_kernels(const char* key, const std::map<std::string, size_t>& kernels) {
+  std::printf("\"%s\": {", key);
+  int first = 0;
+  for (const auto& [name, bytes] : kernels) std::printf("%s\"%s\": %zu", first++ ? ", " : "", name.c_str(), bytes);
+  std::printf("}, ");
 }
 
 #define FIELD(name) std::printf("%s[\"%s\", %zu, %zu]", first++ ? ", " : "", #name, offsetof(A, name), sizeof(A::name))
@@ -51,7 +64,8 @@ void print_fields(const char* type) {
   FIELD(grid_y), FIELD(offset_scale), FIELD(remove_center), FIELD(softmax), FIELD(height), FIELD(tiles_across),
       FIELD(tiles_down);
   FIELD(tile_width), FIELD(tile_height), FIELD(tile_threads), FIELD(chunk_threads), FIELD(last_slices);
-  FIELD(full_chunks);
+  FIELD(full_chunks), FIELD(row_major), FIELD(y_first), FIELD(offset), FIELD(mask), FIELD(grad_offset);
+  FIELD(grad_mask);
   std::printf("]}");
 }
 
@@ -79,10 +93,10 @@ int main() {
               ask<double>(p, wide, variants);
             }
           }
-  std::printf("{\"kernels\": {");
-  int first = 0;
-  for (const auto& [name, bytes] : kernels) std::printf("%s\"%s\": %zu", first++ ? ", " : "", name.c_str(), bytes);
-  std::printf("}, \"arguments\": {");
+  std::printf("{");
+  print_kernels("kernels", dense_kernels);
+  print_kernels("other_kernels", other_kernels);
+  std::printf("\"arguments\": {");
   print_fields<float, uint32_t>("float, uint32_t"), std::printf(", ");
   print_fields<float, uint64_t>("float, uint64_t"), std::printf(", ");
   print_fields<double, uint32_t>("double, uint32_t"), std::printf(", ");

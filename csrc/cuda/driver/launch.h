@@ -23,6 +23,7 @@ using Functions = std::atomic<DriverFunction>[kMostDevices];
 // Runs kernels on torch's current stream of a device, asynchronously. Throws NoKernel.
 struct DriverLaunch {
   static constexpr bool kHasVariants = true;
+  static constexpr bool kHasLayouts = false;
   using Half = HalfBits;
   using BFloat16 = BFloat16Bits;
   int32_t device;

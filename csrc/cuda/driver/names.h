@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "../gather/arguments.h"
 #include "../gather/select.h"
 
 namespace internimage {
@@ -36,29 +37,30 @@ inline constexpr const char* kTypeName<uint64_t> = "uint64_t";
 inline std::string text_of(int number) { return std::to_string(number); }
 inline std::string text_of(bool value) { return value ? "true" : "false"; }
 
-// As in "forward_kernel<__half, 16, 9, true, uint32_t>": the kernel, its storage type, numbers, and type of indices.
-template <typename S, typename Index, typename... Numbers>
+// As in "forward_kernel<__half, 16, 9, true, uint32_t>": the kernel, its storage type, numbers, and type of indices;
+// then the layout, if it is not dense.
+template <typename S, typename Index, int kLayout = kDense, typename... Numbers>
 std::string expression(const char* kernel, Numbers... numbers) {
   std::string text = std::string(kernel) + "<" + kTypeName<S> + ", ";
   ((text += text_of(numbers) + ", "), ...);
-  return text + kTypeName<Index> + ">";
+  return text + kTypeName<Index> + (kLayout == kDense ? "" : ", " + text_of(kLayout)) + ">";
 }
 
-template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
-std::string name_of(ForwardKernel<S, kChannels, kPoints, kSoftmax, Index>) {
-  return expression<S, Index>("forward_kernel", kChannels, kPoints, kSoftmax);
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index, int kLayout>
+std::string name_of(ForwardKernel<S, kChannels, kPoints, kSoftmax, Index, kLayout>) {
+  return expression<S, Index, kLayout>("forward_kernel", kChannels, kPoints, kSoftmax);
 }
-template <typename S, int kChannels, typename Index>
-std::string name_of(BackwardKernel<S, kChannels, Index>) {
-  return expression<S, Index>("backward_kernel", kChannels);
+template <typename S, int kChannels, typename Index, int kLayout>
+std::string name_of(BackwardKernel<S, kChannels, Index, kLayout>) {
+  return expression<S, Index, kLayout>("backward_kernel", kChannels);
 }
-template <typename S, int kPoints, int kLanes, typename Index>
-std::string name_of(Backward3x3Kernel<S, kPoints, kLanes, Index>) {
-  return expression<S, Index>("backward3x3_kernel", kPoints, kLanes);
+template <typename S, int kPoints, int kLanes, typename Index, int kLayout>
+std::string name_of(Backward3x3Kernel<S, kPoints, kLanes, Index, kLayout>) {
+  return expression<S, Index, kLayout>("backward3x3_kernel", kPoints, kLanes);
 }
-template <typename S, typename Index>
-std::string name_of(DeterministicKernel<S, Index>) {
-  return expression<S, Index>("deterministic_kernel");
+template <typename S, typename Index, int kLayout>
+std::string name_of(DeterministicKernel<S, Index, kLayout>) {
+  return expression<S, Index, kLayout>("deterministic_kernel");
 }
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
 std::string name_of(TilesKernel<S, kChannels, kPoints, kSoftmax, Index>) {

@@ -21,8 +21,15 @@ constexpr int kWindowThreads = 32, kWindowTileWidth = 8, kWindowTileHeight = 4, 
 // of memory before the sums, log2 of the largest scaled product, and the fewest bits below it
 constexpr int kFixedChannels = 4, kFixedReaders = 1 << 17, kFixedHeader = 1, kFixedProduct = 4, kFixedLeast = 28;
 
+// Where the numbers of units stand in offset and mask and in their gradients, as far as a kernel is compiled for it.
+// Dense is DCNv3's: unit after unit, points column by column, x before y. With another layout, Arguments has the
+// strides and the order. Odd: some unit may begin at an odd element, so that the two numbers of an offset are not
+// aligned to their size and are loaded and stored one by one; with 9 points, so it is with every other group of a
+// tensor that has a group's offsets and then its masks.
+constexpr int kDense = 0, kStridedEven = 1, kStridedOdd = 2;
+
 // Division by a divisor that is known at launch: a multiplication and a shift, for dividends below 2^31 (`quotient` in
-// points.cuh).
+// units.cuh).
 template <typename Index>
 struct Divider {
   Index divisor;
@@ -60,6 +67,7 @@ struct Arguments {
   T grid_x[3], grid_y[3];  // of a 3x3 kernel
   T offset_scale;
   bool remove_center, softmax;
+  bool row_major, y_first;  // of a layout that is not dense
   // of the variants, last, so that the code of the default kernels does not change
   Index height;
   // tiles: how many there are of an image, and their size
@@ -69,6 +77,7 @@ struct Arguments {
   // the slices after `full_chunks` times as many
   Divider<Index> tile_threads, chunk_threads, last_slices;
   uint32_t full_chunks;
+  UnitStrides offset, mask, grad_offset, grad_mask;  // of a layout that is not dense
 
   Arguments(const Problem& p, int64_t slices_, int64_t lanes_, int64_t chunks_, int64_t threads_, Tile tile = {1, 1})
       : threads(static_cast<Index>(threads_)),
@@ -104,6 +113,8 @@ struct Arguments {
         offset_scale(static_cast<T>(p.offset_scale)),
         remove_center(p.remove_center),
         softmax(p.softmax),
+        row_major(p.row_major),
+        y_first(p.y_first),
         height(static_cast<Index>(p.height)),
         tiles_across((p.out_width + tile.width - 1) / tile.width),
         tiles_down((p.out_height + tile.height - 1) / tile.height),
@@ -112,7 +123,11 @@ struct Arguments {
         tile_threads(tile.width * tile.height * p.groups * slices_),
         chunk_threads(tile.width * tile.height * kTileSlices),
         last_slices(p.groups * slices_ % kTileSlices + (p.groups * slices_ % kTileSlices == 0 ? kTileSlices : 0)),
-        full_chunks(static_cast<uint32_t>(p.groups * slices_ / kTileSlices)) {
+        full_chunks(static_cast<uint32_t>(p.groups * slices_ / kTileSlices)),
+        offset(p.offset),
+        mask(p.mask),
+        grad_offset(p.grad_offset),
+        grad_mask(p.grad_mask) {
     while ((uint32_t{1} << lane_bits) < lanes) ++lane_bits;
     for (int i = 0; i < 3; ++i) {
       grid_x[i] = static_cast<T>(i * p.dilation_w - center_w);

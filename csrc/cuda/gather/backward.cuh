@@ -13,6 +13,7 @@
 #include "gradients.cuh"
 #include "grid.cuh"
 #include "points.cuh"
+#include "units.cuh"
 
 namespace internimage {
 namespace cuda {
@@ -38,7 +39,7 @@ __device__ __forceinline__ void dot_corners(const Arguments<T, Index>& a, const 
 }
 
 // grad_input is filled with zeros and of the compute type. It may be null, or both grad_offset and grad_mask.
-template <typename S, int kChannels, typename Index>
+template <typename S, int kChannels, typename Index, int kLayout = kDense>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
                     const S* __restrict__ input, const S* __restrict__ offset, const S* __restrict__ mask,
@@ -58,17 +59,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   grad_output += static_cast<uint64_t>(index) * a.group_channels + first;
   T grad[1][kChannels];
   load<S, kChannels>(grad_output, grad[0]);
-  const uint64_t first_point = static_cast<uint64_t>(index) * a.points;
-  offset += 2 * first_point;
-  const Factors<S, 0> factors(mask + first_point, a.points, a.softmax);
+  const Places<kLayout> places(a, unit, index, a.points);
+  offset += places.offset(0);
+  const Factors<S, 0> factors(mask + places.mask(0), a.points, a.softmax);
   const bool writes = is_active && lane == 0;
   const bool want_points = grad_offset != nullptr;
 
   T mean = 0;  // sum of factor * its gradient, for the softmax: an extra pass, as there may be too many points to keep
   if (want_points && a.softmax) {
     T sums[1] = {0};
-    for_each_point<0>(a, [&](int k, T grid_x, T grid_y) {
-      const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
+    for_each_point<0, kLayout>(a, [&](int k, T grid_x, T grid_y) {
+      const Cell<T, Index> cell = locate<S, kLayout>(a, unit, offset, k, grid_x, grid_y);
       T dots[4];
       dot_corners<S, kChannels>(a, cell, image, grad_output, a.chunks, grad[0], dots);
       sums[0] += cell.inside ? factors.at(k) * interpolate(cell, dots) : T(0);
@@ -77,8 +78,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     mean = sums[0];
   }
 
-  for_each_point<0>(a, [&](int k, T grid_x, T grid_y) {
-    const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
+  for_each_point<0, kLayout>(a, [&](int k, T grid_x, T grid_y) {
+    const Cell<T, Index> cell = locate<S, kLayout>(a, unit, offset, k, grid_x, grid_y);
     const T factor = cell.inside ? factors.at(k) : T(0);
     if (want_points) {
       T dots[4], sums[3], shift[2];
@@ -88,8 +89,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       shift_gradient(a, cell, factor, sums, shift);
       if (writes) {
         const T grad_factor = cell.inside ? sums[2] : T(0);
-        store<S, 2>(grad_offset + 2 * (first_point + k), shift);
-        grad_mask[first_point + k] = Storage<S>::narrow(mask_gradient(a.softmax, factors.at(k), grad_factor, mean));
+        store_shift<kLayout>(a, grad_offset + places.grad_offset(k), shift);
+        grad_mask[places.grad_mask(k)] = Storage<S>::narrow(mask_gradient(a.softmax, factors.at(k), grad_factor, mean));
       }
     }
     if (grad_input != nullptr && is_active && cell.inside) {

@@ -16,6 +16,7 @@
 #include "gradients.cuh"
 #include "grid.cuh"
 #include "points.cuh"
+#include "units.cuh"
 
 namespace internimage {
 namespace cuda {
@@ -26,7 +27,7 @@ constexpr int kBackwardBlocks = kLanes > 0 || sizeof(S) < 4 ? 3 : 2;
 
 // grad_input is filled with zeros and of the compute type. It may be null, or both grad_offset and grad_mask.
 // kLanes: threads of a unit, a power of two; 0 if that is known at launch alone.
-template <typename S, int kPoints, int kLanes, typename Index>
+template <typename S, int kPoints, int kLanes, typename Index, int kLayout = kDense>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kLanes>)
     backward3x3_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ grad_output,
                        const S* __restrict__ input, const S* __restrict__ offset, const S* __restrict__ mask,
@@ -59,20 +60,20 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kLanes>)
       if constexpr (kVector > 4) keep(others[i][j]);
     }
   }
-  const uint64_t first_point = static_cast<uint64_t>(index) * kPoints;
-  offset += 2 * first_point;
-  const Factors<S, kPoints> factors(mask + first_point, kPoints, a.softmax);
+  const Places<kLayout> places(a, unit, index, kPoints);
+  offset += places.offset(0);
+  const Factors<S, kPoints> factors(mask + places.mask(0), kPoints, a.softmax);
   const bool want_points = grad_offset != nullptr;
-  grad_offset += 2 * (first_point + lane);
-  grad_mask += first_point + lane;
+  grad_offset += places.grad_offset(lane);
+  grad_mask += places.grad_mask(lane);
   // Lane 0 stores the gradients of even points, lane 1 those of odd ones, with one instruction.
   const bool writes = is_active && lane < 2, is_odd = lane == 1;
   constexpr int kPairs = (kPoints + 1) / 2;
   T own_grads[kPairs], own_factors[kPairs];  // of the factors whose gradients this lane stores
   T even_shift[2], even_grad;
   T mean = 0;  // sum of factor * its gradient, for the softmax
-  for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {
-    const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
+  for_each_point<kPoints, kLayout>(a, [&](int k, T grid_x, T grid_y) {
+    const Cell<T, Index> cell = locate<S, kLayout>(a, unit, offset, k, grid_x, grid_y);
     const T factor = cell.inside ? factors.at(k) : T(0);
     if (want_points) {
       T dots[4], sums[3], shift[2];
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kLanes>)
       }
       if (k % 2 == 1 || k == kPoints - 1) {
         const T own[2] = {is_odd ? shift[0] : even_shift[0], is_odd ? shift[1] : even_shift[1]};
-        if (writes && (k % 2 == 1 || !is_odd)) store<S, 2>(grad_offset + 2 * (k - k % 2), own);
+        if (writes && (k % 2 == 1 || !is_odd)) store_shift<kLayout>(a, grad_offset + 2 * (k - k % 2), own);
         own_grads[k / 2] = is_odd ? grad_factor : even_grad;
         own_factors[k / 2] = is_odd ? factors.at(k) : factors.at(k - k % 2);
       }

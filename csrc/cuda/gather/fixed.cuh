@@ -24,6 +24,7 @@
 #include "factors.cuh"
 #include "grid.cuh"
 #include "points.cuh"
+#include "units.cuh"
 
 namespace internimage {
 namespace cuda {

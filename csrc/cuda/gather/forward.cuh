@@ -11,6 +11,7 @@
 #include "factors.cuh"
 #include "grid.cuh"
 #include "points.cuh"
+#include "units.cuh"
 
 namespace internimage {
 namespace cuda {
@@ -32,7 +33,7 @@ constexpr int kForwardBlocks = kPoints == 0 ? 3 : INTERNIMAGE_FORWARD_BLOCKS;
 
 // A slice of a unit: the channels from slice * kChannels on. `thread` is where the slice is in the output. kSoftmax is
 // used only if kPoints > 0; with any other number of points it is a.softmax.
-template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
+template <typename S, int kChannels, int kPoints, bool kSoftmax, int kLayout = kDense, typename Index>
 __device__ __forceinline__ void forward_slice(const Arguments<Compute<S>, Index>& a,
                                               const Unit<Compute<S>, Index>& unit, Index index, Index slice,
                                               Index thread, const S* __restrict__ input, const S* __restrict__ offset,
@@ -46,12 +47,12 @@ __device__ __forceinline__ void forward_slice(const Arguments<Compute<S>, Index>
       materialize(input + unit.image * a.image_elements + (unit.group * a.group_channels + slice * kChannels + begin));
   const S* zeros = reinterpret_cast<const S*>(&zero_row) + begin;
   const int points = kPoints > 0 ? kPoints : a.points;
-  offset += static_cast<uint64_t>(index) * (2 * points);
-  const Factors<S, kPoints> factors(mask + static_cast<uint64_t>(index) * points, points,
-                                    kPoints > 0 ? kSoftmax : a.softmax);
+  const Places<kLayout> places(a, unit, index, points);
+  offset += places.offset(0);
+  const Factors<S, kPoints> factors(mask + places.mask(0), points, kPoints > 0 ? kSoftmax : a.softmax);
   T sums[kHalves][kHalf] = {};
-  for_each_point<kPoints>(a, [&](int k, T grid_x, T grid_y) {
-    const Cell<T, Index> cell = locate<S>(a, unit, offset, k, grid_x, grid_y);
+  for_each_point<kPoints, kLayout>(a, [&](int k, T grid_x, T grid_y) {
+    const Cell<T, Index> cell = locate<S, kLayout>(a, unit, offset, k, grid_x, grid_y);
     const T factor = cell.inside ? factors.at(k) : T(0);  // whatever it is, even NaN
     const T row_weights[2] = {factor * (1 - cell.below), factor * cell.below};
     const Index lower = cell.upper_left + cell.step_y;
@@ -74,7 +75,7 @@ __device__ __forceinline__ void forward_slice(const Arguments<Compute<S>, Index>
   for (int half = 0; half < kHalves; ++half) store<S, kHalf>(output + (half == 0 ? begin : kHalf - begin), sums[half]);
 }
 
-template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index, int kLayout = kDense>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints>)
     forward_kernel(const Arguments<Compute<S>, Index> a, const S* __restrict__ input, const S* __restrict__ offset,
                    const S* __restrict__ mask, S* __restrict__ output) {
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPoints>)
   const Index index = quotient(thread, a.slices);
   const Unit<Compute<S>, Index> unit(a, index);
   const Index slice = thread - index * a.slices.divisor;
-  forward_slice<S, kChannels, kPoints, kSoftmax>(a, unit, index, slice, thread, input, offset, mask, output);
+  forward_slice<S, kChannels, kPoints, kSoftmax, kLayout>(a, unit, index, slice, thread, input, offset, mask, output);
 }
 
 }  // namespace cuda

@@ -7,7 +7,7 @@
 //   forward_kernel: for unit, for slice of its channels:                     one thread, up to 32 bytes of channels
 //     factors of the unit's points: mask, or its softmax                     factors.cuh
 //     for point of the unit:                                                 grid.cuh, unrolled for a 3x3 kernel
-//       its cell: four corners and their bilinear shares                     points.cuh
+//       its cell: four corners and their bilinear shares                     points.cuh, from its offset (units.cuh)
 //       for corner: sums += share * factor * corner, wide loads
 //     store the sums
 //
@@ -39,9 +39,10 @@
 //   S, T    storage type, in memory; compute type, in registers: float, or double for double. Values are widened when
 //           they are loaded, and rounded once when they are stored
 //   Index   of threads and of elements within an image: 32 bits where they suffice, else 64
+//   layout  where the numbers of units stand in offset and mask, and in which order (arguments.h). On it depend the
+//           strides and the order of x and y (units.cuh), and the order of the points (grid.cuh)
 //
-// Specific to DCNv3 are the order of the points (grid.cuh), that of the offsets, (x, y) (points.cuh), and the softmax
-// (factors.cuh).
+// Specific to DCNv3 is the softmax (factors.cuh).
 #pragma once
 
 #include "backward.cuh"
@@ -56,21 +57,21 @@
 namespace internimage {
 namespace cuda {
 
-template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
-auto function_of(ForwardKernel<S, kChannels, kPoints, kSoftmax, Index>) {
-  return &forward_kernel<S, kChannels, kPoints, kSoftmax, Index>;
+template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index, int kLayout>
+auto function_of(ForwardKernel<S, kChannels, kPoints, kSoftmax, Index, kLayout>) {
+  return &forward_kernel<S, kChannels, kPoints, kSoftmax, Index, kLayout>;
 }
-template <typename S, int kChannels, typename Index>
-auto function_of(BackwardKernel<S, kChannels, Index>) {
-  return &backward_kernel<S, kChannels, Index>;
+template <typename S, int kChannels, typename Index, int kLayout>
+auto function_of(BackwardKernel<S, kChannels, Index, kLayout>) {
+  return &backward_kernel<S, kChannels, Index, kLayout>;
 }
-template <typename S, int kPoints, int kLanes, typename Index>
-auto function_of(Backward3x3Kernel<S, kPoints, kLanes, Index>) {
-  return &backward3x3_kernel<S, kPoints, kLanes, Index>;
+template <typename S, int kPoints, int kLanes, typename Index, int kLayout>
+auto function_of(Backward3x3Kernel<S, kPoints, kLanes, Index, kLayout>) {
+  return &backward3x3_kernel<S, kPoints, kLanes, Index, kLayout>;
 }
-template <typename S, typename Index>
-auto function_of(DeterministicKernel<S, Index>) {
-  return &deterministic_kernel<S, Index>;
+template <typename S, typename Index, int kLayout>
+auto function_of(DeterministicKernel<S, Index, kLayout>) {
+  return &deterministic_kernel<S, Index, kLayout>;
 }
 template <typename S, int kChannels, int kPoints, bool kSoftmax, typename Index>
 auto function_of(TilesKernel<S, kChannels, kPoints, kSoftmax, Index>) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The position of a unit, and the pixels around each of its sampling points.
+// The pixels around each of a unit's sampling points.
 //
 // Corners outside the image are read from a row of zeros: no branch, and no infinity that a weight of zero would turn
 // into NaN.
@@ -9,40 +9,10 @@
 
 #include "../storage.cuh"
 #include "arguments.h"
+#include "units.cuh"
 
 namespace internimage {
 namespace cuda {
-
-template <typename Index>
-__device__ __forceinline__ Index quotient(Index dividend, const Divider<Index>& divider) {
-  if constexpr (sizeof(Index) > 4) {
-    return dividend / divider.divisor;
-  } else {
-    return (__umulhi(dividend, divider.multiplier) + dividend) >> divider.shift;
-  }
-}
-
-// The position of a unit.
-template <typename T, typename Index>
-struct Unit {
-  Index group, image;
-  T x, y;  // the kernel's center
-
-  __device__ __forceinline__ Unit(const Arguments<T, Index>& a, Index unit) {
-    const Index pixel = quotient(unit, a.groups);
-    group = unit - pixel * a.groups.divisor;
-    const Index row = quotient(pixel, a.out_width);
-    x = static_cast<T>(static_cast<int32_t>(pixel - row * a.out_width.divisor) * a.stride_w + a.first_x);
-    image = quotient(row, a.out_height);
-    y = static_cast<T>(static_cast<int32_t>(row - image * a.out_height.divisor) * a.stride_h + a.first_y);
-  }
-  // Of an output pixel of an image.
-  __device__ __forceinline__ Unit(const Arguments<T, Index>& a, Index group_, Index image_, int32_t column, int32_t row)
-      : group(group_),
-        image(image_),
-        x(static_cast<T>(column * a.stride_w + a.first_x)),
-        y(static_cast<T>(row * a.stride_h + a.first_y)) {}
-};
 
 constexpr int kZeroBytes = 32;  // at least what a thread loads from a pixel
 
@@ -91,11 +61,11 @@ struct Cell {
 };
 
 // The location of point k: the same operations in the same order as the reference's.
-template <typename S, typename T, typename Index>
+template <typename S, int kLayout = kDense, typename T, typename Index>
 __device__ __forceinline__ Cell<T, Index> locate(const Arguments<T, Index>& a, const Unit<T, Index>& unit,
                                                  const S* offset, int k, T grid_x, T grid_y) {
   T shift[2];
-  load<S, 2>(offset + 2 * k, shift);
+  load_shift<kLayout>(a, offset + 2 * k, shift);
   return Cell<T, Index>(a, unit.x + (grid_x + shift[0]) * a.offset_scale,
                         unit.y + (grid_y + shift[1]) * a.offset_scale);
 }

@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "forward.cuh"
 #include "points.cuh"
+#include "units.cuh"
 
 namespace internimage {
 namespace cuda {

@@ -38,6 +38,7 @@
 #include "gradients.cuh"
 #include "grid.cuh"
 #include "points.cuh"
+#include "units.cuh"
 
 namespace internimage {
 namespace cuda {
