@@ -108,8 +108,9 @@ def loads_under_way(instructions: list[tuple[str, str]]) -> float:
     return total / len(instructions)
 
 
-def compile_all(by: str, architecture: str, binary: Path) -> str:
-    """All kernels for an architecture into a file; returns what ptxas says."""
+def compile_all(by: str, architecture: str, binary: Path, chosen: list[str] | None = None) -> str:
+    """All kernels of the dense layout, or with NVRTC the chosen ones, for an architecture into a file; returns what
+    ptxas says."""
     if by == "nvcc":
         if NVCC is None:
             pytest.skip("needs nvcc (the CUDA toolkit)")
@@ -124,23 +125,25 @@ def compile_all(by: str, architecture: str, binary: Path) -> str:
         pytest.skip(f"needs NVRTC: {missing}")
     families = ("forward", "backward", "backward3x3", "deterministic", "tiles", "window", "fixed")
     source = "".join(f'#include "cuda/gather/{family}.cuh"\n' for family in families)
-    expressions = [f"internimage::cuda::{kernel}" for kernel in cuda_stand_in.layout()["kernels"]]
+    names = chosen or list(cuda_stand_in.layout()["kernels"])
+    expressions = [f"internimage::cuda::{kernel}" for kernel in names]
     target = compiler.Target("sm", int(architecture.removeprefix("sm_")))
     image, _, said = nvrtc.build(found, source, expressions, target, "--ptxas-options=-v")
     binary.write_bytes(image)
     return said
 
 
-def inspect(by: str, architecture: str, folder: Path) -> dict[str, Kernel]:
+def inspect(by: str, architecture: str, folder: Path, chosen: list[str] | None = None) -> dict[str, Kernel]:
     binary = folder / "kernels.cubin"
-    said = compile_all(by, architecture, binary)
+    said = compile_all(by, architecture, binary, chosen)
     assert "warning" not in said, said
     result = parse_resources(said)
     sass = subprocess.run([CUOBJDUMP, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     for name, instructions in parse_instructions(sass).items():
         result[name].instructions = Counter(opcode for opcode, _ in instructions)
         result[name].loads_under_way = loads_under_way(instructions)
-    assert len(result) == 72 + 46 and all(kernel.instructions for kernel in result.values())
+    assert len(result) == (len(chosen) if chosen else 72 + 46)
+    assert all(kernel.instructions for kernel in result.values())
     return result
 
 
@@ -180,7 +183,7 @@ def test_nvrtc_makes_what_nvcc_makes(architecture, tmp_path):
 
 # The 3x3 forward without softmax is held to 64 registers for more loads at a time, and spills up to this for it: bytes
 # stored and loaded again, 4 each a register. Everything else spills nothing.
-FEW_REGISTERS = re.compile(r"(forward|tiles)_kernel<\w+, \d+, [89], false, 32>")
+FEW_REGISTERS = re.compile(r"(forward|tiles)_kernel<\w+, \d+, [89], false, 32(, even|, odd)?>")
 FEW_BYTES = 96
 
 
@@ -321,3 +324,45 @@ def test_fixed_point_sums_are_added_by_one_instruction(channels, dtype, kernels)
     """Of 64 bits, and not by a loop that compares and swaps."""
     kernel = kernels[f"fixed_sum_kernel<{dtype}, {channels}, 32>"]
     assert kernel.count(r"REDG?\.E\.ADD\.64") == 4 * channels and kernel.count(r"ATOMG?\.") == 0
+
+
+# ---- offsets and masks in other layouts: the same kernels with other places and orders
+
+
+@pytest.fixture(scope="module")
+def strided(tmp_path_factory) -> dict[str, Kernel]:
+    """The kernels for 3x3, for sm_90; beside those of the dense layout, by the same compiler."""
+    listed = cuda_stand_in.layout()
+    pattern = r"(forward_kernel<\w+, (16|8), 9|backward3x3_kernel<\w+, 9), "
+    chosen = [name for key in ("kernels", "other_kernels") for name in listed[key] if re.match(pattern, name)]
+    return inspect("nvrtc", "sm_90", tmp_path_factory.mktemp("strided"), chosen)
+
+
+def test_layouts_cost_little(strided):
+    """Within the same registers, at most a tenth more instructions (3 to 8.4 %): where a unit's numbers begin, and the
+    two orders, which are known at launch alone."""
+    test_no_spills(strided)
+    test_registers_leave_room(strided, "sm_90")
+    others = [name for name in strided if name.endswith((", even>", ", odd>"))]
+    assert len(others) == 2 * (len(strided) - len(others)) == 24
+    for name in others:
+        dense = strided[re.sub(", (even|odd)>", ">", name)]
+        assert dense.count() < strided[name].count() <= 1.1 * dense.count(), name
+
+
+@pytest.mark.parametrize("dtype, pair, single", [("__half", r"LDG\.E\.CONSTANT", r"LDG\.E\.U16\.CONSTANT")])
+def test_offsets_are_loaded_in_pairs_where_they_are_aligned(dtype, pair, single, strided):
+    """9 masks one by one, and 9 offsets by one load each or by two."""
+    for layout, pairs, singles in (("", 9, 9), (", even", 9, 9), (", odd", 0, 27)):
+        kernel = strided[f"forward_kernel<{dtype}, 16, 9, false, 32{layout}>"]
+        assert (kernel.count(pair), kernel.count(single)) == (pairs, singles), (layout, kernel.instructions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
+def test_all_kernels_of_other_layouts(architecture, tmp_path):
+    """They compile, within the limits of this file."""
+    kernels = inspect("nvrtc", architecture, tmp_path, list(cuda_stand_in.layout()["other_kernels"]))
+    assert len(kernels) == 2 * 72
+    test_no_spills(kernels)
+    test_registers_leave_room(kernels, architecture)

@@ -451,12 +451,11 @@ def sanitizer_libraries() -> str:
     return " ".join(found) if all(Path(path).is_absolute() for path in found) else ""
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    """Runs Python with the kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+def with_sanitizers(folder: Path, *flags: str):
+    """Runs Python with a build of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
     if not sanitizer_libraries():
         pytest.skip(f"needs the sanitizer libraries of {cuda_host.COMPILER}")
-    library = cuda_host.build(tmp_path_factory.mktemp("sanitized") / "kernels.so", *cuda_host.SANITIZERS)
+    library = cuda_host.build(folder / "kernels.so", *cuda_host.SANITIZERS, *flags)
     environment = dict(
         os.environ,
         LD_PRELOAD=sanitizer_libraries(),
@@ -470,6 +469,11 @@ def sanitized(tmp_path_factory):
         return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    return with_sanitizers(tmp_path_factory.mktemp("sanitized"))
 
 
 # the kernels see no difference between the addresses of bfloat16 and float16

@@ -53,12 +53,23 @@ class Problem(ctypes.Structure):
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    assert tensor is None or tensor.is_contiguous()
+    assert tensor is None or tensor.is_contiguous() or tensor.dim() == 5
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def unit_strides(tensor: Tensor, groups: int) -> UnitStrides:
+    """Of offsets, masks or their gradients: (N, Ho, Wo, groups * numbers), dense, or (N, Ho, Wo, groups, numbers), with
+    any strides of pixels and groups."""
+    if tensor.dim() == 4:
+        return UnitStrides(tensor.shape[3], tensor.shape[3] // groups)
+    *images, pixel, group, number = tensor.stride()
+    assert number == 1 and images == [pixel * tensor.shape[1] * tensor.shape[2], pixel * tensor.shape[2]]
+    return UnitStrides(pixel, group)
+
+
 class Host:
-    """The kernels of one build; arguments as in the operator's schema."""
+    """The kernels of one build; arguments as in the operator's schema. In a build with LAYOUTS, offsets and masks and
+    their gradients may be all that `unit_strides` takes."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -67,6 +78,7 @@ class Host:
         self.library.round_trip.restype = ctypes.c_float
         self.library.set_variants.restype = ctypes.c_bool
         self.kernels: list[str] = []  # of the last call
+        self.row_major = self.y_first = False  # the order in the next calls
 
     def choose(self, variants: str = "") -> None:
         """Variants for the next calls, as in INTERNIMAGE_CUDA_VARIANTS."""
@@ -76,12 +88,17 @@ class Host:
         """Run blocks, their warps and the threads of these in another order for each seed; 0 is ascending."""
         self.library.set_order(ctypes.c_uint(seed))
 
-    def problem(self, input: Tensor, mask: Tensor, geometry: tuple) -> Problem:
+    def problem(self, input: Tensor, geometry: tuple, offset: Tensor, mask: Tensor, *grads: Tensor | None) -> Problem:
         kernel, stride, padding, dilation, groups, offset_scale, remove_center, softmax = geometry
         n, height, width, channels = input.shape
         points = kernel[0] * kernel[1] - remove_center
         sizes = n, height, width, channels, *mask.shape[1:3], *kernel, *stride, *padding, *dilation
-        return Problem.dense(*sizes, groups, channels // groups, points, offset_scale, remove_center, softmax)
+        problem = Problem.dense(*sizes, groups, channels // groups, points, offset_scale, remove_center, softmax)
+        problem.row_major, problem.y_first = self.row_major, self.y_first
+        for name, tensor in zip(("offset", "mask", "grad_offset", "grad_mask"), (offset, mask, *grads)):
+            if tensor is not None:
+                setattr(problem, name, unit_strides(tensor, groups))
+        return problem
 
     def call(self, function, input: Tensor, *arguments) -> None:
         message = function(str(input.dtype).removeprefix("torch.").encode(), *arguments).decode()
@@ -102,7 +119,7 @@ class Host:
         return self.library.launched().decode().split(";")[:-1]
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor, *geometry, wide: bool = False) -> Tensor:
-        problem = self.problem(input, mask, geometry)
+        problem = self.problem(input, geometry, offset, mask)
         output = input.new_full((*mask.shape[:3], input.shape[3]), float("nan"))
         tensors = [pointer(t) for t in (input, offset, mask, output)]
         self.call(self.library.forward, input, ctypes.byref(problem), *tensors, wide)
@@ -119,22 +136,22 @@ class Host:
         wanted: tuple[bool, bool] = (True, True),
         wide: bool = False,
         grad_input: Tensor | None = None,
+        grad_points: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor | None]:
         """Gradients in the order of the operator.
 
         Args:
             wanted: Whether to compute grad_input, and whether to compute grad_offset and grad_mask.
             grad_input: Zeros to add to; it is not returned then.
+            grad_points: Where to write the gradients of offset and mask; else to new tensors.
         """
         given = grad_input is not None
-        problem = self.problem(input, mask, geometry)
         if grad_input is None and wanted[0]:
             grad_input = torch.zeros_like(input, dtype=COMPUTE[input.dtype])
-        grads = [
-            grad_input,
-            torch.full_like(offset, float("nan")) if wanted[1] else None,
-            torch.full_like(mask, float("nan")) if wanted[1] else None,
-        ]
+        if grad_points is None:
+            grad_points = torch.full_like(offset, float("nan")), torch.full_like(mask, float("nan"))
+        grads = [grad_input, *(grad_points if wanted[1] else (None, None))]
+        problem = self.problem(input, geometry, offset, mask, *grads[1:])
         tensors = [pointer(t) for t in (grad_output, input, offset, mask, *grads)]
         self.call(self.library.backward, input, ctypes.byref(problem), *tensors, deterministic, wide)
         returned = grads[1:] if given else grads

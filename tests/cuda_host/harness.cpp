@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels on a CPU, as a shared library for ctypes. Passes return "" or an error message. With LAYOUTS, there
-// are kernels of all layouts, three times as many.
+// are kernels of all layouts, three times as many; with HALF_ONLY, those of float16 alone.
 #include "cuda_host.h"
 // last, as it needs the names above
 #include "../../csrc/cuda/gather/kernels.cuh"
@@ -23,6 +23,16 @@ namespace {
 std::string message, kernels;
 bool runs_kernels = true;
 internimage::cuda::Variants variants = {};
+#ifdef LAYOUTS
+constexpr bool kAllLayouts = true;
+#else
+constexpr bool kAllLayouts = false;
+#endif
+#ifdef HALF_ONLY
+constexpr bool kAllTypes = false;
+#else
+constexpr bool kAllTypes = true;
+#endif
 
 // The name of a template instantiation, as in "forward_kernel<__half, 16, 9, true, unsigned int>".
 std::string readable(const char* mangled) {
@@ -55,11 +65,7 @@ void remember(const std::string& name, Kernel* kernel, int width, std::index_seq
 
 struct Launch {
   static constexpr bool kHasVariants = true;
-#ifdef LAYOUTS
-  static constexpr bool kHasLayouts = true;
-#else
-  static constexpr bool kHasLayouts = false;
-#endif
+  static constexpr bool kHasLayouts = kAllLayouts;
   template <typename Kernel, typename... A>
   void operator()(Kernel name, int64_t threads, A... arguments) const {
     if (!message.empty()) return;
@@ -78,16 +84,22 @@ const char* with_dtype(const char* dtype, const Run& run) {
   const std::string name = dtype;
   message.clear();
   kernels.clear();
-  if (name == "float32")
-    run(float());
-  else if (name == "float64")
-    run(double());
-  else if (name == "float16")
+  if (name == "float16") {
     run(__half());
-  else if (name == "bfloat16")
-    run(__nv_bfloat16());
-  else
-    message = "no such dtype";
+    return message.c_str();
+  }
+  if constexpr (kAllTypes) {
+    if (name == "float32")
+      run(float());
+    else if (name == "float64")
+      run(double());
+    else if (name == "bfloat16")
+      run(__nv_bfloat16());
+    else
+      message = "no such dtype";
+  } else {
+    message = "this build has float16 alone";
+  }
   return message.c_str();
 }
 

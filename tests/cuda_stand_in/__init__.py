@@ -17,8 +17,8 @@ CPP_COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 @functools.cache
 def layout() -> dict:
-    """Names and argument sizes of all kernels, apart from them those of layouts that are not dense, and the offsets of the
-    arguments' fields; by the host's compiler."""
+    """Names and argument sizes of all kernels, apart from them those of layouts that are not dense, and the offsets of
+    the arguments' fields, by the host's compiler."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "layout"
         source = str(FOLDER / "layout.cpp")
