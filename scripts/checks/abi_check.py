@@ -35,6 +35,9 @@ TESTS = [
     "test_gelu.py",
     "test_query.py",
     "test_block.py",
+    "test_deform_columns.py",
+    "test_deform_conv_edges.py",
+    "test_deform_conv_transforms.py",
 ]
 MODULE = "internimage/_C.abi3.so"  # in a wheel
 NEED_TORCHVISION = "test_torchvision"

@@ -27,7 +27,10 @@ import zig
 from abi_check import NEED_TORCHVISION, ROOT, build_module, operators_alone
 
 COMPILERS = ["g++", "clang++", "zig"]
-TESTS = ["test_dcnv3.py", "test_cpu_kernels.py", "test_layer_norm.py", "test_gelu.py", "test_query.py", "test_block.py"]
+TESTS = [
+    *("test_dcnv3.py", "test_cpu_kernels.py", "test_layer_norm.py", "test_gelu.py", "test_query.py", "test_block.py"),
+    "test_deform_columns.py",
+]
 CAPABILITIES = ("default", "avx2", "avx512")
 STAGES = [(56, 64, 4), (28, 128, 4), (14, 256, 18), (7, 512, 4)]  # side, channels, blocks of InternImage-T
 GROUP_CHANNELS, BATCH = 16, 4

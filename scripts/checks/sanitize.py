@@ -26,6 +26,7 @@ LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so"}
 TESTS = [
     *("test_dcnv3.py", "test_dcnv3_properties.py", "test_cpu_kernels.py"),
     *("test_layer_norm.py", "test_gelu.py", "test_query.py", "test_block.py"),
+    *("test_deform_columns.py", "test_deform_conv_edges.py"),
 ]
 NOT_THESE = [
     NEED_TORCHVISION,

@@ -34,6 +34,8 @@ TESTS = [
     "test_gelu.py",
     "test_query.py",
     "test_block.py",
+    "test_deform_columns.py",
+    "test_deform_conv_edges.py",
     "test_layers.py",
     "test_extension.py",
 ]
