@@ -53,13 +53,13 @@ constexpr int kBlockThreads<WindowKernel<S, kPoints, Index>> = kWindowThreads;
 // DCNv3 needs none of them. An operator that does derives a Launch of its own where the constant is true.
 
 // Whether the units' numbers are those of a dense tensor. There are no strides between groups if there is one group.
-inline bool is_dense(const Problem& p, UnitStrides stride, int64_t unit_numbers) {
+inline bool are_dense(const Problem& p, UnitStrides stride, int64_t unit_numbers) {
   return stride.pixel == p.groups * unit_numbers && (p.groups == 1 || stride.group == unit_numbers);
 }
 
-inline bool is_dense(const Problem& p, bool with_gradients) {
-  return !p.row_major && !p.y_first && is_dense(p, p.offset, 2 * p.points) && is_dense(p, p.mask, p.points) &&
-         (!with_gradients || (is_dense(p, p.grad_offset, 2 * p.points) && is_dense(p, p.grad_mask, p.points)));
+inline bool in_dense_layout(const Problem& p, bool with_gradients) {
+  return !p.row_major && !p.y_first && are_dense(p, p.offset, 2 * p.points) && are_dense(p, p.mask, p.points) &&
+         (!with_gradients || (are_dense(p, p.grad_offset, 2 * p.points) && are_dense(p, p.grad_mask, p.points)));
 }
 
 // Whether the two numbers of each offset are aligned to their size; true for null.
@@ -71,10 +71,10 @@ bool is_even(const Problem& p, UnitStrides stride, const S* offset) {
 
 // Calls run(layout) with that of arguments.h, as the value of a type.
 template <typename Launch, typename Run>
-void with_layout(bool dense, bool even, const Run& run) {
+void with_layout(bool in_dense, bool even, const Run& run) {
   if constexpr (Launch::kHasLayouts) {
     if (!even) return run(std::integral_constant<int, kStridedOdd>());
-    if (!dense) return run(std::integral_constant<int, kStridedEven>());
+    if (!in_dense) return run(std::integral_constant<int, kStridedEven>());
   }
   run(std::integral_constant<int, kDense>());
 }
@@ -144,7 +144,7 @@ template <typename S, typename Launch>
 void forward(const Problem& p, const S* input, const S* offset, const S* mask, S* output, bool wide,
              const Variants& variants, const Launch& launch) {
   constexpr int kWidest = kForwardBytes / sizeof(S);
-  with_layout<Launch>(is_dense(p, false), is_even(p, p.offset, offset), [&](auto layout) {
+  with_layout<Launch>(in_dense_layout(p, false), is_even(p, p.offset, offset), [&](auto layout) {
     constexpr int kLayout = decltype(layout)::value;
     const auto run = p.group_channels % kWidest == 0         ? forward_of_width<S, kWidest, kLayout, Launch>
                      : p.group_channels % (kWidest / 2) == 0 ? forward_of_width<S, kWidest / 2, kLayout, Launch>
@@ -220,7 +220,7 @@ inline int fixed_bits(const Problem& p) {
 // How many zeros the deterministic backward of grad_input needs as its memory; 0 if it needs none.
 template <typename S>
 int64_t fixed_elements(const Problem& p, bool deterministic, const Variants& variants) {
-  if (!deterministic || !variants.fixed || sizeof(S) == 8 || fixed_bits(p) < kFixedLeast || !is_dense(p, true))
+  if (!deterministic || !variants.fixed || sizeof(S) == 8 || fixed_bits(p) < kFixedLeast || !in_dense_layout(p, true))
     return 0;
   return kFixedHeader + p.batch * p.height * p.width * p.channels;
 }
@@ -295,7 +295,7 @@ void backward(const Problem& p, const S* grad_output, const S* input, const S* o
               Compute<S>* grad_input, S* grad_offset, S* grad_mask, bool deterministic, uint64_t* memory, bool wide,
               const Variants& variants, const Launch& launch) {
   const bool even = is_even(p, p.offset, offset) && is_even<S>(p, p.grad_offset, grad_offset);
-  with_layout<Launch>(is_dense(p, grad_offset != nullptr), even, [&](auto layout) {
+  with_layout<Launch>(in_dense_layout(p, grad_offset != nullptr), even, [&](auto layout) {
     backward_of_layout<S, decltype(layout)::value>(p, grad_output, input, offset, mask, grad_input, grad_offset,
                                                    grad_mask, deterministic, memory, wide, variants, launch);
   });

@@ -8,7 +8,6 @@
 #include "../types.h"
 #include "arguments.h"
 #include "forward.cuh"
-#include "points.cuh"
 #include "units.cuh"
 
 namespace internimage {
