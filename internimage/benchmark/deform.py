@@ -107,13 +107,20 @@ def forward_backward(core: Callable[..., Tensor], t: Tensors, stride: int) -> Ca
     return run
 
 
-def sampling_and_product(t: Tensors, stride: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The two halves of our forward pass: the columns, and their product with the weight."""
+def sampling_and_product(t: Tensors, stride: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The two halves of our forward pass: the columns of one image after the other, and the product of all with the
+    weight."""
     last = [tensor.permute(0, 2, 3, 1) for tensor in (t.input, t.offset, t.mask)]
     arguments = ((3, 3), (stride, stride), (1, 1), (1, 1), 1)
     rows = apply_deform_columns(*last, *arguments).flatten(0, 2)
     matrix = t.weight.permute(0, 2, 3, 1).flatten(1)
-    return (lambda: apply_deform_columns(*last, *arguments)), (lambda: F.linear(rows, matrix))
+    images = list(zip(*(tensor.split(1) for tensor in last)))
+
+    def sample() -> None:  # more images at once would be a measurement of fresh memory
+        for image in images:
+            apply_deform_columns(*image, *arguments)
+
+    return sample, lambda: F.linear(rows, matrix)
 
 
 def contenders(batch: int, layers: Sequence[Layer]) -> dict[Key, Callable[[], object]]:

@@ -145,26 +145,28 @@ def backward(
     shape = _Shape.of(weight, others)
     given, dtype = (input, offset, mask, weight, bias), _computed_in(input)
     grad_output, input, offset, mask, weight, bias = (t.to(dtype) for t in (grad_output, *given))
-    matrices = shape.matrices(weight)
+    chunks = [
+        (_last(input[chunk]), _last(offset[chunk]), _last(mask[chunk]), grad_output[chunk])
+        for chunk in _chunks(shape, input)
+    ]
     of_points: list[tuple[Tensor, ...]] = []
-    of_weight: Tensor | None = None
-    for chunk in _chunks(shape, input):
-        tensors = _last(input[chunk]), _last(offset[chunk]), _last(mask[chunk])
-        rows = shape.split_output(grad_output[chunk])
-        if output_mask[3]:
-            columns = shape.split_columns(apply_deform_columns(*tensors, *shape.columns_arguments))
-            product = torch.bmm(rows.transpose(1, 2), columns).to(accumulate_dtype(dtype))
-            of_weight = product if of_weight is None else of_weight.add_(product)
-            del columns, product
-        if any(output_mask[:3]):
-            size = tensors[0].shape[0], *grad_output.shape[2:]
-            grad_columns = shape.join_columns(torch.bmm(rows, matrices), size)
+    if any(output_mask[:3]):
+        matrices = shape.matrices(weight)
+        for *tensors, grad in chunks:
+            size = tensors[0].shape[0], *grad.shape[2:]
+            grad_columns = shape.join_columns(torch.bmm(shape.split_output(grad), matrices), size)
             of_points.append(
                 apply_deform_columns.backward(
                     grad_columns, *tensors, *shape.columns_arguments, deterministic, list(output_mask[:3])
                 )
             )
-            del grad_columns
+        del matrices, grad_columns  # before the next copy of the weight's size is made
+    of_weight: Tensor | None = None
+    for *tensors, grad in chunks if output_mask[3] else ():
+        columns = shape.split_columns(apply_deform_columns(*tensors, *shape.columns_arguments))
+        product = torch.bmm(shape.split_output(grad).transpose(1, 2), columns).to(accumulate_dtype(dtype))
+        of_weight = product if of_weight is None else of_weight.add_(product)
+        del columns, product
     grads = []
     for i, wanted in enumerate(output_mask[:3]):
         parts = [part[i] for part in of_points] if wanted else []
