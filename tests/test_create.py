@@ -17,7 +17,7 @@ from internimage import CheckpointError
 from internimage.cli import main
 from internimage.convert.convert import convert
 from internimage.engine.create import ModelError, create_model, data_config, pick_device
-from internimage.tasks.classification.labels import label_names
+from internimage.models.attributes import label_names
 from internimage.weights.hub import DownloadError
 
 SMALL = dict(channels=8, depths=(1, 1, 1, 1), groups=(1, 1, 2, 4), num_classes=3)

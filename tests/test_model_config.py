@@ -20,9 +20,9 @@ from internimage.cli import main
 from internimage.convert.convert import check_folder
 from internimage.engine.create import create_model, data_config
 from internimage.errors import CheckpointError, UserError
+from internimage.models.attributes import label_names
 from internimage.models.families import family_of
 from internimage.models.model_config import ModelConfigError, find_model_config, read_model_config
-from internimage.tasks.classification.labels import label_names
 
 SMALL = dict(channels=8, depths=(1, 1, 1, 1), groups=(1, 1, 2, 4), num_classes=3)
 LABELS = dict(label_names=["a", "b", "c"])

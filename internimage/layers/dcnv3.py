@@ -159,8 +159,32 @@ class DCNv3(nn.Module):
             (N, Ho, Wo, groups, P), which sum to 1 over P.
         """
         query = self.query(x)
-        location = sampling_locations(self.offset(query), self.geometry)
+        location = self.locations(self.offset(query))
         return location, self.mask(query).view(location.shape[:-1]).softmax(-1)
+
+    @torch.jit.ignore
+    def offset_module(self) -> nn.Module:
+        """The linear layer of the offsets; see `PredictsOffsets`."""
+        return self.offset
+
+    @torch.jit.ignore
+    def locations(self, predicted: Tensor) -> Tensor:
+        """Sampling locations, from the offsets (N, Ho, Wo, groups * P * 2); see `PredictsOffsets`."""
+        return sampling_locations(predicted, self.geometry)
+
+    @torch.jit.ignore
+    def location_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient with respect to the locations: an offset moves one by `offset_scale`; see `PredictsOffsets`."""
+        return gradient.unflatten(-1, (self.groups, -1, 2)) / self.offset_scale
+
+    @torch.jit.ignore
+    def kernel_points(self) -> list[tuple[int, int]]:
+        """Column and row of each point, column by column; see `PredictsOffsets`."""
+        height, width = self.kernel_size
+        points = [(x, y) for x in range(width) for y in range(height)]
+        if self.remove_center:
+            points.remove((width // 2, height // 2))
+        return points
 
     @torch.jit.ignore
     def input_size(self, x: Tensor) -> tuple[int, int]:

@@ -229,17 +229,40 @@ class DeformConv(PacksWeights):
             kernel row by row; and weights (N, Ho, Wo, offset_groups, P): the mask, or ones for v1.
         """
         offset, mask = self._predict(x)
-        (n, _, height, width), (kh, kw) = offset.shape, self.kernel_size
-        groups = self.offset_groups
-        dtype = accumulate_dtype(offset.dtype)
-        offset = offset.to(dtype).view(n, groups, kh, kw, 2, height, width).permute(0, 5, 6, 1, 2, 3, 4)
-        y = torch.arange(height, dtype=dtype, device=x.device) * self.stride[0] - self.padding[0]
-        y = y.view(height, 1, 1, 1, 1) + (torch.arange(kh, dtype=dtype, device=x.device) * self.dilation[0]).view(kh, 1)
-        left = torch.arange(width, dtype=dtype, device=x.device) * self.stride[1] - self.padding[1]
-        column = left.view(width, 1, 1, 1) + torch.arange(kw, dtype=dtype, device=x.device) * self.dilation[1]
-        location = torch.stack([column + offset[..., 1], y + offset[..., 0]], dim=-1)
-        weight = mask.view(n, groups, kh * kw, height, width).permute(0, 3, 4, 1, 2)
-        return location.flatten(4, 5), weight
+        location = self.locations(offset)
+        return location, mask.unflatten(1, (self.offset_groups, -1)).permute(0, 3, 4, 1, 2)
+
+    @torch.jit.ignore
+    def offset_module(self) -> nn.Module:
+        """The convolution of the offsets, and with v2 of the mask; see `PredictsOffsets`."""
+        return self.conv_offset
+
+    @torch.jit.ignore
+    def locations(self, predicted: Tensor) -> Tensor:
+        """Sampling locations, from the output of `conv_offset`, or its offsets alone; see `PredictsOffsets`."""
+        (height, width), (kh, kw) = predicted.shape[2:], self.kernel_size
+        dtype, device = accumulate_dtype(predicted.dtype), predicted.device
+        y = torch.arange(height, dtype=dtype, device=device) * self.stride[0] - self.padding[0]
+        x = torch.arange(width, dtype=dtype, device=device) * self.stride[1] - self.padding[1]
+        row = y.view(-1, 1) + torch.arange(kh, dtype=dtype, device=device) * self.dilation[0]  # (Ho, kh)
+        column = x.view(-1, 1) + torch.arange(kw, dtype=dtype, device=device) * self.dilation[1]  # (Wo, kw)
+        whole = height, width, kh, kw
+        grid = torch.stack([column[:, None].expand(whole), row[:, None, :, None].expand(whole)], dim=-1)
+        offset = self.location_gradient(predicted).to(dtype)  # in the order of the locations
+        return grid.view(height, width, 1, kh * kw, 2) + offset
+
+    @torch.jit.ignore
+    def location_gradient(self, gradient: Tensor) -> Tensor:
+        """The offsets' part of the gradient, as (x, y): an offset moves a location by itself; see `PredictsOffsets`."""
+        points = self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
+        parts = gradient[:, : 2 * points].unflatten(1, (self.offset_groups, -1, 2))
+        return parts.permute(0, 4, 5, 1, 2, 3).flip(-1)
+
+    @torch.jit.ignore
+    def kernel_points(self) -> list[tuple[int, int]]:
+        """Column and row of each point, row by row; see `PredictsOffsets`."""
+        height, width = self.kernel_size
+        return [(x, y) for y in range(height) for x in range(width)]
 
     @torch.jit.ignore
     def input_size(self, x: Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 
@@ -27,3 +28,18 @@ def classifier_of(model: nn.Module) -> nn.Module:
 def name_of(model: nn.Module) -> str:
     """The model's name for messages: timm's, or that of its class."""
     return str(pretrained_cfg(model).get("architecture") or type(model).__name__)
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """Readable names of the classes: those saved with the weights, ImageNet's, or the indices."""
+    cfg, count = pretrained_cfg(model), num_classes(model)
+    names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    if isinstance(names, dict):  # index -> name, as timm takes it where some classes have none
+        names = [names.get(i, names.get(str(i), str(i))) for i in range(count)]
+    if names and len(names) == count:
+        return [descriptions.get(name, name) for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The classes of a model: their names, and whether those of a dataset are the same, in the same order."""
 
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from ...data.datasets import MapDataset, class_difference, class_names
@@ -71,18 +70,3 @@ def _unknown(names: list[str], trained: list[str] | None) -> str:
 def _describe(trained: list[str]) -> str:
     more = f", ... ({len(trained)} in total)" if len(trained) > 5 else ""
     return f"the model's classes are, in order, {', '.join(trained[:5])}{more}"
-
-
-def label_names(model: nn.Module) -> list[str]:
-    """Readable names of the classes: those saved with the weights, ImageNet's, or the indices."""
-    cfg, count = pretrained_cfg(model), num_classes(model)
-    names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
-    if isinstance(names, dict):  # index -> name, as timm takes it where some classes have none
-        names = [names.get(i, names.get(str(i), str(i))) for i in range(count)]
-    if names and len(names) == count:
-        return [descriptions.get(name, name) for name in names]
-    subset = infer_imagenet_subset(model)
-    if subset is not None:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(count)]
-    return [str(i) for i in range(count)]

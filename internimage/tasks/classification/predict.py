@@ -15,8 +15,8 @@ from ...data.datasets import EvaluationTransform
 from ...data.images import COMMON_EXTENSIONS, DataError, ImageError, ignored_message, list_images, pixel_limit
 from ...engine.finite import NotFiniteError, output_problem
 from ...errors import list_some
+from ...models.attributes import label_names
 from ...progress import message
-from .labels import label_names
 
 
 @dataclass
