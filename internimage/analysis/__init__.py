@@ -1,6 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Analysis of a model: where its layers sample."""
+"""Analysis of a model: where its layers sample, and what a node inside it depends on. Nothing here needs training data.
 
+A node is a number or vector inside a model: `Position`, `Logit` or `Pooled`. The views are functions that return arrays.
+"""
+
+from .composed_points import ComposedPoints, LayerDilation, composed_points, effective_dilation
+from .effective_points import EffectivePoints, LayerPoints, effective_points
+from .inspection import NotFiniteView
+from .maps import LayerMap, NodeError
+from .nodes import Logit, Node, Pooled, Position, map_of
 from .points import draw_points, sampled_points
+from .receptive_field import ReceptiveField, effective_receptive_field
+from .saliency import SaliencyRegion, saliency_region
 
-__all__ = ["draw_points", "sampled_points"]
+__all__ = [
+    "ComposedPoints", "EffectivePoints", "LayerDilation", "LayerMap", "LayerPoints", "Logit", "Node", "NodeError",
+    "NotFiniteView", "Pooled", "Position", "ReceptiveField", "SaliencyRegion", "composed_points", "draw_points",
+    "effective_dilation", "effective_points", "effective_receptive_field", "map_of", "sampled_points",
+    "saliency_region",
+]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from ..errors import UserError
-from ..layers.sampling import SamplingLayer
+from ..layers.sampling import PredictsOffsets, SamplingLayer
 from .attributes import name_of
 
 _Layer = tuple[float, ...]  # position among the layers, as in timm's group_matcher
@@ -75,6 +75,27 @@ def stem_and_stages(model: nn.Module) -> tuple[list[nn.Module], list[list[nn.Mod
             stages.append(_modules(model, [key for layer in order[begin:end] for key in layers[layer]]))
         begin = end
     return _modules(model, stem), stages
+
+
+def stage_maps(model: nn.Module) -> list[tuple[int, str]]:
+    """Where the map of each stage is: its index for timm's `forward_intermediates`, and the name of its module.
+
+    By timm's `feature_info`, without the entries of the stem. A model of one resolution, such as a plain vision
+    transformer, has an entry for each block. Empty if there is none.
+    """
+    try:
+        stem = set(_layers(model, coarse=True)[0])
+    except NoSuchParts:
+        stem = set()
+    found = []
+    for index, info in enumerate(getattr(model, "feature_info", None) or ()):
+        try:
+            module = model.get_submodule(info["module"])
+        except (AttributeError, KeyError):
+            continue
+        if any(f"{info['module']}.{key}" not in stem for key, _ in module.named_parameters()):
+            found.append((index, str(info["module"])))
+    return found
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -169,6 +190,11 @@ def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def sampling_layers(model: nn.Module) -> dict[str, SamplingLayer]:
     """The layers that sample at predicted locations, by name in order of execution."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SamplingLayer)}
+
+
+def offset_layers(model: nn.Module) -> dict[str, PredictsOffsets]:
+    """Those of `sampling_layers` whose offsets can be read and added to, as the views of locations do."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PredictsOffsets)}
 
 
 def sampling_layers_of_stage(model: nn.Module, stage: int) -> list[str]:
