@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Analysis of a model: where its layers sample, and what a node inside it depends on. Nothing here needs training data.
+"""Analysis of a model: where its layers sample, and what a node inside it depends on.
 
-A node is a number or vector inside a model: `Position`, `Logit` or `Pooled`. The views are functions that return arrays.
+A node is a vector or number inside a model: `Position`, `Logit` or `Pooled`. A view is a function that returns arrays.
 """
 
 from .composed_points import ComposedPoints, LayerDilation, composed_points, effective_dilation

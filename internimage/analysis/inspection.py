@@ -37,12 +37,12 @@ def inspected(model: nn.Module, image: Tensor) -> Iterator[Tensor]:
         NodeError: It is no image, or none that the model takes.
         NotFiniteView: There is NaN or infinity in the weights or in the image.
     """
-    batch = _checked_image(model, image)
-    _check_weights(model)
-    modes = [(module, module.training) for module in model.modules()]
-    recomputing: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.inference_mode(False), torch.enable_grad():
+        batch = _checked_image(model, image)
+        _check_weights(model)
+        modes = [(module, module.training) for module in model.modules()]
+        recomputing: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             model.eval()
             for module in recomputing:

@@ -111,8 +111,8 @@ class MapReader:
                 taller = _output(self.model, self.name, images.new_zeros(1, images.shape[1], 2 * height, width))
             except (RuntimeError, ValueError, AssertionError) as error:
                 raise NodeError(
-                    f"the layout of the map of '{self.name}', {a} x {b} x {c}, cannot be told: name a stage, or take an "
-                    f"image of another size"
+                    f"the layout of the map of '{self.name}', {a} x {b} x {c}, cannot be told: name a stage, or take "
+                    f"an image of another size"
                 ) from error
         return bool(taller.shape[1] != a)
 
@@ -126,10 +126,10 @@ def _find(model: nn.Module, layer: str | int | None) -> tuple[str, int | None]:
     """The name of a layer's module, and the index of its map for `forward_intermediates` if it has one."""
     stages = stage_maps(model)
     if isinstance(layer, str):
-        modules = dict(model.named_modules())
-        if layer not in modules or layer == "":
+        modules = [name for name, _ in model.named_modules() if name]
+        if layer not in modules:
             near = difflib.get_close_matches(layer, modules, n=3, cutoff=0.4)
-            near = near or [name for _, name in stages] or [name for name in modules if name][:3]
+            near = near or [name for _, name in stages] or modules[:3]
             raise NodeError(f"'{name_of(model)}' has no layer '{layer}'; near ones are {', '.join(near)}")
         index = next((index for index, name in stages if name == layer), None)
     else:

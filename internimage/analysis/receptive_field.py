@@ -87,9 +87,9 @@ def effective_receptive_field(
 ) -> ReceptiveField:
     """How much each pixel matters to a node: the norm of the node's derivative with respect to the pixel.
 
-    For a vector f of C channels it is `sqrt(sum_c sum_rgb (d f_c / d pixel)^2)`. The square is estimated without bias by
-    projections of f on random signs, each of which takes one backward pass; with fewer channels than projections, and
-    for a single number, it is exact.
+    For a vector f of C channels it is `sqrt(sum_c sum_rgb (d f_c / d pixel)^2)`. The square is estimated without bias
+    by projections of f on random signs, each of which takes one backward pass; with fewer channels than projections,
+    and for a single number, it is exact.
 
     Args:
         model: Any model; left as it is.

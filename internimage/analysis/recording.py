@@ -67,8 +67,7 @@ def recorded(model: nn.Module, image: Tensor, plain: bool) -> Iterator[list[Samp
     Args:
         model: With deformable layers.
         image: (1, C, H, W).
-        plain: Also the model's plain 3x3 convolutions, as deformable ones with zero offsets. Where they sample, between
-            bilinear pieces, the derivative is that to the right and downwards, as of a new deformable layer.
+        plain: Also the model's plain 3x3 convolutions, as deformable ones with zero offsets.
 
     Raises:
         NoSuchParts: The model has no such layers.
@@ -78,8 +77,8 @@ def recorded(model: nn.Module, image: Tensor, plain: bool) -> Iterator[list[Samp
     if not layers and not convolutions:
         instead = "and no plain 3x3 convolutions" if plain else "(plain=True takes its plain 3x3 convolutions)"
         raise NoSuchParts(
-            f"'{name_of(model)}' has no deformable layers {instead}, so it has no view of sampling points; those of the "
-            f"receptive field and of the saliency region work"
+            f"'{name_of(model)}' has no deformable layers {instead}, so there is no view of its sampling points; those "
+            f"of the receptive field and of the saliency region work"
         )
     image_size = image.shape[2], image.shape[3]
     found: list[SampledLayer] = []
@@ -111,7 +110,8 @@ def _record_deformable(name: str, layer: Any, image_size: tuple[int, int], found
 
 def _record_plain(name: str, conv: nn.Conv2d, image_size: tuple[int, int], found: list[SampledLayer]) -> Any:
     window: Any = conv.stride, conv.padding, conv.dilation
-    geometry = DeformConv2d(conv.in_channels, conv.out_channels, (3, 3), *window, conv.groups, device="meta")
+    stride, padding, dilation = window
+    geometry = DeformConv2d(1, 1, 3, stride, padding, dilation, device="meta")
 
     def after(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         x = inputs[0]

@@ -88,8 +88,8 @@ def saliency_region(
     The error is `1 - cos` between the node's vectors with the region and with the whole image; for a logit or a
     channel, the difference relative to the value with the whole image.
 
-    First a soft mask is fitted, which ranks the cells; then the first cells of the ranking are taken, as few as meet the
-    bound; then single cells are left out until none can be. The region is not the smallest there is. What stands in the
+    First a soft mask is fitted, which ranks the cells; then the first cells of the ranking are taken, as few as meet
+    the bound; then single cells are left out until none can be. There may be a smaller region yet. What stands in the
     masked part decides the result: a fill that is new to the model, such as zeros, makes edges of its own.
 
     Args:
@@ -104,7 +104,7 @@ def saliency_region(
         progress: Called after each evaluation with the number of images so far.
 
     Returns:
-        The region, with its error, which is computed anew for the region alone. The same arguments give the same result.
+        The region, and its error, which is computed anew for it alone. The same arguments give the same result.
 
     Raises:
         NodeError: The model has no such node, or an argument is out of range.
