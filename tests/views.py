@@ -19,7 +19,10 @@ SMALL_RESNET = dict(layers=(1, 1, 1, 1), channels=(8, 16, 24, 32))
 
 
 def model(name: str, **arguments) -> nn.Module:
-    """A model with 3 classes, timm's or "small resnet", in float64 and eval mode, whose points are moved by some tenths of a pixel."""
+    """A model by timm's name, or "small resnet", with 3 classes, in float64 and eval mode.
+
+    Its sampling points are moved by some tenths of a pixel.
+    """
     if name == "small resnet":
         name, arguments = "dcnv2_resnet18", {**SMALL_RESNET, **arguments}
     torch.manual_seed(0)

@@ -76,7 +76,8 @@ def effective_points(
     Zeros that require a gradient are added to the offsets of every layer: one backward pass gives the derivatives for
     all locations of all layers. A node that is a vector is projected on random signs, as in
     `effective_receptive_field`; each projection takes one backward pass more. At the center of a pixel, where the
-    locations of a new layer are, the interpolation has a kink: the derivative is that to the right and downwards.
+    locations of a new layer are, the interpolation has a kink: the derivative is that to the right and downwards, and
+    none where the border of zeros begins.
 
     Strength is large where the map changes: edges have it in a model without training too, which is the comparison.
 
