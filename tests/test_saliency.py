@@ -55,7 +55,7 @@ NODES = [Position(3, 1, 0), Position(3, 1, 0, 2), Pooled(), Logit(1)]
 
 
 @pytest.mark.parametrize("node", NODES, ids=["position", "channel", "pooled", "logit"])
-@pytest.mark.parametrize("bound", [0.02, 0.3])
+@pytest.mark.parametrize("bound", [0.02, 0.1])
 def test_the_error_is_below_the_bound_and_no_cell_can_be_left_out(atto, node, bound):
     image = views.image(32, 28)  # whose last cells are narrower
     found = saliency_region(atto, image, node, bound=bound, cell=8)
@@ -204,7 +204,7 @@ def test_the_search_on_any_errors(seed):
     assert minimal and brute_force(errors, [region, *smaller][-1], bound)
 
 
-@pytest.mark.parametrize("limit", range(1, 60))
+@pytest.mark.parametrize("limit", [*range(1, 40), 50, 60, 70, 80, 1000])
 def test_the_search_keeps_its_budget(limit):
     weights = torch.linspace(1, 2, 24)
     budget = Budget(limit)
@@ -223,7 +223,7 @@ def test_the_search_keeps_its_budget(limit):
         budget.limit = 10**6
         assert brute_force(errors, last, 0.3)
     else:
-        assert limit < 59
+        assert limit < 1000
 
 
 def test_the_smallest_prefix():
@@ -256,12 +256,12 @@ def test_fills():
     ones = torch.ones(1, 3, 8, 64, dtype=torch.float64)
     assert (fill_image(ones, "blur") - 1).abs().max() < 1e-6  # weights that add up to 1 in float32
     assert blurred.shape == image.shape and blurred.dtype == image.dtype
-    # a point becomes a Gaussian of a standard deviation of 32 / 8 pixels: cut at 2.5 of them, its variance is 0.91 times
+    # a point becomes a Gaussian of a standard deviation of 32 / 8 pixels, cut at 10.5 pixels: 0.93 times its variance
     point = torch.zeros(1, 1, 32, 33, dtype=torch.float64)
     point[0, 0, 16, 16] = 1
     spread = fill_image(point, "blur")[0, 0]
     places = torch.arange(33) - 16.0
-    assert (spread.sum(0) * places**2).sum() == pytest.approx(0.91 * 16, rel=0.02)
+    assert (spread.sum(0) * places**2).sum() == pytest.approx(0.93 * 16, rel=0.01)
 
 
 def test_fills_decide_the_result(atto):
@@ -321,8 +321,7 @@ def test_a_node_that_is_zero_and_a_model_with_randomness():
 def test_a_cell_larger_than_the_image_and_a_float32_model():
     model = timm.create_model("internimage_atto", num_classes=3).eval()
     found = saliency_region(model, views.image(32, 32), Pooled(), cell=64)
-    assert (
-        found.cells.tolist() == [[True]] and found.error == 0 and found.minimal and found.masked.dtype == torch.float32
-    )
+    assert found.cells.tolist() == [[True]] and found.error == 0 and found.minimal
+    assert found.masked.dtype == torch.float32
     small = saliency_region(model, views.image(64, 64), Pooled(), bound=1e-3, cell=8)
     assert small.error <= 1e-3

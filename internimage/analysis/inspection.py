@@ -46,7 +46,7 @@ def inspected(model: nn.Module, image: Tensor) -> Iterator[Tensor]:
         try:
             model.eval()
             for module in recomputing:
-                module.grad_checkpointing = False  # a second forward pass would not meet what a view has hooked in
+                module.grad_checkpointing = False  # a block would be computed again in each backward pass
             for parameter in trained:
                 parameter.requires_grad_(False)
             yield batch
