@@ -209,7 +209,7 @@ def test_a_view_under_inference_mode_and_with_recomputing_is_the_same(view):
     for a, b in zip(again, expected):
         assert torch.equal(a, b)
     calls = []
-    model.levels[0].blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.levels[0].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     effective_receptive_field(model, image, Pooled(), projections=2)
     assert len(calls) == 1  # and not again in each backward pass
 

@@ -10,7 +10,7 @@ import torch
 import views
 from torch import nn
 
-from internimage.analysis import Logit, NodeError, NotFiniteView, Pooled, Position, saliency_region
+from internimage.analysis import Logit, NodeError, NotFiniteView, Pooled, Position, saliency, saliency_region
 from internimage.analysis.fills import fill_image
 from internimage.analysis.region_search import Budget, smallest_prefix, without_spare_cells
 
@@ -88,6 +88,14 @@ def test_the_same_arguments_give_the_same_region(atto):
     assert other.cells.sum() > first.cells.sum()
 
 
+def test_evaluations_in_small_batches_are_the_same(atto, monkeypatch):
+    image = views.image(32, 32)
+    whole = saliency_region(atto, image, Pooled(), cell=8)
+    monkeypatch.setattr(saliency, "_BATCH_PIXELS", 3 * 32 * 32)
+    parts = saliency_region(atto, image, Pooled(), cell=8)
+    assert torch.equal(parts.cells, whole.cells) and parts.evaluations == whole.evaluations
+
+
 @pytest.mark.parametrize("budget", [3, 4, 10, 30, 60, 100])
 def test_a_budget_that_ends_leaves_a_region_that_meets_the_bound(atto, budget):
     image, node = views.image(64, 64), Pooled()
@@ -142,6 +150,22 @@ def test_the_region_of_a_sum_is_known():
     left = torch.zeros(4, 6)
     left[:, :3] = 1
     assert found.share_inside(left) == float((found.mask & left.bool()).sum()) / 8
+
+
+def test_the_soft_mask_finds_the_cells_that_matter():
+    """Five of 64 cells, which have all of the value: they are the first of the ranking, for most bounds and fills."""
+    weights = torch.zeros(8, 8)
+    cells = [3, 17, 30, 44, 59]
+    weights.view(-1)[cells] = torch.tensor([1.0, 1.2, 0.9, 1.1, 0.8])
+    toy, image = Sum(of_cells(weights.tolist())), torch.ones(1, 16, 16, dtype=torch.float64)
+    for fill in (torch.zeros_like(image), 0.5 * image):
+        node, budget = Logit(0).open(toy), Budget(1000)
+        masking = saliency._Masking(node, image[None], fill[None], 2, budget)
+        assert sorted(masking.ranking(0.1)[:5].tolist()) == cells
+    found = saliency_region(toy, image, Logit(0), bound=0.1, cell=2, fill="zero")
+    assert found.cells.flatten().nonzero().flatten().tolist() == cells
+    # 40 steps, the whole and the empty region, 24 sizes at most on two ladders, 5 cells and the region itself
+    assert found.evaluations <= 40 + 2 + 24 + 5 + 1
 
 
 def test_an_empty_region_is_said_in_words():
