@@ -21,15 +21,21 @@ __all__ = ["ComposedPoints", "LayerDilation", "composed_points", "effective_dila
 
 @dataclass(frozen=True, eq=False)
 class ComposedPoints:
-    """What `composed_points` returns."""
+    """What `composed_points` returns.
+
+    Attributes:
+        locations: (M, 2), float64. Where the lowest layer samples, as (x, y) in pixels of the preprocessed image.
+        paths: (M,), int64. How many ways lead there through the layers, their groups and points.
+        lost: Ways through a point outside the map of a layer in between, which reads zeros there.
+        layers: Names of the layers, from the lowest to the one at the node.
+        node: What the node is, in words.
+    """
 
     locations: Tensor
-    """(M, 2), float64: (x, y) in pixels of the preprocessed image, where the lowest layer samples."""
     paths: Tensor
-    """(M,), int64: how many ways lead there through the layers, of groups and points."""
-    lost: int  #: ways through a point outside the map of a layer in between, which reads zeros there
-    layers: tuple[str, ...]  #: names of the layers, from the lowest to the one at the node
-    node: str  #: in words
+    lost: int
+    layers: tuple[str, ...]
+    node: str
 
 
 def composed_points(
@@ -52,7 +58,7 @@ def composed_points(
         The locations that the lowest layer samples, and the number of ways to each.
 
     Raises:
-        NoSuchParts: The model has no deformable layers.
+        UserError: The model has no deformable layers.
         NodeError: The node is no position or not there, or fewer layers come before it.
         NotFiniteView: There is NaN or infinity in the weights or in the image.
     """
@@ -92,13 +98,19 @@ def _ways(layer: SampledLayer, locations: Tensor, paths: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LayerDilation:
-    """What `effective_dilation` returns of one layer."""
+    """What `effective_dilation` returns of one layer.
 
-    layer: str  #: name of the layer
+    Attributes:
+        layer: Name of the layer.
+        dilation: (Ho, Wo, groups), float64. Mean distance of neighboring points of the kernel, in pixels of the
+            layer's input.
+        centers: (Ho, Wo, 2), float64. The center of each output pixel, as (x, y) in pixels of the preprocessed
+            image.
+    """
+
+    layer: str
     dilation: Tensor
-    """(Ho, Wo, groups), float64: mean distance of neighboring points of the kernel, in pixels of the layer's input."""
     centers: Tensor
-    """(Ho, Wo, 2), float64: (x, y) of each output pixel's center in pixels of the preprocessed image."""
 
     def inside(self, area: Area, height: int, width: int) -> tuple[float, float]:
         """Mean and standard deviation over the kernels whose output pixel has its center in an area, and all groups.
@@ -137,7 +149,7 @@ def effective_dilation(model: nn.Module, image: Tensor, plain: bool = False) -> 
         The layers that sample in a forward pass, in order.
 
     Raises:
-        NoSuchParts: The model has no deformable layers.
+        UserError: The model has no deformable layers.
         NotFiniteView: There is NaN or infinity in the weights or in the image.
     """
     with inspected(model, image) as batch, torch.no_grad(), recorded(model, batch, plain) as found:

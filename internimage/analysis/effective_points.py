@@ -21,16 +21,21 @@ __all__ = ["EffectivePoints", "LayerPoints", "effective_points"]
 
 @dataclass(frozen=True, eq=False)
 class LayerPoints:
-    """The points of one layer. Ho and Wo are the sides of its output, P the points of its kernel."""
+    """The points of one layer. Ho and Wo are the sides of its output, P the points of its kernel.
 
-    layer: str  #: name of the layer
+    Attributes:
+        layer: Name of the layer.
+        locations: (Ho, Wo, groups, P, 2), float64, as (x, y) in pixels of the preprocessed image, where 0 is the
+            center of the first one. Points may lie outside, where a layer reads zeros.
+        strength: (Ho, Wo, groups, P), float64. The length of the node's gradient with respect to the location, in
+            units of the node per image pixel; for a vector, the Frobenius norm of its Jacobian.
+        deformable: False for a plain convolution.
+    """
+
+    layer: str
     locations: Tensor
-    """(Ho, Wo, groups, P, 2), float64: (x, y) in pixels of the preprocessed image, where 0 is the center of the first
-    one. Points may lie outside, where a layer reads zeros."""
     strength: Tensor
-    """(Ho, Wo, groups, P), float64: the length of the node's gradient with respect to the location, in units of the
-    node per image pixel; for a vector, the Frobenius norm of its Jacobian."""
-    deformable: bool  #: False for a plain convolution
+    deformable: bool
 
     def concentration(self, area: Area, height: int, width: int) -> float:
         """The share of the strength at points inside an area, over the share of points inside.
@@ -56,11 +61,17 @@ class LayerPoints:
 
 @dataclass(frozen=True, eq=False)
 class EffectivePoints:
-    """What `effective_points` returns."""
+    """What `effective_points` returns.
 
-    layers: tuple[LayerPoints, ...]  #: the layers before the node, in the order in which they sample
-    node: str  #: in words
-    projections: int | None  #: random ones that the strengths were estimated by; None: they are exact
+    Attributes:
+        layers: The layers before the node, in the order in which they sample.
+        node: What the node is, in words.
+        projections: How many random ones the strengths were estimated by; None if they are exact.
+    """
+
+    layers: tuple[LayerPoints, ...]
+    node: str
+    projections: int | None
 
 
 def effective_points(
@@ -94,7 +105,7 @@ def effective_points(
         Locations and strengths of each layer. The same arguments give the same result.
 
     Raises:
-        NoSuchParts: The model has no deformable layers.
+        UserError: The model has no deformable layers.
         NodeError: The model has no such node, no deformable layer comes before it, or an argument is out of range.
         NotFiniteView: There is NaN or infinity in the weights, the image or the gradient.
     """

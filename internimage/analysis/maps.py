@@ -24,18 +24,26 @@ class LayerMap:
 
     A position covers `stride` image pixels, with its center in their middle. Coordinates are (x, y) = (column, row),
     and 0 is the center of the first pixel or position.
+
+    Attributes:
+        layer: Name of the module.
+        channels: Of the map.
+        height: Rows of the map.
+        width: Columns of the map.
+        image_height: Rows of the image.
+        image_width: Columns of the image.
     """
 
-    layer: str  #: name of the module
-    channels: int  #: of the map
-    height: int  #: positions of a column
-    width: int  #: positions of a row
-    image_height: int  #: pixels of a column
-    image_width: int  #: pixels of a row
+    layer: str
+    channels: int
+    height: int
+    width: int
+    image_height: int
+    image_width: int
 
     @property
     def stride(self) -> tuple[float, float]:
-        """Image pixels per position, (x, y): the ratios of the sizes."""
+        """The image pixels of a position along x and y, which are the ratios of the sizes."""
         return self.image_width / self.width, self.image_height / self.height
 
     def to_image(self, x: float, y: float) -> tuple[float, float]:

@@ -22,18 +22,24 @@ __all__ = ["ReceptiveField", "effective_receptive_field"]
 
 @dataclass(frozen=True, eq=False)
 class ReceptiveField:
-    """What `effective_receptive_field` returns. Pixels are those of the preprocessed image."""
+    """What `effective_receptive_field` returns. Pixels are those of the preprocessed image.
+
+    Attributes:
+        sensitivity: (H, W), float64. The Frobenius norm over channels and colors of the Jacobian at each pixel, in
+            units of the node per unit of the preprocessed image.
+        node: What the node is, in words.
+        center: The pixel (x, y) that the node is at; for a node of the whole image, the middle of that.
+        projections: How many random ones it was estimated by; None if it is exact.
+    """
 
     sensitivity: Tensor
-    """(H, W), float64: the Frobenius norm over channels and colors of the Jacobian at each pixel, in units of the node
-    per unit of the preprocessed image."""
-    node: str  #: in words
-    center: tuple[float, float]  #: the pixel (x, y) that the node is at; the image's middle for a node of all of it
-    projections: int | None  #: random ones that it was estimated by; None: it is exact
+    node: str
+    center: tuple[float, float]
+    projections: int | None
 
     @property
     def energy(self) -> Tensor:
-        """(H, W): the square of the sensitivity, which adds up over pixels."""
+        """The square of the sensitivity, (H, W), which adds up over pixels."""
         return self.sensitivity.square()
 
     def concentration(self, area: Area) -> float:

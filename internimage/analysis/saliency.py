@@ -30,20 +30,35 @@ _BATCH_PIXELS = 16 * 224 * 224  # of the images that are evaluated together
 
 @dataclass(frozen=True, eq=False)
 class SaliencyRegion:
-    """What `saliency_region` returns. Pixels are those of the preprocessed image."""
+    """What `saliency_region` returns. Pixels are those of the preprocessed image.
 
-    cells: Tensor  #: (rows, columns) of bools: the cells of the region
-    mask: Tensor  #: (H, W) of bools: its pixels
-    size: float  #: its share of the image's pixels
-    error: float  #: of the node, with the rest of the image masked: that of this binary region, never above the bound
-    bound: float  #: as given
-    masked_error: float  #: of the node where the whole image is masked
-    minimal: bool  #: whether it is proven that no single cell can be left out; if not, the budget ended first
-    evaluations: int  #: images that went through the network
-    cell: int  #: side of a cell in pixels
-    fill: str  #: what stands in the masked part
-    masked: Tensor  #: (C, H, W): the preprocessed image with its masked part, as the network saw it
-    node: str  #: in words
+    Attributes:
+        cells: (rows, columns), bool. The cells of the region.
+        mask: (H, W), bool. Its pixels.
+        size: Its share of the image's pixels.
+        error: Of the node where all but the region is masked: that of this binary region, never above the bound.
+        bound: As given.
+        masked_error: Of the node where the whole image is masked.
+        minimal: Whether it is proven that no single cell can be left out; if not, the budget ended first.
+        evaluations: Images that went through the network.
+        cell: Side of a cell in pixels.
+        fill: What stands in the masked part; "color" or "image" if it was given as a tensor.
+        masked: (C, H, W). The preprocessed image with its masked part, as the network saw it.
+        node: What the node is, in words.
+    """
+
+    cells: Tensor
+    mask: Tensor
+    size: float
+    error: float
+    bound: float
+    masked_error: float
+    minimal: bool
+    evaluations: int
+    cell: int
+    fill: str
+    masked: Tensor
+    node: str
 
     @property
     def text(self) -> str:
