@@ -2,10 +2,12 @@
 // A block of InternImage in inference, as one operator: models/fused_block.py says what it computes. The calls that it
 // consists of are made here, as a call from Python takes 5 to 15 us, and a block has 25. LibTorch stable ABI only.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <cstdint>
@@ -42,7 +44,7 @@ OneDnnLinear onednn_linear() {
 template <typename... Arguments>
 Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 
@@ -141,7 +143,7 @@ class Block {
   static Tensor by_onednn(const Tensor& x, const Tensor& weight, const Tensor& bias) {
     AtenTensorHandle bias_handle = bias.get(), output = nullptr;
     const char* algorithm = "";
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         onednn_linear()(x.get(), weight.get(), &bias_handle, "none", nullptr, 0, &algorithm, &output));
     return Tensor(output);
   }
