@@ -202,7 +202,6 @@ _QUICK = Option("--quick", "smoke test: one round with little work")
 
 
 _OFFICIAL = Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH")
-_NO_MEMORY = Option("--no-memory", "do not measure peak memory")
 
 
 def _benchmark_options(rounds: int) -> tuple[Option, ...]:
@@ -230,8 +229,8 @@ BENCHMARK_OPS = (
 BENCHMARK_DEFORM = (
     *_benchmark_options(rounds=9),
     Option("--batch", "images per call of a layer", _BATCH, default=4, excludes=("--quick",)),
-    Option("--no-models", "time the layers alone, not a whole model", excludes=("--no-memory",)),
-    _NO_MEMORY,
+    Option("--no-models", "time the layers alone, not a whole model"),
+    Option("--no-memory", "do not measure peak memory", excludes=("--no-models",)),
 )
 
 BENCHMARK_MODELS = (
@@ -265,7 +264,7 @@ BENCHMARK_MODELS = (
     ),
     Option("--no-packed-weights", "time our models without the packed weights of inference"),
     Option("--no-bf16", "do not time bfloat16, which takes minutes on processors without its products"),
-    _NO_MEMORY,
+    Option("--no-memory", "do not measure peak memory"),
 )
 
 INFO = (Option("--json", "print JSON"),)
