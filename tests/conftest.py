@@ -92,7 +92,7 @@ def copy(stopped, tmp_path):
 LONG = [
     "test_faults", "test_training", "test_cuda_host", "test_cuda_variants", "test_models_goldens", "test_cuda_compile",
     "test_cpu_kernels", "test_hub", "test_models", "test_convert", "test_load", "test_setup", "test_distributed",
-    "test_nvrtc", "test_start",
+    "test_nvrtc", "test_start", "test_cuda_layouts", "test_dcn_resnet", "test_nodes", "test_saliency",
 ]  # fmt: skip
 
 
