@@ -16,11 +16,11 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import internimage
-from internimage.layers import linear as layer_linear
 from internimage.layers import mlp as layer_mlp
 from internimage.models import PUBLISHED, CheckpointError, InternImage
 from internimage.models.blocks import Block
 from internimage.models.classifier import check_fusable
+from internimage.ops import onednn
 
 ARCHITECTURES = [
     f"internimage_{size}" for size in ("atto", "tiny", "small", "base", "large", "xlarge", "huge", "giant")
@@ -73,7 +73,7 @@ def test_inference_computes_what_training_mode_differentiates(kind):
 @torch.inference_mode()
 def test_timms_graph_has_the_bits_of_the_model(kind, dtype, least_rows, monkeypatch):
     """timm compares its FX graphs with the model: blocks, linear layers and MLPs in chunks round alike in both."""
-    monkeypatch.setattr(layer_linear, "MIN_ROWS", least_rows)
+    monkeypatch.setattr(onednn, "MIN_ROWS", least_rows)
     monkeypatch.setattr(layer_mlp, "_HIDDEN_BYTES", 1 << 12)
     model, x = build(kind).to(dtype), image(64, 96).to(dtype)
     graph = create_feature_extractor(model, ["head"])

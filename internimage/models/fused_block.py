@@ -28,7 +28,8 @@ from ..layers.mlp import Mlp, chunk_rows
 from ..layers.norm import LayerNorm, layer_norm_of
 from ..layers.packing import Snapshot
 from ..layers.query import Query
-from ..ops.onednn import CAN_PACK, MIN_ROWS, has_product, multiplied_in, pack
+from ..ops import onednn
+from ..ops.onednn import CAN_PACK, has_product, multiplied_in, pack
 
 _KERNELS = "block", "fingerprint"
 _BY_TORCH, _BY_ONEDNN, _BY_ONEDNN_IN_FLOAT = range(3)  # how products are computed
@@ -233,7 +234,7 @@ class FusedBlock:
             method = _BY_ONEDNN_IN_FLOAT
         settings = [
             method,
-            MIN_ROWS,
+            onednn.MIN_ROWS,
             *(*stride, *padding, *kernel_size, *dcn_stride, *dcn_padding, *dilation),
             *(groups, int(remove_center), int(softmax)),
         ]
