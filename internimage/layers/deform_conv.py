@@ -19,7 +19,7 @@ from ..extension import has_kernel
 from ..ops.arguments import as_pair
 from ..ops.deform_conv import apply_deform_conv2d  # the import defines torch.ops.internimage.deform_conv2d
 from ..ops.onednn import multiplied_in
-from ..ops.sampling import Pair, accumulate_dtype
+from ..ops.sampling import CONVOLUTION, Geometry, Pair, sampling_locations
 from ..ops.transforms import is_transformed
 from .factory import FactoryKwargs
 from .fast_path import use_fast_path
@@ -240,16 +240,10 @@ class DeformConv(PacksWeights):
     @torch.jit.ignore
     def locations(self, predicted: Tensor) -> Tensor:
         """Sampling locations, from the output of `conv_offset`, or its offsets alone; see `PredictsOffsets`."""
-        (height, width), (kh, kw) = predicted.shape[2:], self.kernel_size
-        dtype, device = accumulate_dtype(predicted.dtype), predicted.device
-        y = torch.arange(height, dtype=dtype, device=device) * self.stride[0] - self.padding[0]
-        x = torch.arange(width, dtype=dtype, device=device) * self.stride[1] - self.padding[1]
-        row = y.view(-1, 1) + torch.arange(kh, dtype=dtype, device=device) * self.dilation[0]  # (Ho, kh)
-        column = x.view(-1, 1) + torch.arange(kw, dtype=dtype, device=device) * self.dilation[1]  # (Wo, kw)
-        whole = height, width, kh, kw
-        grid = torch.stack([column[:, None].expand(whole), row[:, None, :, None].expand(whole)], dim=-1)
-        offset = self.location_gradient(predicted).to(dtype)  # in the order of the locations
-        return grid.view(height, width, 1, kh * kw, 2) + offset
+        offset = predicted[:, : 2 * self.offset_groups * self.kernel_size[0] * self.kernel_size[1]]
+        window = self.kernel_size, self.stride, self.padding, self.dilation
+        geometry = Geometry(*window, self.offset_groups, 1.0, False, False)
+        return sampling_locations(offset.permute(0, 2, 3, 1), geometry, CONVOLUTION)
 
     @torch.jit.ignore
     def location_gradient(self, gradient: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import deform_conv_reference as reference
 from .registration import library
-from .sampling import Geometry, accumulate_dtype, sampling_coordinates
+from .sampling import CONVOLUTION, Geometry, accumulate_dtype, sampling_coordinates
 
 _DEVICES = ("CUDA", "MPS")
 
@@ -84,13 +84,10 @@ def _inside_only(
     Their offsets become finite and so large that torchvision takes them for outside, their masks 0.
     """
     stride, padding, dilation, _, offset_groups = arguments
-    n, _, ho, wo = offset.shape
     _, _, height, width = weight.shape
-    # `sampling_coordinates` has columns of points, and (x, y)
-    shifts = offset.view(n, offset_groups, height, width, 2, ho, wo).permute(0, 5, 6, 1, 3, 2, 4).flip(-1)
     geometry = Geometry((height, width), stride, padding, dilation, offset_groups, 1.0, False, False)
-    x, y = sampling_coordinates(shifts.reshape(n, ho, wo, -1), geometry)
+    x, y = sampling_coordinates(offset.permute(0, 2, 3, 1), geometry, CONVOLUTION)
     inside = (x > -1) & (x < input.shape[3]) & (y > -1) & (y < input.shape[2])
-    inside = inside.view(n, ho, wo, offset_groups, width, height).permute(0, 3, 5, 4, 1, 2).reshape(n, -1, ho, wo)
+    inside = inside.flatten(3).permute(0, 3, 1, 2)
     far = torch.finfo(offset.dtype).min / 2
     return inside, offset.where(inside.repeat_interleave(2, 1), far), mask.where(inside, 0)

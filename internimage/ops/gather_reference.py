@@ -18,16 +18,17 @@ torch has an operator for weighted sums of gathered rows: `embedding_bag`. A bag
 output: the points of a unit, or with `columns=True` one point.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .sampling import Geometry, accumulate_dtype, sampling_coordinates
+from .sampling import Geometry, Order, accumulate_dtype, sampling_coordinates
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,63 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def forward(input: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, columns: bool) -> Tensor:
+class Gather(NamedTuple):
+    """What distinguishes an operator, in one call, from others that sample."""
+
+    geometry: Geometry
+    columns: bool
+    order: Order
+
+    def paired(self, x: Tensor, y: Tensor) -> Tensor:
+        """As an offset's two numbers, along a last axis."""
+        return torch.stack([y, x] if self.order.y_first else [x, y], dim=-1)
+
+    def unpaired(self, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `paired`."""
+        first, second = offset.unbind(-1)
+        return (second, first) if self.order.y_first else (first, second)
+
+
+class Functions:
+    """The four functions of an operator's `registration.Reference`.
+
+    Args:
+        gather_of: From the arguments of its schema after the tensors.
+    """
+
+    def __init__(self, gather_of: Callable[[Sequence[Any]], "Gather"]) -> None:
+        self._gather_of = gather_of
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor, *arguments: Any) -> Tensor:
+        """The output."""
+        return forward(input, offset, mask, self._gather_of(arguments))
+
+    def backward(
+        self, grad_output: Tensor, input: Tensor, offset: Tensor, mask: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of `forward`; the last two arguments are `deterministic` and `output_mask`."""
+        *others, deterministic, output_mask = arguments
+        return backward(grad_output, input, offset, mask, self._gather_of(others), deterministic, output_mask)
+
+    def double_backward(self, *tensors_and_arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of `backward`: of its three gradients' gradients, its four tensors and the schema's arguments; the
+        last argument is `deterministic`."""
+        a, b, c, d, e, f, g, *others, deterministic = tensors_and_arguments
+        return double_backward(a, b, c, d, e, f, g, self._gather_of(others), deterministic)
+
+    def jvp(self, tangents: Sequence[Tensor], tensors: Sequence[Tensor], *arguments: Any) -> Tensor:
+        """Derivative of `forward` in a direction."""
+        return jvp(tangents, tensors, self._gather_of(arguments))
+
+
+def forward(input: Tensor, offset: Tensor, mask: Tensor, gather: Gather) -> Tensor:
     """The output, of arguments that were checked, with shapes as in `internimage.ops.dcnv3`."""
+    geometry = gather.geometry
     rows = _rows(input.to(accumulate_dtype(input.dtype)), geometry.groups)
-    inside, corners = _corners(sampling_coordinates(offset, geometry), input.shape[1:3])
+    inside, corners = _corners(sampling_coordinates(offset, geometry, gather.order), input.shape[1:3])
     _, factor = _modulation(mask, inside, geometry)
     weights = [factor * c.weight for c in corners]
-    return _weighted_rows(rows, corners, weights, _Bags(inside.shape, columns)).to(input.dtype)
+    return _weighted_rows(rows, corners, weights, _Bags(inside.shape, gather.columns)).to(input.dtype)
 
 
 def backward(
@@ -187,8 +238,7 @@ def backward(
     input: Tensor,  # (N, H, W, C)
     offset: Tensor,  # (N, Ho, Wo, groups * P * 2)
     mask: Tensor,  # (N, Ho, Wo, groups * P)
-    geometry: Geometry,
-    columns: bool,
+    gather: Gather,
     deterministic: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,11 +246,11 @@ def backward(
 
     A gradient that `output_mask` excludes has shape (0,).
     """
-    dtype = accumulate_dtype(input.dtype)
+    geometry, dtype = gather.geometry, accumulate_dtype(input.dtype)
     rows = _rows(input.to(dtype), geometry.groups)
-    inside, corners = _corners(sampling_coordinates(offset, geometry), input.shape[1:3])
+    inside, corners = _corners(sampling_coordinates(offset, geometry, gather.order), input.shape[1:3])
     all_factors, factor = _modulation(mask, inside, geometry)
-    bags = _Bags(inside.shape, columns)
+    bags = _Bags(inside.shape, gather.columns)
     grads = bags.split(grad_output.to(dtype))
 
     grad_input, grad_offset, grad_mask = (input.new_empty(0) for _ in range(3))
@@ -214,7 +264,7 @@ def backward(
         if output_mask[1]:
             grad_x = _sum(c.weight_x * dot for c, dot in zip(corners, dots))
             grad_y = _sum(c.weight_y * dot for c, dot in zip(corners, dots))
-            step = torch.stack([grad_x, grad_y], dim=-1) * (factor * geometry.offset_scale)[..., None]
+            step = gather.paired(grad_x, grad_y) * (factor * geometry.offset_scale)[..., None]
             grad_offset = step.reshape(offset.shape)
         if output_mask[2]:
             grad_factor = _sum(c.weight * dot for c, dot in zip(corners, dots))
@@ -235,22 +285,21 @@ class _Direction:
     Args:
         directions: I', o' and m'.
         tensors: Input, offset and mask.
-        geometry, columns: Of the operator.
+        gather: The operator.
     """
 
-    def __init__(
-        self, directions: Sequence[Tensor], tensors: Sequence[Tensor], geometry: Geometry, columns: bool
-    ) -> None:
+    def __init__(self, directions: Sequence[Tensor], tensors: Sequence[Tensor], gather: Gather) -> None:
+        geometry = gather.geometry
         input_dir, offset_dir, mask_dir = directions
         input, offset, mask = tensors
         dtype = accumulate_dtype(input.dtype)
         self.rows, self.rows_dir = (_rows(t.to(dtype), geometry.groups) for t in (input, input_dir))
-        coordinates = sampling_coordinates(offset, geometry)
+        coordinates = sampling_coordinates(offset, geometry, gather.order)
         self.inside, self.corners = _corners(coordinates, input.shape[1:3])
-        self.bags = _Bags(self.inside.shape, columns)
+        self.bags = _Bags(self.inside.shape, gather.columns)
         self.all_factors, self.factor = _modulation(mask, self.inside, geometry)
         step = offset_dir.to(dtype).reshape(*self.inside.shape, 2) * geometry.offset_scale
-        self.step_x, self.step_y = step.unbind(-1)
+        self.step_x, self.step_y = gather.unpaired(step)
         self.mask_dir = factor_dir = mask_dir.to(dtype).reshape(self.inside.shape)
         self.centered_dir = self.mask_dir  # with softmax, m' - <m, m'>
         if geometry.softmax:
@@ -270,9 +319,9 @@ class _Direction:
         return along_input + _weighted_sum(self.rows, self.corners, self.weights, self.bags)
 
 
-def jvp(tangents: Sequence[Tensor], tensors: Sequence[Tensor], geometry: Geometry, columns: bool) -> Tensor:
+def jvp(tangents: Sequence[Tensor], tensors: Sequence[Tensor], gather: Gather) -> Tensor:
     """Derivative of `forward` at (input, offset, mask) in the direction of `tangents`, for forward mode."""
-    return _Direction(tangents, tensors, geometry, columns).derivative().to(tensors[0].dtype)
+    return _Direction(tangents, tensors, gather).derivative().to(tensors[0].dtype)
 
 
 def double_backward(
@@ -283,8 +332,7 @@ def double_backward(
     input: Tensor,
     offset: Tensor,
     mask: Tensor,
-    geometry: Geometry,
-    columns: bool,
+    gather: Gather,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `backward` with respect to grad_output, input, offset and mask.
@@ -294,9 +342,8 @@ def double_backward(
     the forward pass in the direction (I', o', m'), see `_Direction`. So the gradient of grad_output is T and the others
     are those of <grad_output, T>. All operations are differentiable, so that torch can derive third and higher orders.
     """
-    direction = _Direction(
-        (grad_grad_input, grad_grad_offset, grad_grad_mask), (input, offset, mask), geometry, columns
-    )
+    geometry = gather.geometry
+    direction = _Direction((grad_grad_input, grad_grad_offset, grad_grad_mask), (input, offset, mask), gather)
     rows, corners, factor = direction.rows, direction.corners, direction.factor
     step_x, step_y, all_factors, bags = direction.step_x, direction.step_y, direction.all_factors, direction.bags
     grads = bags.split(grad_output.to(rows.dtype))
@@ -316,7 +363,7 @@ def double_backward(
     sample_dir_y = _sum(c.weight_y * dot for c, dot in zip(corners, dots_dir))
     grad_x = factor * (sample_dir_x + sample_xy * step_y) + direction.factor_dir * sample_x
     grad_y = factor * (sample_dir_y + sample_xy * step_x) + direction.factor_dir * sample_y
-    grad_offset = (torch.stack([grad_x, grad_y], dim=-1) * geometry.offset_scale).reshape(offset.shape)
+    grad_offset = (gather.paired(grad_x, grad_y) * geometry.offset_scale).reshape(offset.shape)
 
     sample_dir = _sum(c.weight * dot for c, dot in zip(corners, dots_dir))
     grad_factor = torch.where(direction.inside, sample_dir + sample_x * step_x + sample_y * step_y, 0)

@@ -9,6 +9,8 @@ Conventions, used everywhere in this package:
 * Coordinates are (x, y) = (column, row) in pixels of the unpadded input. Pixel centers are at integer coordinates.
 * The points of a kernel are in x-major order: all rows of the leftmost column first.
 * The channels of `offset` are group-major, then point, then (x, y); those of `mask` are group-major, then point.
+
+The last two are DCNv3's; another operator names its own `Order`.
 """
 
 from collections.abc import Sequence
@@ -31,6 +33,16 @@ class Geometry(NamedTuple):
     offset_scale: float
     remove_center: bool
     softmax: bool
+
+
+class Order(NamedTuple):
+    """How an operator orders the points of a kernel, and the two numbers of an offset."""
+
+    row_major: bool  # all columns of the uppermost row first, else all rows of the leftmost column
+    y_first: bool  # (y, x), else (x, y)
+
+
+DCNV3, CONVOLUTION = Order(False, False), Order(True, True)  # the second is of deformable convolution v1 and v2
 
 
 def num_points(kernel_size: Sequence[int], remove_center: bool = False) -> int:
@@ -65,6 +77,7 @@ def kernel_grid(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    order: Order = DCNV3,
 ) -> Tensor:
     """Regular kernel grid, relative to the kernel's center.
 
@@ -74,17 +87,19 @@ def kernel_grid(
         remove_center: Omit the center point; both kernel sides must be odd.
         dtype: Floating dtype of the result.
         device: Device of the result.
+        order: Of the points.
 
     Returns:
-        (P, 2) points as (x, y) pixels, in x-major order. The center is `dilation * (kernel - 1) // 2` pixels after the
+        (P, 2) points as (x, y) pixels. The center is `dilation * (kernel - 1) // 2` pixels after the
         first point: of an even side with dilation 1, the left or upper one of the two middle points.
     """
     (kh, kw), (dh, dw) = kernel_size, dilation
     x = torch.arange(kw, dtype=dtype, device=device) * dw - (dw * (kw - 1)) // 2
     y = torch.arange(kh, dtype=dtype, device=device) * dh - (dh * (kh - 1)) // 2
-    grid = torch.stack(torch.meshgrid(x, y, indexing="ij"), dim=-1).reshape(kh * kw, 2)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="ij"), dim=-1)
+    grid = (grid.transpose(0, 1) if order.row_major else grid).reshape(kh * kw, 2)
     if remove_center:
-        center = (kw // 2) * kh + kh // 2
+        center = (kw // 2) * kh + kh // 2  # in either order
         grid = torch.cat([grid[:center], grid[center + 1 :]])
     return grid
 
@@ -92,6 +107,7 @@ def kernel_grid(
 def sampling_coordinates(
     offset: Tensor,  # (N, Ho, Wo, groups * P * 2)
     geometry: Geometry,
+    order: Order = DCNV3,
 ) -> tuple[Tensor, Tensor]:
     """Where every output pixel of every group samples the input.
 
@@ -103,8 +119,9 @@ def sampling_coordinates(
     (Wang et al., "InternImage", CVPR 2023, and the official CUDA kernel).
 
     Args:
-        offset: (N, Ho, Wo, groups * P * 2) in pixels, (x, y) innermost.
+        offset: (N, Ho, Wo, groups * P * 2) in pixels.
         geometry: Of the operator; `softmax` is ignored.
+        order: Of the points and of an offset's numbers.
 
     Returns:
         x and y, each (N, Ho, Wo, groups, P), in `accumulate_dtype(offset.dtype)`.
@@ -114,16 +131,18 @@ def sampling_coordinates(
     (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups, offset_scale, remove_center, _ = geometry
     x = torch.arange(wo, dtype=dtype, device=device) * sw - pw + (dw * (kw - 1)) // 2
     y = torch.arange(ho, dtype=dtype, device=device) * sh - ph + (dh * (kh - 1)) // 2
-    grid = kernel_grid((kh, kw), (dh, dw), remove_center, dtype=dtype, device=device)  # (P, 2)
+    grid = kernel_grid((kh, kw), (dh, dw), remove_center, dtype=dtype, device=device, order=order)  # (P, 2)
     points = grid.shape[0]
     # groups and points as one axis: torch is slow at broadcasting over a short innermost axis
     grid_x, grid_y = grid.repeat(groups, 1).unbind(-1)
     offset_x, offset_y = offset.to(dtype).reshape(n, ho, wo, groups * points, 2).unbind(-1)
+    if order.y_first:
+        offset_x, offset_y = offset_y, offset_x
     x = x.view(wo, 1) + (grid_x + offset_x) * offset_scale
     y = y.view(ho, 1, 1) + (grid_y + offset_y) * offset_scale
     return x.view(n, ho, wo, groups, points), y.view(n, ho, wo, groups, points)
 
 
-def sampling_locations(offset: Tensor, geometry: Geometry) -> Tensor:
+def sampling_locations(offset: Tensor, geometry: Geometry, order: Order = DCNV3) -> Tensor:
     """`sampling_coordinates` as one tensor (N, Ho, Wo, groups, P, 2) of (x, y)."""
-    return torch.stack(sampling_coordinates(offset, geometry), dim=-1)
+    return torch.stack(sampling_coordinates(offset, geometry, order), dim=-1)
