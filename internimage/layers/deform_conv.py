@@ -6,9 +6,8 @@ v2: More Deformable, Better Results", CVPR 2019, https://arxiv.org/abs/1811.1116
 """
 
 import math
-import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..extension import has_kernel
-from ..ops.arguments import as_pair
+from ..ops.arguments import as_pair, check_count
 from ..ops.deform_conv import apply_deform_conv2d  # the import defines torch.ops.internimage.deform_conv2d
 from ..ops.onednn import multiplied_in
 from ..ops.sampling import CONVOLUTION, Geometry, Pair, sampling_locations
@@ -26,18 +25,6 @@ from .fast_path import use_fast_path
 from .packing import PacksWeights, Snapshot
 
 __all__ = ["DeformConv", "DeformConv2d", "ModulatedDeformConv2d", "accept_old_keys", "offset_layouts"]
-
-
-def _count(value: int, name: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return number
 
 
 def _check_divides(divisor: int, name: str, channels: int, of: str) -> None:
@@ -94,11 +81,13 @@ class _Kept:
 class DeformConv(PacksWeights):
     """What `DeformConv2d` and `ModulatedDeformConv2d` have in common; create one of these."""
 
-    modulated: torch.jit.Final[bool]
+    __constants__ = ["modulated"]  # lets TorchScript drop the branch of the other class
+
+    if TYPE_CHECKING:  # not at run time, as TorchScript reads the annotations of a module
+        modulated: bool
 
     def __init__(
         self,
-        modulated: bool,
         in_channels: int,
         out_channels: int,
         kernel_size: int | Sequence[int],
@@ -113,13 +102,15 @@ class DeformConv(PacksWeights):
     ) -> None:
         super().__init__()
         dd: FactoryKwargs = {"device": device, "dtype": dtype}
-        self.modulated = modulated
-        self.in_channels, self.out_channels = _count(in_channels, "in_channels"), _count(out_channels, "out_channels")
+        self.in_channels, self.out_channels = (
+            check_count(in_channels, "in_channels"),
+            check_count(out_channels, "out_channels"),
+        )
         self.kernel_size: Pair = as_pair(kernel_size, "kernel_size", 1)
         self.stride: Pair = as_pair(stride, "stride", 1)
         self.padding: Pair = as_pair(padding, "padding", 0)
         self.dilation: Pair = as_pair(dilation, "dilation", 1)
-        self.groups, self.offset_groups = _count(groups, "groups"), _count(offset_groups, "offset_groups")
+        self.groups, self.offset_groups = check_count(groups, "groups"), check_count(offset_groups, "offset_groups")
         _check_divides(self.groups, "groups", self.in_channels, "in_channels")
         _check_divides(self.groups, "groups", self.out_channels, "out_channels")
         _check_divides(self.offset_groups, "offset_groups", self.in_channels, "in_channels")
@@ -130,7 +121,7 @@ class DeformConv(PacksWeights):
             self.bias = nn.Parameter(torch.empty(self.out_channels, **dd))
         else:
             self.register_parameter("bias", None)
-        channels = (3 if modulated else 2) * self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
+        channels = (3 if self.modulated else 2) * self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
         self.conv_offset = _OffsetConv(
             self.in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation, **dd
         )
@@ -350,24 +341,7 @@ class DeformConv2d(DeformConv):
         TypeError, ValueError: An argument is out of range or does not fit another; the message names it.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        offset_groups: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            False, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, offset_groups,
-            device, dtype,
-        )  # fmt: skip
+    modulated = False
 
 
 class ModulatedDeformConv2d(DeformConv):
@@ -385,24 +359,7 @@ class ModulatedDeformConv2d(DeformConv):
     Arguments, shapes and errors are those of `DeformConv2d`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        offset_groups: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            True, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, offset_groups,
-            device, dtype,
-        )  # fmt: skip
+    modulated = True
 
 
 def offset_layouts(channels: int, in_channels: int, kernel_size: Sequence[int]) -> list[tuple[bool, int]]:

@@ -53,6 +53,24 @@ def check_kernel(kernel_size: Pair, remove_center: bool) -> None:
         raise ValueError("remove_center leaves a 1x1 kernel without sampling points; use a larger kernel_size")
 
 
+def check_count(value: int, name: str) -> int:
+    """A positive number, as an int.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is not positive.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
 def check_channels(channels: int, groups: int) -> None:
     """Check that `groups` divides `channels`.
 
@@ -62,14 +80,7 @@ def check_channels(channels: int, groups: int) -> None:
     """
     if channels < 1:
         raise ValueError(f"input must have at least 1 channel, got {channels} channels")
-    try:
-        if isinstance(groups, bool):
-            raise TypeError
-        groups = operator.index(groups)
-    except TypeError:
-        raise TypeError(f"groups must be an int, got {groups!r}") from None
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1, got {groups}")
+    groups = check_count(groups, "groups")
     if channels % groups != 0:
         raise ValueError(f"groups must divide the channels of input: {channels} channels, {groups} groups")
 
