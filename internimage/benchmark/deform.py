@@ -19,11 +19,11 @@ from ..ops.deform_conv import deform_conv2d
 from . import THREADS, memory
 from .contender import Contender
 from .models import COLUMNS, Row, peaks, table, timings
-from .timing import HOW, BenchmarkError, Times, append_csv, check_csv, clocks, describe, facts, interleave, significant
+from .ops import KINKS, Results, compare
+from .timing import HOW, Times, append_csv, check_csv, clocks, describe, facts, interleave, significant
 
 MODEL = "dcnv2_resnet50"
 OFFSET_SCALE = 1.0  # standard deviation of the offsets, in pixels
-KINKS = 2e-3  # minimum distance of offsets from integers, where the derivative jumps and rounding decides which side
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the deviation, relative to the largest value
 FORMATS = {"default": torch.contiguous_format, "channels_last": torch.channels_last}
 ALL = "all"  # what the sums over the layers are called
@@ -78,7 +78,6 @@ class Tensors:
         return Tensors(*(t.to(dtype).contiguous(memory_format=memory_format) for t in vars(self).values()))
 
 
-Results = tuple[Tensor, ...]  # the output; with a backward pass, also the gradients of input, offset, mask and weight
 Key = tuple[Layer, str, str, str, str]  # layer, what, who, dtype, memory format
 
 
@@ -137,29 +136,17 @@ def contenders(batch: int, layers: Sequence[Layer]) -> dict[Key, Callable[[], ob
             tensors = drawn.to(memory_format)
             for who, core in (("ours", our_core), ("torchvision", torchvision_core)):
                 both = forward_backward(core, tensors, layer.stride)
-                compare(f"{who}, {name}, {layer.name}", both(), expected, torch.float32)
+                compare(f"{who}, {name}, {layer.name}", both(), expected, TOLERANCE[torch.float32])
                 functions[layer, "forward", who, "fp32", name] = forward(core, tensors, layer.stride)
                 functions[layer, "forward+backward", who, "fp32", name] = both
         half, last = drawn.to(torch.channels_last, torch.bfloat16), drawn.to(torch.channels_last)
         in_half = forward(our_core, half, layer.stride)
-        compare(f"ours, bf16, {layer.name}", in_half(), expected, torch.bfloat16)
+        compare(f"ours, bf16, {layer.name}", in_half(), expected, TOLERANCE[torch.bfloat16])
         functions[layer, "forward", "ours", "bf16", "channels_last"] = in_half
         sampling, product = sampling_and_product(last, layer.stride)
         functions[layer, "sampling", "ours", "fp32", "channels_last"] = sampling
         functions[layer, "product", "torch", "fp32", "channels_last"] = product
     return functions
-
-
-def compare(name: str, results: Results, expected: Results, dtype: torch.dtype) -> None:
-    """Raise BenchmarkError if a result deviates by more than `TOLERANCE` of the dtype."""
-    whats = ("output", "gradient of input", "of offset", "of mask", "of weight")
-    for what, result, right in zip(whats, results, expected):
-        deviation = ((result.float() - right).abs().max() / right.abs().max()).item()
-        if not deviation <= TOLERANCE[dtype]:  # also NaN
-            raise BenchmarkError(
-                f"{name}: the {what} deviates from ours by {deviation:.1e} of the largest value, "
-                f"allowed {TOLERANCE[dtype]:.0e}; the times would not be comparable"
-            )
 
 
 # ---- rows

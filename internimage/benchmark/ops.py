@@ -220,23 +220,24 @@ def check(stage: dict[str, dict[str, Callable[[], Results]]], tensors: Tensors) 
     rounded = tensors.to(torch.bfloat16).to(torch.float32)
     wide = calls(ours, rounded, WORKS[:2])
     for work in HALF_WORKS:
-        compare(f"ours, {work}", stage["ours"][work](), wide[work.removesuffix(" bf16")](), torch.bfloat16)
+        compare(f"ours, {work}", stage["ours"][work](), wide[work.removesuffix(" bf16")](), TOLERANCE[torch.bfloat16])
     for who, own in stage.items():
         for work in own.keys() & expected.keys():
             results = own[work]()
             if who == "torchvision":
                 results = from_torchvision(results, tensors.groups)
-            compare(f"{who}, {work}", results, expected[work], torch.float32)
+            compare(f"{who}, {work}", results, expected[work], TOLERANCE[torch.float32])
 
 
-def compare(name: str, results: Results, expected: Results, dtype: torch.dtype) -> None:
-    """Raise BenchmarkError if a result deviates by more than `TOLERANCE` of the dtype."""
-    for what, result, right in zip(("output", "gradient of input", "of offset", "of mask"), results, expected):
+def compare(name: str, results: Results, expected: Results, tolerance: float) -> None:
+    """Raise BenchmarkError if a result deviates by more than a share of the largest value."""
+    whats = ("output", "gradient of input", "of offset", "of mask", "of weight")
+    for what, result, right in zip(whats, results, expected):
         deviation = ((result.float() - right).abs().max() / right.abs().max()).item()
-        if not deviation <= TOLERANCE[dtype]:  # also NaN
+        if not deviation <= tolerance:  # also NaN
             raise BenchmarkError(
                 f"{name}: the {what} deviates from ours by {deviation:.1e} of the largest value, "
-                f"allowed {TOLERANCE[dtype]:.0e}; the times would not be comparable"
+                f"allowed {tolerance:.0e}; the times would not be comparable"
             )
 
 
