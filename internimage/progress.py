@@ -40,11 +40,12 @@ class ProgressLines:
     """The interface of `tqdm` for log files, where each frame would be a line: prints one every SECONDS."""
 
     def __init__(self, total: int | None, desc: str, unit: str, initial: int, unit_scale: bool) -> None:
-        self.total, self.desc, self.n = total, desc, initial
+        self.total, self.desc = total, desc
+        self.n: float = initial
         self._name, self._scaled, self._initial, self._postfix = unit, unit_scale, initial, ""
         self._start = self._printed = time.monotonic()
 
-    def update(self, n: int = 1) -> None:
+    def update(self, n: float = 1) -> None:
         self.n += n
         now = time.monotonic()
         if now - self._printed >= SECONDS:
@@ -101,6 +102,7 @@ def progress_bar(
     initial: int = 0,
     leave: bool = True,
     unit_scale: bool = False,
+    delay: float = 0.0,
 ) -> "tqdm[Any] | ProgressLines":
     """A progress bar on a terminal; otherwise a stand-in with the same methods, which prints a line every 30 seconds.
 
@@ -112,6 +114,7 @@ def progress_bar(
         initial: Number of units already done.
         leave: Keep the bar on the terminal after the end.
         unit_scale: Abbreviate large numbers: 12.3M.
+        delay: Seconds before a bar appears, for jobs that may be short.
 
     Returns:
         A context manager with `update`, `write`, `set_description`, `set_postfix`, `close`, `n` and `total`.
@@ -120,5 +123,5 @@ def progress_bar(
         return ProgressLines(total, desc, unit, initial, unit_scale)
     return tqdm(
         total=total, desc=desc, unit=unit, initial=initial, leave=leave, unit_scale=unit_scale, dynamic_ncols=True,
-        disable=not shown,
+        disable=not shown, delay=delay,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from PIL import Image
 
 from internimage import cli
 from internimage.cli import main, parser, verbs
-from internimage.cli.options import Group, KeyValue, Option, OutputFile, Parser, PictureFile, Size, WordOr
+from internimage.cli.options import Group, KeyValue, Option, OutputFile, Parser, PictureFile, Pixel, Size, WordOr, Words
 from internimage.errors import UserError
 from internimage.values import Choice, Number, Text, Whole
 
@@ -22,6 +22,7 @@ VERBS = {verb.name: verb for verb in verbs.VERBS} | {f"benchmark {verb.name}": v
 REQUIRED = {
     "evaluate": ["--model", "m", "--data", "d"],
     "predict": ["a.png", "--model", "m"],
+    "analyze": ["a.png", "--model", "m"],
     "finetune": ["data=d", "output=o"],
     "convert": ["a", "b"],
     "push": ["folder", "me/mine"],
@@ -51,7 +52,9 @@ def sample(option) -> str:
         return str(kind.allowed[0])
     if isinstance(kind, PictureFile):
         return "points.png"
-    samples = {Number: "0.5", Size: "2GB", KeyValue: "depths=[1, 2]", OutputFile: "out.file"}
+    samples = {Number: "0.5", Size: "2GB", KeyValue: "depths=[1, 2]", OutputFile: "out.file", Pixel: "7,9"}
+    if isinstance(kind, Words):
+        return ",".join(kind.allowed)
     return samples.get(type(kind), "cpu" if option.name == "--device" else "text")
 
 
@@ -97,6 +100,10 @@ def wrong(kind) -> list[str]:
         return ["", " ", ".", "/", __file__ + "/out.json", "a\0b"]
     if isinstance(kind, Choice):
         return GARBAGE
+    if isinstance(kind, Words):
+        return [*GARBAGE, ",", f"{kind.allowed[0]},", f"{kind.allowed[0]} {kind.allowed[1]}", kind.allowed[0].upper()]
+    if isinstance(kind, Pixel):
+        return [*GARBAGE, "5", "5,", ",5", "1,2,3", "a,b", "nan,1", "1;2"]
     assert isinstance(kind, Text), f"a kind that this test does not know: {kind}"
     return ["", " ", "a\0b", *(["not so", "/", "a/b/c"] if kind.pattern else [])]
 

@@ -2,15 +2,12 @@
 """The report of a run, opened in a real browser."""
 
 import html.parser
-import json
 import math
 import re
-import shutil
-import subprocess
-import tempfile
 
 import pytest
 import torch
+from browser import allowing_scripts, browse, in_a_window, measured, needs_browser
 from PIL import Image
 
 from internimage.engine.curves import _labels, _ticks, curve
@@ -19,9 +16,6 @@ from internimage.tasks.classification.config import FinetuneConfig
 from internimage.tasks.classification.evaluate import Evaluation
 from internimage.tasks.classification.finetune import finetune
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 CLASSES = ("cat & <dog>", "fox", "owl with a name that is a good deal longer than others")
 
 
@@ -44,17 +38,6 @@ def report(tmp_path_factory):
     return folder / "run" / "report.html"
 
 
-def browse(page, *options):
-    with tempfile.TemporaryDirectory() as profile:
-        result = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-             f"--user-data-dir={profile}", "--virtual-time-budget=5000", *options, page.as_uri()],
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_the_report_is_self_contained(report):
     text = report.read_text(encoding="utf-8")
     assert "<script" not in text
@@ -64,9 +47,6 @@ def test_the_report_is_self_contained(report):
     sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', text)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
     html.parser.HTMLParser().feed(text)
-
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH")
 
 
 @needs_browser
@@ -88,9 +68,9 @@ def test_the_report_in_a_browser(report, tmp_path):
         wide: document.documentElement.scrollWidth,
       }).replaceAll('&', '&amp;').replaceAll('<', '&lt;') + '</pre>' })</script></body>"""
     page = tmp_path / "measured.html"
-    page.write_text(report.read_text(encoding="utf-8").replace("</body>", measure), encoding="utf-8")
-    dom = browse(page, "--dump-dom", "--window-size=1280,1600")
-    found = json.loads(html.unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)[1]))
+    text = allowing_scripts(report.read_text(encoding="utf-8"))
+    page.write_text(text.replace("</body>", measure), encoding="utf-8")
+    found = measured(page, "--window-size=1280,1600")
     assert found["headings"] == ["Curves", "Confusion", "Accuracy of each class", "The worst mistakes", "Settings"]
     assert found["title"].startswith("internimage_atto: ")
     assert len(found["curves"]) >= 5 and all(width > 100 for width, _, _ in found["curves"]) and found["inside"]
@@ -112,39 +92,6 @@ def test_the_report_in_a_browser(report, tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # not a blank page
 
 
-# what a reader's window makes of the page: how wide it is, what sticks out, and how text stands out from what is behind
-LOOK = """<body><script>addEventListener('message', () => 0);
-function look() {
-  const page = document.querySelector('iframe').contentDocument, view = page.defaultView;
-  const parse = text => { const n = text.match(/[0-9.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1] };
-  const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255).map(
-    v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b };
-  const behind = e => { let layers = [];
-    for (; e; e = e.parentElement) layers.push(parse(view.getComputedStyle(e).backgroundColor));
-    return layers.reverse().reduce((a, b) => [0, 1, 2].map(i => b[3] * b[i] + (1 - b[3]) * a[i]), [255, 255, 255]) };
-  const contrast = (e, ink) => { const pair = [light(ink), light(behind(e))].sort((a, b) => b - a);
-    return (pair[0] + 0.05) / (pair[1] + 0.05) };
-  const all = s => [...page.querySelectorAll(s)], result = {};
-  result.wide = page.documentElement.scrollWidth;
-  result.out = all('body *').filter(e => !e.closest('.scroll,pre,svg') && e.getBoundingClientRect().right > WIDTH + 1)
-    .map(e => e.tagName + '.' + e.className);
-  result.svg = all('svg').map(e => e.getBoundingClientRect().width);
-  result.letters = Math.min(...all('svg text').map(e => e.getBoundingClientRect().height));
-  result.scrolls = all('.scroll').map(e => [e.scrollWidth, e.clientWidth]);
-  result.text = {};
-  for (const s of ['h1', 'h2', 'p', '.pale', 'figcaption', 'td.name', '.matrix th', '.matrix td.hit', '.matrix td.miss',
-                   'pre', 'footer'])
-    for (const e of all(s))
-      result.text[s] = Math.min(result.text[s] ?? 99, contrast(e, parse(view.getComputedStyle(e).color)));
-  for (const e of all('svg text'))
-    result.text.svg = Math.min(result.text.svg ?? 99, contrast(e, parse(view.getComputedStyle(e).fill)));
-  result.lines = Math.min(...all('polyline.s-main,polyline.s-other').map(
-    e => contrast(e, parse(view.getComputedStyle(e).stroke))));
-  result.page = behind(page.body);
-  document.body.innerHTML = '<pre id="measured">' + JSON.stringify(result) + '</pre>';
-}</script><iframe style="width:WIDTHpx;height:2000px;border:0" onload="look()" srcdoc="PAGE"></iframe></body>"""
-
-
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_report_on_a_phone_by_day_and_by_night(report, tmp_path, dark):
@@ -156,12 +103,20 @@ def test_the_report_on_a_phone_by_day_and_by_night(report, tmp_path, dark):
     more = report_module._matrix(matrix, [f"a class like no. {i}" for i in range(30)])
     more += report_module._skipped(Evaluation(skipped=[("/folder" * 30 + ".png", "not an image")]))
     text = report.read_text(encoding="utf-8").replace("</body>", more + "</body>")
-    page.write_text(
-        '<!doctype html><meta charset="utf-8">' + LOOK.replace("WIDTH", "390").replace("PAGE", html.escape(text)),
-        encoding="utf-8",
-    )
-    dom = browse(page, "--dump-dom", *["--force-dark-mode"] * dark)
-    found = json.loads(html.unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)[1]))
+    texts = [
+        "h1",
+        "h2",
+        "p",
+        ".pale",
+        "figcaption",
+        "td.name",
+        ".matrix th",
+        ".matrix td.hit",
+        ".matrix td.miss",
+        "pre",
+    ]
+    page.write_text(in_a_window(text, 390, [*texts, "footer"]), encoding="utf-8")
+    found = measured(page, *["--force-dark-mode"] * dark)
     assert found["wide"] == 390 and found["out"] == []
     assert len(found["svg"]) == 4 and all(340 < width <= 390 for width in found["svg"])
     assert found["letters"] >= 9

@@ -17,7 +17,7 @@ from ..models.attributes import label_names, name_of
 from .inspection import inspected
 from .maps import LayerMap, MapReader, NodeError
 
-__all__ = ["Logit", "Node", "OpenNode", "Pooled", "Position", "map_of"]
+__all__ = ["Logit", "Node", "OpenNode", "Pooled", "Position", "map_of", "predicted_class"]
 
 
 class OpenNode(Protocol):
@@ -235,6 +235,20 @@ def _class(model: str, names: list[str] | None, label: str | int) -> int:
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or list(known)[:3]
     shown = ", ".join(names[known[name]] for name in near) if names else "indices"
     raise NodeError(f"'{model}' has no class '{label}'; near ones are {shown}")
+
+
+def predicted_class(model: nn.Module, image: Tensor) -> int:
+    """The index of the class that a model predicts for an image (C, H, W) or (1, C, H, W).
+
+    Raises:
+        NodeError: The model gives no logits.
+        NotFiniteView: There is NaN or infinity in the weights or in the image.
+    """
+    opened = _OpenLogit(model, None)
+    with inspected(model, image) as batch, torch.no_grad():
+        opened.values(batch)
+    assert opened.index is not None
+    return opened.index
 
 
 def map_of(model: nn.Module, image: Tensor, layer: str | int | None = None) -> LayerMap:

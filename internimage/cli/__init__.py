@@ -17,7 +17,7 @@ from .verbs import parser
 
 __all__ = ["main", "parser"]
 
-_RUN_MODELS = ("evaluate", "finetune", "predict")  # verbs; a benchmark measures the allocator as it is
+_RUN_MODELS = ("analyze", "evaluate", "finetune", "predict")  # verbs; a benchmark measures the allocator as it is
 _MISSING = (FileNotFoundError, PermissionError, NotADirectoryError)
 
 

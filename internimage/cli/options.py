@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 from ..files import check_writable
-from ..values import BadValue, Choice, Kind, Whole, shown
+from ..values import BadValue, Choice, Kind, Number, Whole, shown
 
 
 class UsageError(UserError):
@@ -47,6 +47,7 @@ class Option:
         required: Whether an option must be given.
         requires: Options without which this one has no effect -> the value they must have, or None for any.
         excludes: Options with which this one has no effect.
+        repeated: It may be given several times, and its value is a list.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Option:
     required: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
     excludes: tuple[str, ...] = ()
+    repeated: bool = False
 
     @property
     def dest(self) -> str:
@@ -171,6 +173,37 @@ class WordOr(Kind):
 
 
 @dataclass(frozen=True)
+class Words(Kind):
+    """Some of several words, separated by commas, as a tuple without repetitions."""
+
+    allowed: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        return f"some of {','.join(self.allowed)}, separated by commas"
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        given = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+        if not set(given) <= set(self.allowed):
+            raise BadValue(self.words)
+        return given
+
+
+@dataclass(frozen=True)
+class Pixel(Kind):
+    """X,Y: a column and a row of an image, from 0."""
+
+    words = "X,Y: a column and a row of the image, from 0"
+
+    def parse(self, text: str) -> tuple[float, float]:
+        x, comma, y = text.partition(",")
+        try:
+            return Number().parse(x), Number().parse(y)
+        except BadValue as error:
+            raise BadValue(self.words) from error
+
+
+@dataclass(frozen=True)
 class KeyValue(Kind):
     """KEY=VALUE with a value in YAML, parsed to a pair; `known` has the kinds of the values of some keys."""
 
@@ -277,6 +310,8 @@ def _add_option(place: "argparse.ArgumentParser | argparse._ArgumentGroup", opti
     if option.kind is None:
         place.add_argument(option.name, action="store_true", **keywords)
         return
+    if option.repeated:
+        keywords["action"] = "append"
     metavar = option.metavar
     if metavar is None and isinstance(option.kind, Choice):
         metavar = "{" + ",".join(map(str, option.kind.allowed)) + "}"

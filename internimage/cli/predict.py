@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from ..analysis.points import draw_points
+from ..analysis.sheet import draw_points
 from ..data.images import DataError
 from ..engine.finite import NotFiniteError
 from ..tasks.classification.predict import Prediction, find_images, predict, read_image

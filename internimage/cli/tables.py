@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The options of each verb, with their types and ranges, and which have no effect with or without others."""
 
+import dataclasses
+
 from ..benchmark import CORES, MODEL_PEERS, MODELS, OPS_PEERS, THREADS
 from ..data.variants import VARIANTS
 from ..dtypes import DTYPE
 from ..values import Choice, Number, Text, Whole
-from .options import Group, KeyValue, Option, OutputFile, PictureFile, Size, Threads, WordOr
+from .options import Group, KeyValue, Option, OutputFile, PictureFile, Pixel, Size, Threads, WordOr, Words
 
 _BATCH, _WORKERS, _PIXELS, _CLASSES = Whole(1), Whole(0, 1024), Whole(1, 16384), Whole(1, 10**7)
 _HUB_NAME = Text(r"[\w.-]+/[\w.-]+", "OWNER/NAME")
@@ -139,6 +141,85 @@ PREDICT = (
                 metavar="NAME",
                 requires={"--draw-points": None},
             ),
+        ),
+    ),
+)
+
+_VIEWS = ("erf", "points", "saliency")  # of `internimage.analysis.study`, which imports torch
+
+ANALYZE = (
+    Option("image", "image file", Text(), metavar="IMAGE"),
+    Group(
+        "model",
+        (
+            dataclasses.replace(
+                MODEL.options[0], help=f"{MODEL.options[0].help}; given twice, side by side", repeated=True
+            ),
+            *MODEL.options[1:],
+            Option("--control", "show beside each model the same one untrained, without which no view is evidence"),
+        ),
+    ),
+    Group(
+        "what to look at",
+        (
+            Option(
+                "--at",
+                "pixel of the image to explain a position of the map at; may be repeated (default: the middle)",
+                Pixel(),
+                default=(),
+                metavar="X,Y",
+                repeated=True,
+            ),
+            Option(
+                "--layer",
+                "map of the positions: name of a layer, or number of a stage; once, or for each model "
+                "(default: the last stage)",
+                Text(),
+                default=(),
+                metavar="NAME",
+                repeated=True,
+            ),
+            Option(
+                "--class", "class to explain, by name or index (default: the predicted one)", Text(), metavar="NAME"
+            ),
+            Option(
+                "--views",
+                "erf: effective receptive field; points: effective sampling points; saliency: smallest region "
+                "(default: all that the models have)",
+                Words(_VIEWS),
+                metavar="erf,points,saliency",
+            ),
+            Option("--plain", "take plain 3x3 convolutions for the view of points too"),
+        ),
+    ),
+    Group(
+        "how",
+        (
+            Option(
+                "--projections",
+                "random projections of a position's vector, or exact",
+                WordOr("exact", Whole(1, 4096)),
+                default=8,
+                metavar="N",
+            ),
+            Option("--bound", "error of the saliency region", Number(above=0, below=1), default=0.1),
+            Option("--cell", "side of its cells in pixels", Whole(1, 16384), default=16, metavar="PIXELS"),
+            Option(
+                "--fill",
+                "what stands in the masked part: median, blur, zero, or an image file",
+                Text(),
+                default="median",
+                metavar="FILL",
+            ),
+            Option("--budget", "images that may be evaluated for a saliency region", Whole(3, 10**7), default=1000),
+            Option("--seed", "of the projections, and of the untrained model", Whole(0, 2**63 - 1), default=0),
+        ),
+    ),
+    Group(
+        "report",
+        (
+            Option("--output", "folder to write", Text(), default="analysis", metavar="FOLDER"),
+            Option("--json", "print the numbers as JSON"),
         ),
     ),
 )

@@ -67,6 +67,18 @@ def _same_file(a: str, b: str | Path) -> bool:
         return os.path.realpath(a) == os.path.realpath(b)
 
 
+def _check_analyze(arguments: argparse.Namespace, prog: str) -> None:
+    models = arguments.model
+    if twice := [name for i, name in enumerate(models) if name in models[:i]]:
+        raise UsageError(f"--model has '{twice[0]}' twice", prog)
+    if arguments.checkpoint is not None and len(models) > 1:
+        raise UsageError("--checkpoint is for a single --model: name a folder of finetune or convert instead", prog)
+    if len(arguments.layer) not in (0, 1, len(models)):
+        raise UsageError(f"--layer is given once, or once for each model, got {len(arguments.layer)} of them", prog)
+    for name in models:
+        _check_model(argparse.Namespace(**{**vars(arguments), "model": name}), prog)
+
+
 def _check_finetune(arguments: argparse.Namespace, prog: str) -> None:
     recipe, overrides = split_arguments(arguments.settings)
     arguments.config = load_config(FinetuneConfig, recipe, overrides)
@@ -129,6 +141,17 @@ VERBS = (
         internimage predict photo.jpg --model runs/mine --draw-points points.png
         """,
         _check_predict,
+    ),
+    Verb(
+        "analyze",
+        "Show what a model looks at: receptive field, sampling points, the region that decides.",
+        tables.ANALYZE,
+        """
+        internimage analyze photo.jpg --model internimage_tiny.ogvl_in1k
+        internimage analyze photo.jpg --model runs/mine --control --at 120,80 --layer 3
+        internimage analyze photo.jpg --model runs/a --model runs/b --views erf,saliency --output ab --json
+        """,
+        _check_analyze,
     ),
     Verb(
         "finetune",
@@ -213,7 +236,7 @@ def parser() -> Parser:
     """The parser of the command line. Its result has `verb`, and `check`, to be called before the verb runs."""
     top = Parser(
         prog="internimage",
-        description="InternImage for PyTorch and timm: evaluate, predict, fine-tune, convert, publish.",
+        description="InternImage for PyTorch and timm: evaluate, predict, analyze, fine-tune, convert, publish.",
         epilog="internimage VERB --help describes a verb, with examples.",
     )
     top.add_argument("--version", action="version", version=f"internimage {__version__}")

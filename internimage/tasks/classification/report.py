@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the report of a classifier shows: accuracy, confusion, and the worst mistakes."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +8,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ...analysis.points import point_tiles
+from ...analysis.sheet import point_tiles
 from ...data.datasets import GuardedDataset, MapDataset
 from ...engine.curves import curve
-from ...engine.report import Page, column, escape
+from ...engine.report import Page, column
+from ...html_page import data_uri, escape, png
 from ...models.parts import sampling_layers_of_stage
 from .evaluate import Evaluation
 
@@ -172,8 +171,8 @@ def _mistakes(
         _, tiles = point_tiles(model, [image for _, image in images], data_config, layer)
         intro += (
             f" The second picture of each pair shows where the layer {layer} samples the image: the cross is the "
-            f"output pixel in the middle, the dots are the points it is computed from. The color of a dot tells its "
-            f"group, its size the weight."
+            f"output pixel in the middle, the dots are the points it is computed from: the larger and "
+            f"brighter, the larger the weight."
         )
     figures = []
     for i, ((index, target, predicted, sure), image) in enumerate(images):
@@ -195,6 +194,4 @@ def _embed(image: Image.Image) -> str:
     if (factor := _SIDE // max(image.size)) > 1:  # small ones in sharp squares; browsers would blur them
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((_SIDE, _SIDE))
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return data_uri(png(image))

@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from safetensors.torch import save_file
 
 from internimage import files
-from internimage.analysis import points
-from internimage.analysis.points import draw_points, point_tiles
+from internimage.analysis import canvas
+from internimage.analysis.colors import rgb
+from internimage.analysis.drawing import draw_sampling
+from internimage.analysis.sheet import draw_points, point_tiles
 from internimage.cli import main
 from internimage.errors import UserError
 
@@ -34,15 +36,14 @@ def test_a_tile_has_its_points_where_they_are(model):
     """A new layer's points are the 3x3 grid around the output pixel, four image pixels apart, all of one weight."""
     layer, (tile,) = point_tiles(model, [gray(1)[0][1]], CONFIG, LAYER)
     assert layer == LAYER and tile.size == (224, 149)
-    color = ImageColor.getrgb(points._COLORS[0])
     scale = 224 / 48
     row, column = 4, 6  # the middle one of 8 x 12 output pixels, each of 4 x 4 image pixels
     for dy in (-1, 0, 1):
         for dx in (-1, 0, 1):
             at = ((column + dx + 0.5) * 4 * scale, (row + dy + 0.5) * 4 * scale)
-            expected = (255, 255, 0) if dx == dy == 0 else color  # the cross covers the one in the middle
+            expected = (255, 255, 255) if dx == dy == 0 else rgb(1.0)  # the cross covers the one in the middle
             assert tile.getpixel(tuple(map(int, at))) == expected
-    assert tile.getpixel((5, 5)) == (128, 128, 128)
+    assert tile.getpixel((5, 5)) == (45, 45, 45)  # 35 % of 128
 
 
 @pytest.mark.parametrize("count, columns, rows", [(1, 2, 1), (3, 3, 1), (4, 4, 1), (5, 4, 2)])
@@ -54,9 +55,8 @@ def test_a_sheet_of_tiles_with_names_on_white(model, tmp_path, count, columns, r
         assert [sheet.getpixel(at) for at in ((0, 0), (sheet.width - 1, sheet.height - 1))] == [(255, 255, 255)] * 2
         assert sheet.height == 117 + rows * (149 + 19 + 16)
         legend = sheet.crop((0, 0, sheet.width, 100))
-        assert {(255, 255, 0), ImageColor.getrgb(points._COLORS[0])} <= {
-            color for _, color in legend.getcolors(1 << 20)
-        }
+        shades = {color for _, color in legend.getcolors(1 << 20)}
+        assert {rgb(0.0), rgb(1.0)} <= shades and len(shades & {rgb(i / 255) for i in range(256)}) > 20
         names = sheet.crop((16, sheet.height - 16 - 19, 240, sheet.height - 14))
         assert min(names.convert("L").tobytes()) < 100  # letters
     assert os.stat(path).st_mode & 0o044 == 0o044
@@ -69,11 +69,11 @@ def test_the_names_are_those_of_the_images_and_of_long_ones_the_end_is_kept(mode
         draw_points(model, [(name, gray(1)[0][1])], CONFIG, tmp_path / "x.png", LAYER)
         seen.append((tmp_path / "x.png").read_bytes())
     assert len(set(seen)) == 5 and seen[2] == seen[3]
-    font = points.ImageFont.load_default(13)
-    assert points._fit(long, font, 224, keep_end=True).endswith("very/cat.png")
-    assert points._fit("levels." * 40, font, 224).startswith("levels.")
-    assert points._fit("caf\udce9\n.png", font, 224) == "caf\\udce9\\n.png"
-    assert font.getlength(points._fit("W" * 100, font, 224)) <= 224
+    font = canvas.ImageFont.load_default(13)
+    assert canvas.fitted(long, font, 224, keep_end=True).endswith("very/cat.png")
+    assert canvas.fitted("levels." * 40, font, 224).startswith("levels.")
+    assert canvas.fitted("caf\udce9\n.png", font, 224) == "caf\\udce9\\n.png"
+    assert font.getlength(canvas.fitted("W" * 100, font, 224)) <= 224
 
 
 def test_weights_that_are_not_finite_are_left_out(tmp_path):
@@ -84,12 +84,12 @@ def test_weights_that_are_not_finite_are_left_out(tmp_path):
     assert (tmp_path / "x.png").is_file()
     image, weights = torch.full((3, 32, 32), 128, dtype=torch.uint8), torch.ones(2, 2)
     places = torch.full((2, 2, 2), 5.0)
-    drawn = points._tile(image, places, weights, (0.9, 0.9)).getcolors(1 << 16)
-    assert ImageColor.getrgb(points._COLORS[1]) in [color for _, color in drawn]
+    drawn = draw_sampling(image, places, weights, (28.0, 28.0)).getcolors(1 << 20)
+    assert rgb(1.0) in [color for _, color in drawn]
     for value in (float("nan"), float("inf"), float("-inf")):
-        none = points._tile(image, places.new_zeros(2, 0, 2), weights[:, :0], (0.9, 0.9))
-        assert points._tile(image, places * value, weights, (0.9, 0.9)) == none
-        assert points._tile(image, places, weights * value, (0.9, 0.9)) == none
+        none = draw_sampling(image, places.new_zeros(2, 0, 2), weights[:, :0], (28.0, 28.0))
+        assert draw_sampling(image, places * value, weights, (28.0, 28.0)) == none
+        assert draw_sampling(image, places, weights * value, (28.0, 28.0)) == none
 
 
 @pytest.mark.parametrize("name", ["points.txt", "points", "points.png.doc", ".png"])
