@@ -35,6 +35,17 @@ def as_mask(area: Area, height: int, width: int) -> Tensor:
     return mask
 
 
+def covering(locations: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels that locations (..., 2), as (x, y), are in.
+
+    Returns:
+        Rows and columns (...), int64, those of the nearest pixel for a location outside; and whether it is inside.
+    """
+    x, y = (locations + 0.5).floor().nan_to_num(-1, -1, -1).unbind(-1)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return y.clamp(0, height - 1).long(), x.clamp(0, width - 1).long(), inside
+
+
 def ratio(part: float, whole: float) -> float:
     """part / whole; NaN if there is no whole."""
     return part / whole if whole else float("nan")

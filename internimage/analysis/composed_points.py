@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .areas import Area, as_mask
+from .areas import Area, as_mask, covering
 from .inspection import inspected
-from .maps import NodeError
+from .maps import NodeError, whole_number
 from .nodes import Node
 from .recording import SampledLayer, recorded
 
@@ -62,8 +62,7 @@ def composed_points(
         NodeError: The node is no position or not there, or fewer layers come before it.
         NotFiniteView: There is NaN or infinity in the weights or in the image.
     """
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        raise NodeError(f"layers must be a whole number from 1, got {layers!r}")
+    layers = whole_number("layers", layers, 1)
     opened = node.open(model)
     with inspected(model, image) as batch, torch.no_grad(), recorded(model, batch, plain) as found:
         opened.values(batch)
@@ -89,9 +88,8 @@ def _ways(layer: SampledLayer, locations: Tensor, paths: Tensor) -> Tensor:
     """How many ways lead to each output pixel of a layer, (Ho, Wo), from locations (M, 2) in image pixels."""
     height, width = layer.locations.shape[:2]
     stride = torch.tensor(layer.output_stride, dtype=torch.float64)
-    x, y = ((locations + 0.5) / stride).floor().nan_to_num(-1, -1, -1).unbind(-1)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    index = y[inside].long() * width + x[inside].long()
+    row, column, inside = covering((locations + 0.5) / stride - 0.5, height, width)
+    index = (row * width + column)[inside]
     ways = torch.zeros(height * width, dtype=torch.int64).index_add_(0, index, paths[inside])
     return ways.view(height, width)
 
@@ -127,8 +125,8 @@ class LayerDilation:
             NodeError: The area has another size, or no pixels of the image.
         """
         mask = as_mask(area, height, width)
-        x, y = (self.centers + 0.5).floor().long().unbind(-1)
-        chosen = self.dilation[mask[y.clamp(0, height - 1), x.clamp(0, width - 1)]]
+        row, column, _ = covering(self.centers, height, width)
+        chosen = self.dilation[mask[row, column]]
         if not chosen.numel():
             return float("nan"), float("nan")
         return float(chosen.mean()), float(chosen.std(correction=0))

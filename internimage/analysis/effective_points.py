@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .areas import Area, as_mask, ratio
+from .areas import Area, as_mask, covering, ratio
 from .inspection import check_finite, inspected
 from .maps import NodeError
 from .nodes import Node
@@ -52,9 +52,8 @@ class LayerPoints:
             NodeError: The area has another size, or no pixels of the image.
         """
         mask = as_mask(area, height, width)
-        x, y = (self.locations + 0.5).floor().nan_to_num(-1, -1, -1).unbind(-1)
-        there = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        inside = there & mask[y.clamp(0, height - 1).long(), x.clamp(0, width - 1).long()]
+        row, column, there = covering(self.locations, height, width)
+        inside = there & mask[row, column]
         share = ratio(float(self.strength[inside].sum()), float(self.strength.sum()))
         return ratio(share, float(inside.double().mean()))
 

@@ -3,6 +3,7 @@
 
 import difflib
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,21 @@ from ..models.parts import stage_maps
 
 class NodeError(UserError, ValueError):
     """A layer, class or position that a model does not have, or an argument of a view that is out of range."""
+
+
+def whole_number(name: str, value: object, least: int, otherwise: str = "") -> int:
+    """An argument that must be a whole number, of any type that is one; `otherwise` is what else the caller takes.
+
+    Raises:
+        NodeError: It is not, or smaller than allowed.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise NodeError(f"{name} must be a whole number from {least}{otherwise}, got {value!r}")
+    return number
 
 
 @dataclass(frozen=True)

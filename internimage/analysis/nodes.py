@@ -6,7 +6,6 @@ pooled feature.
 """
 
 import difflib
-import operator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.attributes import label_names, name_of
 from .inspection import inspected
-from .maps import LayerMap, MapReader, NodeError
+from .maps import LayerMap, MapReader, NodeError, whole_number
 
 __all__ = ["Logit", "Node", "OpenNode", "Pooled", "Position", "map_of", "predicted_class"]
 
@@ -194,15 +193,7 @@ class _OpenPooled:
 
 def _index(value: int | None, name: str) -> int | None:
     """A number from 0, or None."""
-    if value is None:
-        return None
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise NodeError(f"{name} must be a whole number from 0, got {value!r}")
-    return number
+    return None if value is None else whole_number(name, value, 0)
 
 
 def _names(model: nn.Module) -> list[str] | None:
@@ -218,8 +209,7 @@ def _names(model: nn.Module) -> list[str] | None:
 def _class(model: str, names: list[str] | None, label: str | int) -> int:
     """The index of a class by its name, or the first of its names, in any case; or by its index."""
     if not isinstance(label, str):
-        number = _index(label, "the index of a class")
-        assert number is not None
+        number = whole_number("the index of a class", label, 0)
         if names is not None and number >= len(names):
             raise NodeError(f"'{model}' has classes 0 to {len(names) - 1}, got {number}")
         return number

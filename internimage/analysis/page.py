@@ -23,9 +23,9 @@ h3{font-size:1rem;margin:1.75rem 0 .25rem}
 .side figure>img,.many img{display:block;width:100%;max-width:448px;height:auto;background:#000}
 .many{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,200px),1fr));gap:.75rem}
 figcaption p{margin:.35rem 0}
-.legend{display:flex;align-items:center;gap:.5rem;max-width:448px;font-size:.8rem;margin:.35rem 0;flex-wrap:wrap}
-.legend .bar{flex:1 1 8rem;height:.8rem;border:1px solid var(--rule)}
-.ticks{display:flex;justify-content:space-between;max-width:448px;font-size:.8rem}
+.bar{max-width:448px;height:.8rem;margin-top:.35rem;border:1px solid var(--rule)}
+.ticks{display:grid;grid-template-columns:1fr auto 1fr;gap:.5rem;max-width:448px;font-size:.8rem}
+.ticks :last-child{text-align:right}
 details{margin:.5rem 0}summary{cursor:pointer}
 """
 
@@ -148,7 +148,7 @@ def _explained(view: _View) -> str:
 def _legend(largest: float, unit: str) -> str:
     """The logarithmic scale."""
     return (
-        f'<div class="legend"><div class="bar" style="background:{css_gradient()}"></div></div>'
+        f'<div class="bar" style="background:{css_gradient()}"></div>'
         f'<div class="ticks"><span>1 % and less</span><span>10 %</span><span>{largest:.3g} {unit}</span></div>'
     )
 
@@ -210,7 +210,7 @@ def _points(one: Study, i: int, j: int, shown: dict[str, bytes]) -> str:
     words = "exact" if how is None else f"estimated by {how} random projection{'s' * (how > 1)}"
     return (
         f'<figure><div class="many">{"".join(figures)}</div><figcaption>'
-        f'<div class="legend"><div class="bar" style="background:{css_gradient()}"></div></div>'
+        f'<div class="bar" style="background:{css_gradient()}"></div>'
         '<div class="ticks"><span>1 % and less</span><span>10 %</span><span>the layer\'s largest</span></div>'
         f"<p><b>{escape(one.model)}</b>, {escape(node.node)}; strengths are {words}.</p></figcaption>"
         f"<details><summary>All {len(node.points.layers)} layers</summary>"

@@ -6,23 +6,18 @@ norm, and so is that of its length. The squared length of the Jacobian's columns
 the mean of `(J^T v)^2` is `sum_c J_c^2`, since the signs of different channels have mean zero.
 """
 
-import operator
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .maps import NodeError
+from .maps import whole_number
 
 
 def check_projections(projections: int | None) -> None:
-    """Raise NodeError unless it is None or a positive whole number."""
-    try:
-        good = projections is None or (not isinstance(projections, bool) and operator.index(projections) > 0)
-    except TypeError:
-        good = False
-    if not good:
-        raise NodeError(f"projections must be a whole number from 1, or None for all channels, got {projections!r}")
+    """Raise NodeError unless it is None, for all channels, or a positive whole number."""
+    if projections is not None:
+        whole_number("projections", projections, 1, ", or None for all channels")
 
 
 def directions(channels: int, projections: int | None, seed: int) -> tuple[Tensor, float]:

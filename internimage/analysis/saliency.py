@@ -6,7 +6,6 @@ image, with the rest masked, gives the same response within an error. The search
 """
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from .areas import Area, as_mask, ratio
 from .fills import fill_image, name_of_fill
 from .inspection import NotFiniteView, check_finite, inspected
-from .maps import NodeError
+from .maps import NodeError, whole_number
 from .nodes import Node, OpenNode
 from .region_search import Budget, smallest_prefix, without_spare_cells
 
@@ -156,13 +155,8 @@ def saliency_region(
 def _check(bound: float, cell: int, budget: int) -> None:
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 1:
         raise NodeError(f"bound must be between 0 and 1, got {bound!r}")
-    for name, value, least in (("cell", cell, 1), ("budget", budget, 3)):
-        try:
-            good = not isinstance(value, bool) and operator.index(value) >= least
-        except TypeError:
-            good = False
-        if not good:
-            raise NodeError(f"{name} must be a whole number from {least}, got {value!r}")
+    whole_number("cell", cell, 1)
+    whole_number("budget", budget, 3)
 
 
 def _search(masking: "_Masking", masked_error: float, bound: float) -> tuple[list[Tensor], bool]:

@@ -186,8 +186,9 @@ def sampler(found: Study, at: tuple[float, float] | None) -> str:
         f'src="{data_uri(png(pixels_picture(dimmed(found.pixels))))}">'
         f'<canvas tabindex="0" role="img" aria-label="sampled points of {name}; arrow keys move the output pixel">'
         "</canvas></div>"
-        f'<div class="legend"><div class="bar" style="background:{css_gradient()}"></div><span>weight 0</span>'
-        '<span class="most"></span></div><p class="status pale" aria-live="polite"></p><div class="groups"></div></div>'
+        f'<div class="bar" style="background:{css_gradient()}"></div>'
+        '<div class="ticks"><span>0</span><span>weight</span><span class="most"></span></div>'
+        '<p class="status pale" aria-live="polite"></p><div class="groups"></div></div>'
         f'<script type="application/json">{_safe(json.dumps(data, allow_nan=False))}</script></figure>'
     )
 
