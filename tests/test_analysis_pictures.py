@@ -315,6 +315,17 @@ def test_seeds_that_were_measured_are_read_again(tmp_path, capsys):
     assert "trained 0.85, at least 0.7; control undefined: met" in printed
 
 
+def test_a_goal_that_the_control_reaches_is_no_evidence(tmp_path, capsys):
+    one = document(0, (3, 1))
+    for number in one["models"]["control"][2], one["models"]["trained"][2]:
+        number["values"] = [0.9, 0.7, None]
+    write_documents(tmp_path, one)
+    assert analysis_pictures.main([str(tmp_path), "--seeds", "0", "--images", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "trained 3, at least 2; control 1, at most 1.3: met\n" in printed
+    assert "trained 0.8, at least 0.7; control 0.8: reached by the control too, so it is no evidence\n" in printed
+
+
 def test_an_accuracy_that_is_too_low_is_said(tmp_path, capsys):
     write_documents(tmp_path, document(0, (3, 1), accuracy=97.9))
     assert analysis_pictures.main([str(tmp_path), "--seeds", "0", "--images", "3"]) == 1
