@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 
-from internimage.analysis import Logit, Position, effective_receptive_field, map_of
+from internimage.analysis import Logit, Position, effective_receptive_field, map_of, predicted_class
 from internimage.analysis.study import VIEWS
 from internimage.cli import main, tables
 from internimage.data.datasets import EvaluationTransform
-from internimage.engine.create import data_config
+from internimage.engine.create import create_model, data_config
 from internimage.models.timm_folder import save_model
 
 CLASSES = ["cat", "fox", "owl & <co>"]
@@ -146,6 +146,23 @@ def test_two_models_and_their_controls_side_by_side(run, plain, photo, tmp_path,
         "index.html", "views.npz", "image-model1.png", "image-model2.png",
         *(f"erf-model{i}-node{j}.png" for i in (1, 2) for j in (1, 2)),
     }  # fmt: skip
+
+
+def test_a_control_is_asked_for_the_class_of_the_trained_model(run, photo, tmp_path, capsys):
+    """New weights predict one class or another, by their seed."""
+    own = set()
+    for seed in range(4):
+        shown = analyze(
+            capsys, photo, "--model", run, "--control", "--output", tmp_path / "r", "--views", "erf", "--json",
+            "--projections", "1", "--seed", seed,
+        )  # fmt: skip
+        trained, control = (model["nodes"][0]["node"] for model in json.loads(shown.out)["models"])
+        assert trained == control
+        torch.manual_seed(seed)
+        untrained = create_model(str(run), pretrained=False)
+        with Image.open(photo) as image:
+            own.add(predicted_class(untrained, EvaluationTransform(data_config(untrained, 64, 1.0))(image)))
+    assert len(own) > 1
 
 
 def test_a_model_without_deformable_layers_has_the_other_views(run, plain, photo, tmp_path, capsys):

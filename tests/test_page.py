@@ -2,6 +2,7 @@
 """The page of an analysis, opened in a real browser, and its pictures."""
 
 import base64
+import dataclasses
 import io
 import re
 from functools import partial
@@ -150,6 +151,22 @@ def test_the_page_in_a_browser(studies, text, tmp_path):
     assert console(log) == []
     with Image.open(picture) as image:
         assert len(image.convert("RGB").getcolors(1 << 24)) > 500
+
+
+@needs_browser
+def test_points_that_are_not_finite_are_not_shown(studies, tmp_path):
+    (first, *others), (row, column) = studies[0].sampling, (0, 1)  # of the second node, which is shown first
+    locations, weights = first.locations.clone(), first.weights.clone()
+    locations[row, column, 0, 3, 1], weights[row, column, 1, 2] = float("nan"), float("inf")
+    broken = dataclasses.replace(first, locations=locations, weights=weights)
+    one = dataclasses.replace(studies[0], sampling=(broken, *others))
+    page_ = tmp_path / "page.html"
+    use = """<script>addEventListener('load', () => setTimeout(() => {
+      const shown = JSON.stringify(document.querySelector('.status').textContent);
+      document.body.innerHTML = '<pre id="measured">' + shown + '</pre>' }, 500))</script>"""
+    page_.write_text(page("image.png", [one], [], pictures([one])).replace("</body>", use + "</body>"), "utf-8")
+    points = first.weights.shape[2] * 9
+    assert f" {first.weights.shape[2]} groups of 9 points, {points - 2} shown" in measured(page_)
 
 
 @needs_browser

@@ -24,13 +24,14 @@ def spot(width, height, x, y):
     return Image.fromarray(light.round().astype(np.uint8)).convert("RGB")
 
 
+@pytest.mark.parametrize("border", [0, 3])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(150, 100), (90, 200), (40, 40), (64, 64), (31, 47)])
-def test_a_spot_is_where_it_is_carried(size, mode):
+def test_a_spot_is_where_it_is_carried(size, mode, border):
     """The center of mass of the preprocessed spot. Resampling filters are symmetric, so it moves with the pixels; the
     rounding of shades (half a level of 255, over a spot's pixels) moves it by less than a tenth of a pixel."""
     width, height = size
-    settings = config(crop_mode=mode)
+    settings = config(crop_mode=mode, crop_border_pixels=border)
     for share in (0.45, 0.55):
         x, y = share * width, (1 - share) * height
         image = spot(width, height, x, y)
