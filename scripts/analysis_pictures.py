@@ -17,12 +17,14 @@ The same seed gives the same numbers, apart from times, on the same machine with
 """
 
 import argparse
+import html
 import json
 import math
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import shapes  # noqa: E402
 import torch  # noqa: E402
+from analysis_figures import draw_figures  # noqa: E402
 from analysis_measures import (  # noqa: E402
     BOUND,
     CELL,
@@ -157,6 +160,32 @@ def open_seed(folder: Path, images: int) -> tuple[dict[str, nn.Module], list[Hel
     return models, read_images(folder / "shapes", "test", images, data_config(trained))
 
 
+# ---- pictures
+
+
+def write_pictures(folder: Path, images: int, target: Path) -> None:
+    """Write the pictures of the docs, and a page of `internimage analyze` for the first star.
+
+    Args:
+        folder: Of a seed that was trained.
+        images: How many of the test split to choose from.
+        target: Folder for the files.
+    """
+    models, held = open_seed(folder, images)
+    files = draw_figures(models, held, data_config(models["trained"]))
+    star = next(one for one in held if one.label == "star")
+    with tempfile.TemporaryDirectory() as name:
+        image, output = folder / "shapes" / star.file, Path(name) / "analysis"
+        options = ["--cell", str(CELL), "--bound", str(BOUND), "--class", star.label, "--output", str(output)]
+        internimage("analyze", str(image), "--model", str(folder / "run"), "--control", *options)
+        text = (output / "index.html").read_text(encoding="utf-8")
+    attribution = f"<p>{html.escape(shapes.ATTRIBUTION)}</p>"
+    files["page.html"] = text.replace("<footer>", f"{attribution}\n<footer>", 1).encode()
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (target / name).write_bytes(content)
+
+
 # ---- numbers
 
 
@@ -263,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--budget", type=int, default=1000, metavar="N", help="evaluations for a saliency region; default: 1000"
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="file to append the rows to")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="folder to write the pictures of the docs to")
     options = parser.parse_args(arguments)
     # threads that spin while waiting starve each other if another process needs a core
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -275,6 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
             entries += rows(run_seed(options.folder / f"seed{seed}", seed, options.images, options.budget))
         if options.csv is not None:
             append_csv(options.csv, entries)
+        if options.pictures is not None:
+            write_pictures(options.folder / f"seed{options.seeds[0]}", options.images, options.pictures)
     except (UserError, shapes.ShapesError, OSError) as error:
         print(f"analysis_pictures.py: error: {error}", file=sys.stderr)
         return 2
