@@ -273,13 +273,18 @@ def verdicts(entries: Sequence[Row]) -> list[str]:
     lines = []
     for quantity, part, least, most in GOALS:
         name = quantity + (f" ({part})" if part else "")
-        trained, control = (mean_over_seeds(entries, model, quantity, part)[0] for model in MODELS)
+        (trained, *_, images), (control, *_, others) = (
+            mean_over_seeds(entries, model, quantity, part) for model in MODELS
+        )
         good = trained >= least and (most is None or control <= most)
         said = "met" if good else "MISSED"
         if good and control >= least:
             said = "reached by the control too, so it is no evidence"
         limit = "" if most is None else f", at most {most:g}"
-        lines.append(f"{name}: trained {_shown(trained)}, at least {least:g}; control {_shown(control)}{limit}: {said}")
+        lines.append(
+            f"{name}: trained {_shown(trained)} ({images} images), at least {least:g}; control {_shown(control)} "
+            f"({others} images){limit}: {said}"
+        )
     return lines
 
 

@@ -311,8 +311,8 @@ def test_seeds_that_were_measured_are_read_again(tmp_path, capsys):
     assert cells[2:] == ["4", "3 to 5", "6", "1.5", "1 to 2", "6"]
     (line,) = [line for line in printed.splitlines() if line.startswith("| saliency")]
     assert "0.85" in line and "undefined" in line
-    assert "trained 4, at least 2; control 1.5, at most 1.3: MISSED" in printed
-    assert "trained 0.85, at least 0.7; control undefined: met" in printed
+    assert "trained 4 (6 images), at least 2; control 1.5 (6 images), at most 1.3: MISSED" in printed
+    assert "trained 0.85 (4 images), at least 0.7; control undefined (0 images): met" in printed
 
 
 def test_a_goal_that_the_control_reaches_is_no_evidence(tmp_path, capsys):
@@ -322,8 +322,9 @@ def test_a_goal_that_the_control_reaches_is_no_evidence(tmp_path, capsys):
     write_documents(tmp_path, one)
     assert analysis_pictures.main([str(tmp_path), "--seeds", "0", "--images", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "trained 3, at least 2; control 1, at most 1.3: met\n" in printed
-    assert "trained 0.8, at least 0.7; control 0.8: reached by the control too, so it is no evidence\n" in printed
+    assert "trained 3 (3 images), at least 2; control 1 (3 images), at most 1.3: met\n" in printed
+    control = "control 0.8 (2 images): reached by the control too, so it is no evidence\n"
+    assert f"trained 0.8 (2 images), at least 0.7; {control}" in printed
 
 
 def test_an_accuracy_that_is_too_low_is_said(tmp_path, capsys):
