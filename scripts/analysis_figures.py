@@ -107,8 +107,15 @@ def draw_figures(
         for name, model in models.items()
     ]
     regions = [
-        (f"{names[name]}\n{fill} fill", [_region(models[name], held, shown, fill) for held in chosen])
-        for name, fill in (("trained", "median"), ("trained", "blur"), ("trained", "zero"), ("control", "median"))
+        (f"{names[name]}\n{how}", [_region(models[name], held, shown, fill, relative) for held in chosen])
+        for name, how, fill, relative in (
+            ("trained", "median fill", "median", False),
+            ("trained", "median fill,\nrelative bound", "median", True),
+            ("trained", "blur fill", "blur", False),
+            ("trained", "zero fill", "zero", False),
+            ("control", "median fill", "median", False),
+            ("control", "median fill,\nrelative bound", "median", True),
+        )
     ]
     samples = [
         (
@@ -136,8 +143,11 @@ def _points(model: nn.Module, held: Held, shown: Any, layer: str) -> Image.Image
     return draw_effective_points(shown(held.image), points, None, SIDE)
 
 
-def _region(model: nn.Module, held: Held, shown: Any, fill: str) -> Image.Image:
-    return draw_region(shown(held.image), saliency_region(model, held.image, NODE, BOUND, CELL, fill), SIDE)
+def _region(model: nn.Module, held: Held, shown: Any, fill: str, relative: bool) -> Image.Image:
+    region = saliency_region(model, held.image, NODE, BOUND, CELL, fill)
+    if relative:
+        region = saliency_region(model, held.image, NODE, BOUND * region.masked_error, CELL, fill)
+    return draw_region(shown(held.image), region, SIDE)
 
 
 def _samples(model: nn.Module, held: Held, shown: Any, layer: str) -> Image.Image:
