@@ -11,6 +11,7 @@ from ..ops.arguments import as_pair, check_channels, check_kernel, check_offset_
 from ..ops.dcnv3 import apply_dcnv3  # the import defines torch.ops.internimage.dcnv3
 from ..ops.sampling import Geometry, Pair, num_points, sampling_locations
 from ..ops.transforms import is_transformed
+from . import for_onnx
 from .activation import activation_class
 from .factory import FactoryKwargs
 from .linear import Linear
@@ -224,10 +225,21 @@ class DCNv3(nn.Module):
         """`_sample` under `torch.func` and in forward mode."""
         return apply_dcnv3(projected, offset, mask, *self.geometry)
 
+    @torch.jit.unused
+    def _sample_for_onnx(self, projected: Tensor, query: Tensor) -> Tensor:
+        """`_sample`, and what precedes it, in operators that ONNX has."""
+        return for_onnx.dcnv3(self, projected, query, Linear)
+
+    def _predict_and_sample(self, projected: Tensor, query: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if torch.onnx.is_in_onnx_export():
+                return self._sample_for_onnx(projected, query)
+        return self._sample(projected, self.offset(query), self.mask(query))
+
     def forward(self, x: Tensor) -> Tensor:
         projected = self.input_proj(x)
         query = self.query(x)
-        y = self._sample(projected, self.offset(query), self.mask(query))
+        y = self._predict_and_sample(projected, query)
         if self.center_feature_scale:
             scale = F.linear(query, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias)
             scale = scale.sigmoid().unsqueeze(-1)  # (N, H, W, groups, 1)

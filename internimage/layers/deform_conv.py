@@ -20,6 +20,7 @@ from ..ops.deform_conv import apply_deform_conv2d  # the import defines torch.op
 from ..ops.onednn import multiplied_in
 from ..ops.sampling import CONVOLUTION, Geometry, Pair, sampling_locations
 from ..ops.transforms import is_transformed
+from . import for_onnx
 from .factory import FactoryKwargs
 from .fast_path import use_fast_path
 from .packing import PacksWeights, Snapshot
@@ -102,10 +103,8 @@ class DeformConv(PacksWeights):
     ) -> None:
         super().__init__()
         dd: FactoryKwargs = {"device": device, "dtype": dtype}
-        self.in_channels, self.out_channels = (
-            check_count(in_channels, "in_channels"),
-            check_count(out_channels, "out_channels"),
-        )
+        self.in_channels = check_count(in_channels, "in_channels")
+        self.out_channels = check_count(out_channels, "out_channels")
         self.kernel_size: Pair = as_pair(kernel_size, "kernel_size", 1)
         self.stride: Pair = as_pair(stride, "stride", 1)
         self.padding: Pair = as_pair(padding, "padding", 0)
@@ -202,7 +201,15 @@ class DeformConv(PacksWeights):
         window = self.stride, self.padding, self.dilation
         return apply_deform_conv2d(input, offset, mask, self.weight, bias, *window, self.groups, self.offset_groups)
 
+    @torch.jit.unused
+    def _forward_for_onnx(self, input: Tensor) -> Tensor:
+        """`forward` in operators that ONNX has."""
+        return for_onnx.deform_conv2d(self, input, _OffsetConv)
+
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if torch.onnx.is_in_onnx_export():
+                return self._forward_for_onnx(input)
         offset, mask = self._predict(input)
         return self._convolve(input, offset, mask)
 
