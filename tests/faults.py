@@ -82,17 +82,20 @@ def stop_at(step):
     )  # fmt: skip
 
 
-def full_disk(rank, *more):
-    """Stop at step 3, go on on a full disk, go on on an empty one."""
+def full_disk(rank, folder, *more, begin=True, end=True):
+    """Stop at step 3, go on on a full disk, go on on an empty one; without `begin` or `end` only the rest of it."""
 
-    def run(name):
-        with stop_at(3):
-            assert train(name, *more) == 0
+    def run(_):
+        if begin:
+            with stop_at(3):
+                assert train(folder, *more) == 0
         with small_files(rank, 200_000):
-            code = train(name, *more)
-        kept = [path.name for path in checkpoints(FOLDER / name / "checkpoints")]
-        partial = list((FOLDER / name / "checkpoints").glob(".partial*"))
-        assert train(name, *more) == 0
+            code = train(folder, *more)
+        kept = [path.name for path in checkpoints(FOLDER / folder / "checkpoints")]
+        partial = list((FOLDER / folder / "checkpoints").glob(".partial*"))
+        dist.barrier()  # nobody goes on before everybody has looked
+        if end:
+            assert train(folder, *more) == 0
         return [code, kept, len(partial)]
 
     return run
@@ -172,7 +175,7 @@ def unwritable_result(name):
 def damaged_shards(name):
     """The newest sharded checkpoint has lost a part: the one before it serves, its step is saved again."""
     with stop_at(4):
-        assert train(name, "parallel=fsdp") == 0
+        assert train(name, *LAYERED) == 0
     newest = checkpoints(FOLDER / name / "checkpoints")[0]
     dist.barrier()
     if RANK == 0:
@@ -187,7 +190,7 @@ def damaged_shards(name):
         return save(folder, step, *arguments)
 
     with replaced(checkpoint, "save_folder", watched):
-        code = train(name, "parallel=fsdp")
+        code = train(name, *LAYERED)
     return [code, newest.name, again[:1]]
 
 
@@ -209,38 +212,34 @@ def other_folder(name):
 
 
 # those of test_sigterm_to_a_launch_of_two_processes
-LONG = ("epochs=30", "mixup=0", "eval_every=0", "checkpoint_every=0")
+LONG = ("epochs=20", "mixup=0", "eval_every=0", "checkpoint_every=0")
 # averaging is off here, so that the sharded weights themselves are validated between epochs
 LAYERED = ("parallel=fsdp", "layer_decay=0.8", "offset_lr_factor=0.1", "precision=bfloat16", "accumulate=2")
 
 scenario("whole", train)
-scenario("sharded", lambda name: train(name, "parallel=fsdp"))
+scenario("sharded", lambda name: train(name, "parallel=fsdp", "checkpoint_every=0"))
 scenario("long", lambda name: train(name, *LONG))
 # with batch norm fixed: over a part it is another function than over the batch
 with in_double():
     scenario("accumulated", lambda name: train(name, "freeze=5", "accumulate=2"))
-    scenario("accumulated, sharded", lambda name: train(name, "freeze=5", "accumulate=2", "parallel=fsdp"))
-scenario("full disk, file", full_disk(0))
-scenario("full disk, shards, first", full_disk(0, "parallel=fsdp"))
-scenario("full disk, shards, second", full_disk(1, "parallel=fsdp"))
+    scenario(
+        "accumulated, sharded",
+        lambda name: train(name, "freeze=5", "accumulate=2", "parallel=fsdp", "checkpoint_every=0"),
+    )
+scenario("full disk, file", full_disk(0, "full disk, file"))
+# the same run: after the first process, the disk of the second is full
+shards = "full disk, shards", "parallel=fsdp"
+scenario("full disk, shards, first", full_disk(0, *shards, end=False))
+scenario("full disk, shards, second", full_disk(1, *shards, begin=False))
 scenario("bad batch", bad_batch)
 scenario("left out", left_out_in_half_precision)
 scenario("full log", full_log)
 scenario("unreadable", unreadable)
 scenario("unwritable result", unwritable_result)
-scenario("damaged shards", damaged_shards)
 scenario("label outside", label_outside)
 scenario("other folder", other_folder)
-scenario("layered", lambda name: train(name, *LAYERED))
-
-
-def layered_again(name):
-    with stop_at(4):
-        assert train(name, *LAYERED) == 0
-    return train(name, *LAYERED)
-
-
-scenario("layered, resumed", layered_again)
+scenario("layered", lambda name: train(name, *LAYERED, "checkpoint_every=0"))
+scenario("damaged shards", damaged_shards)
 if RANK == 0:
     (FOLDER / "faults.json").write_text(json.dumps(RESULTS))
 dist.barrier()

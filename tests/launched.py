@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Launches of several processes like torchrun's, forked from a process that has imported everything.
+"""Processes like those of `python` and of torchrun, forked from a process that has imported everything.
 
-torchrun imports torch, which takes seconds, in itself and in each process. Only the launch of test_faults.py that gets
-signals uses it.
+They are real processes, with signals and limits of their own, but for the import of torch, which takes seconds in each.
+torchrun takes as long itself; only the launch of test_faults.py that gets signals uses it.
 """
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -29,6 +28,52 @@ from internimage.cli import evaluate, finetune  # noqa: F401
 TESTS = Path(__file__).parent
 
 
+class Python:
+    """A process that does the same as `python ARGUMENTS` in the project's folder, without an end of its standard input.
+
+    Args:
+        arguments: `-c` and code, `-m` and a module, or a script; and its arguments.
+        variables: Its environment; that of this process if None.
+        new_session: Whether it begins a group of processes, whose number is its own.
+
+    Attributes:
+        pid: Its number.
+    """
+
+    def __init__(self, arguments: list[str], variables: dict[str, str] | None = None, new_session: bool = False):
+        self._arguments = list(map(str, arguments))
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        variables = dict(os.environ if variables is None else variables)
+        self._process = _started(self._arguments, variables, self._streams, new_session)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its status, as of subprocess: None while it runs, negative after a signal."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Wait for its end, and kill it if that does not come."""
+        self._process.join(timeout)
+        status = self._process.exitcode
+        if status is None:
+            self._process.kill()
+            self._process.join()
+        said = [path.read_text() for path in self._streams]
+        self._folder.cleanup()
+        if status is None:
+            raise subprocess.TimeoutExpired(self._arguments, timeout, *said)
+        return subprocess.CompletedProcess(self._arguments, status, *said)
+
+
+def python(*arguments, variables: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Do the same as `python ARGUMENTS`, to its end; see Python."""
+    return Python(list(arguments), variables).communicate(timeout)
+
+
 def launch(processes: int, arguments: list[str], variables: dict[str, str], timeout: float):
     """Do the same as `torchrun --standalone --nproc-per-node PROCESSES ARGUMENTS`.
 
@@ -49,21 +94,15 @@ def launch(processes: int, arguments: list[str], variables: dict[str, str], time
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
-        for path in streams:
-            path.touch()
         running = []
-        for rank in range(processes):
-            own = variables | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            method = multiprocessing.get_start_method()
-            running.append(_context().Process(target=_run, args=(arguments, own, streams, method)))
         try:
-            for process in running:
-                process.start()
+            for rank in range(processes):
+                own = variables | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                running.append(_started(arguments, own, streams))
             _wait(running, timeout)
         finally:
             for process in running:
-                with contextlib.suppress(ValueError, AttributeError):  # it was not started
-                    process.kill()
+                process.kill()
         status = int(any(process.exitcode for process in running))
         return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in streams))
 
@@ -111,8 +150,20 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run(arguments: list[str], variables: dict[str, str], streams: list[Path], method: str) -> None:
+def _started(arguments: list[str], variables: dict[str, str], streams: list[Path], new_session: bool = False):
+    """A process that runs; what it says is added to the files of `streams`."""
+    for path in streams:
+        path.touch()
+    method = multiprocessing.get_start_method()
+    process = _context().Process(target=_run, args=(arguments, variables, streams, method, new_session))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], variables: dict[str, str], streams: list[Path], method: str, new_session: bool) -> None:
     """Do the same as `python ARGUMENTS`, in this process."""
+    if new_session:
+        os.setsid()
     multiprocessing.set_start_method(method, force=True)  # of loader workers, not the method that started this process
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     os.environ.clear()
@@ -126,6 +177,9 @@ def _run(arguments: list[str], variables: dict[str, str], streams: list[Path], m
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))

@@ -9,14 +9,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
+import launched
 import numpy as np
 import pytest
 import timm
 import torch
 from double import bound, in_double
-from runs import ROOT, losses, same_weights, steps, stop_at, write_noise
+from runs import ROOT, arguments, environment, losses, same_weights, steps, stop_at, wait_for_checkpoint, write_noise
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.layers import DropPath
@@ -252,13 +252,11 @@ def test_names_of_any_bytes_go_through_everything(tmp_path, capsys):
 
 
 def test_killed_runs_end_bitwise_like_one_that_was_never_killed():
-    """20 kills with SIGKILL: at random times, half way in a checkpoint, before and after its rename, in a removal."""
-    result = subprocess.run(
-        [sys.executable, "scripts/checks/kill_resume.py", "--kills", "20"], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """10 kills with SIGKILL: at random times, half way in a checkpoint, before and after its rename, in a removal; with
+    and without workers."""
+    result = launched.python("scripts/checks/kill_resume.py", "--kills", "10", variables=environment(), timeout=1000)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"20 kills, \d+ runs: all the same", result.stdout)
+    assert re.search(r"10 kills, 2 runs: all the same", result.stdout)
     for place in ("write", "before-rename", "after-rename", "removal"):
         assert place in result.stdout
 
@@ -331,23 +329,21 @@ def test_a_checkpoint_of_a_sharded_run_is_not_trained_over_by_one_process(data, 
 
 def test_sigterm_saves_exits_with_0_and_the_same_command_goes_on(data, tmp_path, capsys):
     """The whole way: a process, a real signal, the same command again."""
-    arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=40)).items() if v is not None]
-    command = [sys.executable, "-m", "internimage", "finetune", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not checkpoint.checkpoints(tmp_path / "run" / "checkpoints"):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=25)).items() if v is not None]
+    command = ["-m", "internimage", "finetune", *arguments]
+    process = launched.Python(command, environment())
+    wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    step = int(re.search(r"asked to stop: saved after step (\d+) of 120", out).group(1))
-    assert step < 120 and "the same command resumes from there" in out
+    stopped = process.communicate()
+    assert stopped.returncode == 0, stopped.stderr
+    step = int(re.search(r"asked to stop: saved after step (\d+) of 75", stopped.stdout).group(1))
+    assert step < 75 and "the same command resumes from there" in stopped.stdout
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step-{step:09d}.pt"
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and f"step {step} of 120" in again.stderr
-    assert [int(row["step"]) for row in steps(tmp_path / "run")] == list(range(1, 121))
+    again = launched.python(*command, variables=environment())
+    assert again.returncode == 0 and f"step {step} of 75" in again.stderr
+    assert [int(row["step"]) for row in steps(tmp_path / "run")] == list(range(1, 76))
     assert main(["finetune", *arguments]) == 2 and "holds an earlier result" in capsys.readouterr().err
 
 
@@ -438,9 +434,7 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_checkpoint(data, tm
         "import resource, sys; from internimage.cli import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(main(sys.argv[1:]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "finetune", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    result = launched.python("-c", code, "finetune", *arguments, variables=environment())
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "the checkpoint of step 6 could not be written" in result.stderr
     assert "the last good one is" in result.stderr and "step-000000004.pt" in result.stderr
@@ -608,20 +602,24 @@ def test_offset_lr_factor_in_a_schedule_and_in_a_run(data, tmp_path):
 
 
 def test_loss_curves_of_the_kernel_and_of_the_reference_agree(data, tmp_path):
-    found = []
+    """The kernels of this process, and one that cannot load them."""
+    with in_double():
+        finetune(settings(data, tmp_path / "kernel", epochs=7), progress=False)
+    unload = "import torch, torchvision\ndef fail(path): raise OSError('not here')\ntorch.ops.load_library = fail\n"
+    check = "import internimage.extension as e; assert e.backend('dcnv3', 'cpu').name == 'plain torch'\n"
     main_code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom double import in_double, main\n"
         "with in_double(): sys.exit(main(sys.argv[1:]))"
     )
-    unload = "import torch, torchvision\ndef fail(path): raise OSError('not here')\ntorch.ops.load_library = fail\n"
-    check = "import internimage.extension as e; assert e.backend('dcnv3', 'cpu').name == 'plain torch'\n"
-    for name, code in (("kernel", main_code), ("reference", unload + check + main_code)):
-        arguments = [f"{k}={v}" for k, v in vars(settings(data, tmp_path / name, epochs=7)).items() if v is not None]
-        result = subprocess.run(
-            [sys.executable, "-c", code, "finetune", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        found.append(losses(tmp_path / name))
+    command = [
+        sys.executable,
+        "-c",
+        unload + check + main_code,
+        *arguments(settings(data, tmp_path / "plain", epochs=7)),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = [losses(tmp_path / name) for name in ("kernel", "plain")]
     assert len(found[0]) == 21
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=bound(21, 0.003))
 
