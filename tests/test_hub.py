@@ -21,11 +21,13 @@ from pathlib import Path
 
 import formats
 import golden
+import launched
 import pytest
 import timm
 import torch
 from conftest import HUB
 from hub_server import Fault, Hub
+from runs import ROOT, environment
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -412,50 +414,57 @@ def create(**kwargs):
 """
 
 
-def start(script: str, *arguments, **environment) -> subprocess.Popen:
-    """A fresh process, which knows the Hub and its cache from its environment alone."""
-    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(script), *map(str, arguments)]
-    env = {**os.environ, **{key: str(value) for key, value in environment.items()}}
-    root = Path(__file__).parent.parent
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+def fresh(script: str, *arguments, **variables) -> None:
+    """Run a script in a fresh process, which knows the Hub and its cache from its environment alone."""
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, arguments)]
+    env = environment() | {key: str(value) for key, value in variables.items()}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+def start(script: str, *arguments) -> launched.Python:
+    """A process whose client has the settings of this one."""
+    return launched.Python(["-c", PRELUDE + textwrap.dedent(script), *arguments], environment())
+
+
+def finish(process: launched.Python) -> str:
+    result = process.communicate()
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 SAVE = "from safetensors.torch import save_file; save_file(create().state_dict(), sys.argv[1])"
+SAVE_CACHED = (
+    "from safetensors.torch import save_file; save_file(create(cache_dir=sys.argv[2]).state_dict(), sys.argv[1])"
+)
 
 
 def test_environment_of_a_fresh_process(local_hub, weights, tmp_path):
     publish(local_hub, weights, token="hf_right")
     home = tmp_path / "home"
-    finish(start(SAVE, tmp_path / "first", HF_HOME=home, HF_TOKEN="hf_right"))
+    fresh(SAVE.format(""), tmp_path / "first", HF_HOME=home, HF_TOKEN="hf_right")
     assert_equal(load_file(tmp_path / "first"), weights)
     assert len(blobs(home / "hub")) == 1
     local_hub.requests.clear()
-    finish(start(SAVE, tmp_path / "second", HF_HOME=home, HF_HUB_OFFLINE="1"))
+    fresh(SAVE.format(""), tmp_path / "second", HF_HOME=home, HF_HUB_OFFLINE="1")
     assert_equal(load_file(tmp_path / "second"), weights)
     assert local_hub.requests == []
 
 
-def test_two_processes_at_once(local_hub, weights, tmp_path):
+def test_two_processes_at_once(local_hub, weights, cache, tmp_path):
     publish(local_hub, weights)
     both = threading.Barrier(2)
     # the first body is held back until both processes have asked for the file
     local_hub.faults = [Fault("/blobs/", cut=5000, hold=lambda: both.wait(120))]
-    processes = [start(SAVE, tmp_path / name, HF_HOME=tmp_path / "home") for name in ("a", "b")]
+    processes = [start(SAVE_CACHED, tmp_path / name, cache) for name in ("a", "b")]
     while len(local_hub.seen("HEAD", "/resolve/")) < 2:
         time.sleep(0.05)
     both.wait(120)
     for process, name in zip(processes, ("a", "b")):
         finish(process)
         assert_equal(load_file(tmp_path / name), weights)
-    assert [file.name for file in (tmp_path / "home" / "hub").rglob("*.incomplete")] == []
-    assert len(blobs(tmp_path / "home" / "hub")) == 1
+    assert [file.name for file in cache.rglob("*.incomplete")] == []
+    assert len(blobs(cache)) == 1
 
 
 def test_process_that_is_killed_in_the_middle_leaves_nothing_that_is_taken_for_whole(local_hub, cache, many):
@@ -511,11 +520,12 @@ def test_cache_that_cannot_be_written(local_hub, cache, weights, tmp_path):
     except hub.DownloadError as error:
         print(error)
     """
+    Path(os.environ["HF_HOME"]).chmod(0o755)  # where the client looks for a token
     for folder in (tmp_path, *tmp_path.parents):  # pytest's folders are closed to others
         mode = folder.stat().st_mode
         if Path(tempfile.gettempdir()) in folder.parents and mode & 0o055 != 0o055:
             folder.chmod(mode | 0o055)
-    out = finish(start(script, cache, empty, tmp_path / "warm", HF_HOME=tmp_path / "home"))
+    out = finish(start(script, cache, empty, tmp_path / "warm"))
     assert out.startswith("loaded\n")
     assert f"'{empty}/" in out and "Permission denied. HF_HOME or cache_dir=PATH names another place" in out
     subprocess.run(["chmod", "-R", "u+w", cache, empty], check=True)

@@ -19,6 +19,14 @@ LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4}
 STREAMED = ("internimage_h", "internimage_g")  # too big to stand in memory in float64 beside anything else
 SLOW = ("internimage_l", "internimage_xl", *STREAMED)
 
+# What differs between the sizes shows at either input and in either dtype, and what differs between inputs and between
+# dtypes shows in tiny.
+SEEN_IN_OTHERS = {
+    (f"{size}_2x{pixels}", dtype)
+    for size in ("s", "b")
+    for pixels, dtype in (("224x224", torch.float64), ("192x256", torch.float32))
+}
+
 # ---- keys and shapes
 
 
@@ -75,10 +83,12 @@ def streamed(file: str, dtype: torch.dtype) -> InternImage:
 def model_cases() -> list:
     cases = []
     for name, case in golden.cases("models").items():
-        slow = []
-        if re.match(r"internimage_[a-z]+", case["model"])[0] in SLOW:
-            slow = [pytest.mark.slow, pytest.mark.timeout(3600)]
         for dtype in LIMIT:
+            slow = []
+            if re.match(r"internimage_[a-z]+", case["model"])[0] in SLOW:
+                slow = [pytest.mark.slow, pytest.mark.timeout(3600)]
+            elif (name, dtype) in SEEN_IN_OTHERS:
+                slow = [pytest.mark.slow]
             cases.append(pytest.param(name, dtype, marks=slow, id=f"{name}-{str(dtype)[6:]}"))
     return cases
 
