@@ -13,6 +13,7 @@ from pathlib import Path
 
 import formats
 import golden
+import launched
 import pytest
 import timm
 import timm.data
@@ -290,10 +291,7 @@ def test_disk_without_room(weights, tmp_path, monkeypatch):
 
 
 def in_a_process(script: str, *arguments) -> str:
-    root = Path(__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
+    done = launched.python("-c", textwrap.dedent(script), *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

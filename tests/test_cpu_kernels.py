@@ -8,9 +8,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import launched
 import pytest
 import torch
 from conftest import assert_close
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.skipif(
 CAPABILITIES = ["default", "avx2", "avx512"]
 
 
-def run_python(capability, *arguments):
-    paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # this internimage, installed or not
-    environment = dict(os.environ, INTERNIMAGE_CPU_CAPABILITY=capability, PYTHONPATH=os.pathsep.join(paths))
-    environment.setdefault("INTERNIMAGE_TEST_EXAMPLES", "60")  # all of them are drawn in `make test-machines`
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=TESTS)
+def run_python(capability, code, *arguments):
+    """In a process that has not called the kernels yet."""
+    variables = os.environ | {"INTERNIMAGE_CPU_CAPABILITY": capability}
+    variables.setdefault("INTERNIMAGE_TEST_EXAMPLES", "60")  # all of them are drawn in `make test-machines`
+    return launched.python("-c", code, *arguments, variables=variables, timeout=1000)
 
 
 USED = "import torch, internimage; print(torch.ops.internimage.cpu_capability(), flush=True)\n"
@@ -44,7 +44,7 @@ USED = "import torch, internimage; print(torch.ops.internimage.cpu_capability(),
 @pytest.fixture(scope="module")
 def best() -> str:
     """The best instruction set of this processor; for this process the variable may be set to a lower one."""
-    return run_python(CAPABILITIES[-1], "-c", USED).stdout.strip()
+    return run_python(CAPABILITIES[-1], USED).stdout.strip()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -59,9 +59,15 @@ def test_every_instruction_set_gives_the_golden_numbers(capability, best):
     )
     files = ["test_dcnv3.py", "test_dcnv3_properties.py", "test_deform_columns.py", "test_cpu_kernels.py"]
     files += ["test_gelu.py", "test_query.py", "test_layer_norm.py", "test_block.py"]
-    selected = [*files, "-k", f"({names}) and not every_instruction_set", "-m", "not slow and not gpu"]
+    selected = [
+        *(str(TESTS / file) for file in files),
+        "-k",
+        f"({names}) and not every_instruction_set",
+        "-m",
+        "not slow and not gpu",
+    ]
     pytest_ = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    result = run_python(capability, "-c", USED + pytest_, "-q", "-p", "no:cacheprovider", *selected)
+    result = run_python(capability, USED + pytest_, "-q", "-p", "no:cacheprovider", *selected)
     assert result.returncode == 0, result.stdout[-3000:]
     assert result.stdout.splitlines()[0] == used
 
