@@ -19,8 +19,9 @@ import pytest
 from internimage.nvrtc import compiler, parts
 
 SOURCE = Path(__file__).parent / "cuda_host" / "all_kernels.cu"
-# what most tests look at; the rest, and that both compilers make the same, is slow
-BUILDS = [("nvcc", "sm_90"), ("nvrtc", "sm_90"), ("nvrtc", "sm_80")]
+# what most tests look at. The rest is slow, and so is that both compilers make the same of a source: NVRTC alone shows
+# what a change of it does
+BUILDS = [("nvrtc", "sm_90"), ("nvrtc", "sm_80"), pytest.param(("nvcc", "sm_90"), marks=pytest.mark.slow)]
 ALL_ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 HALF = ["__half", "__nv_bfloat16"]
 
@@ -159,7 +160,13 @@ def architecture(build) -> str:
 
 @pytest.fixture(scope="module")
 def kernels(build, tmp_path_factory) -> dict[str, Kernel]:
-    return inspect(*build, tmp_path_factory.mktemp("kernels"))
+    """All of them, but for sm_80 only those that tests name."""
+    chosen = None
+    if build[1] == "sm_80":
+        chosen = [
+            name for name in cuda_stand_in.layout()["kernels"] if re.search(r"3x3|, [89], |window|fixed_sum.*32", name)
+        ]
+    return inspect(*build, tmp_path_factory.mktemp("kernels"), chosen)
 
 
 @pytest.mark.slow
@@ -176,6 +183,8 @@ def test_nvrtc_makes_what_nvcc_makes(architecture, tmp_path):
     if version is None or version.group(1) != compiler.load(parts.find().library).version:
         pytest.skip("needs an nvcc of NVRTC's version for the comparison")
     by_nvcc = inspect("nvcc", architecture, tmp_path)
+    test_no_spills(by_nvcc)
+    test_registers_leave_room(by_nvcc, architecture)
     for name, kernel in by_nvcc.items():
         if re.search(r"<\w+, \d+, [89], ", name):
             assert by_nvrtc[name].count() == pytest.approx(kernel.count(), rel=0.02), name
@@ -333,7 +342,7 @@ def test_fixed_point_sums_are_added_by_one_instruction(channels, dtype, kernels)
 def strided(tmp_path_factory) -> dict[str, Kernel]:
     """The kernels for 3x3, for sm_90; beside those of the dense layout, by the same compiler."""
     listed = cuda_stand_in.layout()
-    pattern = r"(forward_kernel<\w+, (16|8), 9|backward3x3_kernel<\w+, 9), "
+    pattern = r"(forward_kernel<(__half|float), (16|8), 9|backward3x3_kernel<(__half|float), 9), "
     chosen = [name for key in ("kernels", "other_kernels") for name in listed[key] if re.match(pattern, name)]
     return inspect("nvrtc", "sm_90", tmp_path_factory.mktemp("strided"), chosen)
 
@@ -344,7 +353,7 @@ def test_layouts_cost_little(strided):
     test_no_spills(strided)
     test_registers_leave_room(strided, "sm_90")
     others = [name for name in strided if name.endswith((", even>", ", odd>"))]
-    assert len(others) == 2 * (len(strided) - len(others)) == 24
+    assert len(others) == 2 * (len(strided) - len(others)) == 16
     for name in others:
         dense = strided[re.sub(", (even|odd)>", ">", name)]
         assert dense.count() < strided[name].count() <= 1.1 * dense.count(), name
