@@ -28,15 +28,13 @@ from internimage.ops import dcnv3_reference as reference
 DTYPES = cuda_host.DTYPES
 NAMES = ("input", "offset", "mask")
 ROOT = Path(__file__).parents[1]
-LIBRARY = "INTERNIMAGE_TEST_CUDA_HOST"  # a library that is already built
 
 pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs a C++ compiler (g++, or CXX)")
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> cuda_host.Host:
-    built = os.environ.get(LIBRARY)
-    return cuda_host.Host(built or cuda_host.build(tmp_path_factory.mktemp("cuda_host") / "kernels.so"))
+    return cuda_host.Host(cuda_host.shared(tmp_path_factory))
 
 
 def compare(host, tensors, grad_output, arguments, dtype, deterministic=False, wide=False) -> None:
@@ -461,7 +459,7 @@ def with_sanitizers(folder: Path, *flags: str):
         LD_PRELOAD=sanitizer_libraries(),
         ASAN_OPTIONS="detect_leaks=0",
         OMP_NUM_THREADS="1",
-        **{LIBRARY: str(library)},
+        **{cuda_host.LIBRARY: str(library)},
     )
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -499,6 +497,6 @@ host.forward(input[:, :4].clone(), offset, mask, (3, 3), (1, 1), (1, 1), (1, 1),
 
 
 def test_address_sanitizer_sees_a_missing_row(sanitized):
-    result = sanitized("-c", ROW_MISSING % LIBRARY)
+    result = sanitized("-c", ROW_MISSING % cuda_host.LIBRARY)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr and "csrc/cuda/gather/forward.cuh" in result.stderr

@@ -6,7 +6,6 @@ What the dense layout shares with these: test_cuda_host.py; their machine code: 
 """
 
 import math
-import os
 import re
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from conftest import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cuda_host import CASES as DENSE_CASES
-from test_cuda_host import LIBRARY, NAMES, untouched, with_sanitizers
+from test_cuda_host import NAMES, untouched, with_sanitizers
 from test_dcnv3 import schema
 
 from internimage.ops import dcnv3_reference as reference
@@ -32,8 +31,7 @@ pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs a C++ 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> cuda_host.Host:
-    built = os.environ.get(LIBRARY)
-    return cuda_host.Host(built or cuda_host.build(tmp_path_factory.mktemp("layouts") / "kernels.so", "-DLAYOUTS"))
+    return cuda_host.Host(cuda_host.shared(tmp_path_factory))
 
 
 class Layout(NamedTuple):

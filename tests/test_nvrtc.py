@@ -23,6 +23,10 @@ FIXED = ["range", "sum", "slow", "round"]
 KEY = {"kernel": "forward_kernel<float, 8, 9, true, uint32_t>", "target": "sm_90", "sources": "1"}
 
 
+# its argument is ROOT; neither torch nor the models are imported if the command line's module is there
+WITHOUT_MODELS = "import sys; sys.path.insert(0, sys.argv[1]); import internimage_command as c; c.starting = True\n"
+
+
 def found() -> parts.Parts:
     try:
         return parts.find()
@@ -219,7 +223,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, caplog):
 def test_a_full_disk(folder):
     """As by a limit of the size of files: no entry, no rest of one, one warning."""
     code = (
-        "import resource, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        f"{WITHOUT_MODELS}import resource, signal\n"
         "from internimage.nvrtc import cache\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         f"key = {KEY!r}\n"
@@ -236,7 +240,7 @@ def test_a_full_disk(folder):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_a_writer_that_is_killed(folder):
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        f"{WITHOUT_MODELS}import os, signal\n"
         "from internimage.nvrtc import cache\n"
         "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"cache.write({KEY!r}, b'image', 'name')\n"
@@ -249,8 +253,6 @@ def test_a_writer_that_is_killed(folder):
 
 
 TURN = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from internimage import locks
 from internimage.nvrtc import cache
 sleep = locks.time.sleep
@@ -270,7 +272,7 @@ with cache.turn(KEY):
 
 
 def take_turn(seconds: float, *stay: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", f"KEY = {KEY!r}\n{TURN}", str(ROOT), str(seconds), *stay]
+    command = [sys.executable, "-c", f"{WITHOUT_MODELS}KEY = {KEY!r}\n{TURN}", str(ROOT), str(seconds), *stay]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -372,8 +374,11 @@ def variables(stand_in, tmp_path) -> dict[str, str]:
     }
 
 
+# the operators alone: the models take seconds more to import
 CALL = """
-import ctypes, torch, internimage
+import internimage_command
+internimage_command.starting = True
+import ctypes, torch, internimage.ops
 from internimage import extension
 def call(device="cuda"):
     x, offset, mask = (torch.ones(1, 4, 4, c).to(device) for c in (16, 18, 9))
@@ -390,15 +395,31 @@ def run(code: str, variables: dict[str, str], tmp_path) -> subprocess.CompletedP
     return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def launched_kernels(tmp_path_factory) -> Path:
+    """A cache for kernels that are compiled once for all launches."""
+    return tmp_path_factory.mktemp("launched")
+
+
 @pytest.mark.parametrize(
     "checks, variants", [("on_stand_in.py", ""), ("variants_on_stand_in.py", "tiles,window,fixed")], ids=str
 )
-def test_launches(checks, variants, variables, tmp_path):
+def test_launches(checks, variants, variables, launched_kernels, tmp_path_factory):
     """Files of cuda_stand_in, each in a process of its own."""
     variables["INTERNIMAGE_CUDA_VARIANTS"] = variants
-    built = os.environ.get("INTERNIMAGE_TEST_CUDA_HOST") or cuda_host.build(tmp_path / "kernels.so")
-    variables["INTERNIMAGE_TEST_CUDA_HOST"] = str(built)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cuda_stand_in.FOLDER / checks)]
+    variables[cuda_host.LIBRARY] = str(cuda_host.shared(tmp_path_factory))
+    variables[cache.VARIABLE] = str(launched_kernels)
+    code = f"{WITHOUT_MODELS}import pytest; sys.exit(pytest.main(sys.argv[2:]))"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(ROOT),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(cuda_stand_in.FOLDER / checks),
+    ]
     result = subprocess.run(command, cwd=ROOT / "tests", env=variables, capture_output=True, text=True)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
 

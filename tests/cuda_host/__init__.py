@@ -7,19 +7,37 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+
+from internimage import locks
 
 FOLDER = Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+LIBRARY = "INTERNIMAGE_TEST_CUDA_HOST"  # the variable that names a library that is already built
 COMPUTE = {t: torch.float64 if t == torch.float64 else torch.float32 for t in DTYPES}
 
 
 def build(library: Path, *flags: str) -> Path:
     command = [COMPILER, "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
     subprocess.run([*command, *flags, str(FOLDER / "harness.cpp"), "-o", str(library), "-ldl"], check=True)
+    return library
+
+
+def shared(factory: pytest.TempPathFactory, *flags: str) -> Path:
+    """A build with LAYOUTS, by one of the processes of the run for all its test files; or that of LIBRARY."""
+    if built := os.environ.get(LIBRARY):
+        return Path(built)
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_host"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"kernels{''.join(flags)}.so"
+    with locks.turn(library.with_suffix(".lock")):
+        if not library.exists():
+            build(library.with_suffix(".new"), "-DLAYOUTS", *flags).rename(library)
     return library
 
 
