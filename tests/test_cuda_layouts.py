@@ -2,7 +2,8 @@
 """The CUDA kernels on a CPU (cuda_host) with offsets and masks that stand as other operators have them: in one tensor,
 with space between pixels or groups, points row by row, y before x. Against the reference on dense tensors.
 
-What the dense layout shares with these: test_cuda_host.py; their machine code: test_cuda_compile.py.
+What the dense layout shares with these, and that nothing is read past the tensor's end: test_cuda_host.py; their
+machine code: test_cuda_compile.py.
 """
 
 import math
@@ -18,7 +19,7 @@ from conftest import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cuda_host import CASES as DENSE_CASES
-from test_cuda_host import NAMES, untouched, with_sanitizers
+from test_cuda_host import NAMES, untouched
 from test_dcnv3 import schema
 
 from internimage.ops import dcnv3_reference as reference
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs a C++ 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> cuda_host.Host:
-    return cuda_host.Host(cuda_host.shared(tmp_path_factory))
+    return cuda_host.Host(cuda_host.shared(tmp_path_factory, "-DLAYOUTS"))
 
 
 class Layout(NamedTuple):
@@ -190,9 +191,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, layout, dtype", cuda_host.in_turn(DTYPES, CASES, LAYOUTS, each=2), ids=str)
 def test_against_the_reference(case, layout, dtype, host):
     draw(case, layout, dtype).check(host)
 
@@ -252,11 +251,14 @@ def test_part_of_the_gradients(case, layout, deterministic, wanted, host):
             assert grad is None or grad.isnan().all()  # nothing was written
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-@pytest.mark.parametrize("layout", ["dcnv4", "padded pixels", "deform_conv2d"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["no center", "even"])
-def test_locations_that_are_nowhere(case, dtype, layout, value, host):
+@pytest.mark.parametrize(
+    "case, layout, value, dtype",
+    cuda_host.in_turn(
+        DTYPES, ["no center", "even"], ["dcnv4", "padded pixels", "deform_conv2d"], [math.nan, math.inf, 1e30]
+    ),
+    ids=str,
+)
+def test_locations_that_are_nowhere(case, layout, value, dtype, host):
     arguments, size, group_channels = CASES[case]
     *tensors, grad_output = oracle.draw(4, 2, size, group_channels, 1.0, **arguments)
     tensors[1] = oracle.off_the_grid(tensors[1], **arguments)
@@ -334,15 +336,3 @@ def test_a_mask_of_ones_is_one_unit(case, dtype, host):
     output = host.forward(input, *views, *schema(arguments))
     exact = [t.double() for t in (input, offset, torch.ones_like(mask))]
     assert_close(output, reference.dcnv3(*exact, *schema(arguments)))
-
-
-# ---- bounds
-
-
-def test_under_address_sanitizer(tmp_path):
-    """Nothing is read or written past the end of the one tensor."""
-    run = with_sanitizers(tmp_path, "-DLAYOUTS", "-DHALF_ONLY")
-    chosen = "test_against_the_reference and float16 and not bfloat16 and (dcnv4 or odd or deform)"
-    result = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda_layouts.py", "-k", chosen)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
-    assert re.search(r"[1-9]\d passed", result.stdout)

@@ -407,7 +407,7 @@ def launched_kernels(tmp_path_factory) -> Path:
 def test_launches(checks, variants, variables, launched_kernels, tmp_path_factory):
     """Files of cuda_stand_in, each in a process of its own."""
     variables["INTERNIMAGE_CUDA_VARIANTS"] = variants
-    variables[cuda_host.LIBRARY] = str(cuda_host.shared(tmp_path_factory))
+    variables[cuda_host.LIBRARY] = str(cuda_host.shared(tmp_path_factory, "-DLAYOUTS"))
     variables[cache.VARIABLE] = str(launched_kernels)
     code = f"{WITHOUT_MODELS}import pytest; sys.exit(pytest.main(sys.argv[2:]))"
     command = [

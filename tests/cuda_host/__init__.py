@@ -2,9 +2,12 @@
 """The CUDA kernels on a CPU: csrc/cuda/gather/kernels.cuh compiled for the host (harness.cpp), called by ctypes."""
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -27,17 +30,28 @@ def build(library: Path, *flags: str) -> Path:
     return library
 
 
+def in_turn(dtypes: Iterable, *choices: Iterable, each: int = 1) -> list[tuple]:
+    """Every combination of the choices, and with it one dtype, or `each` of them, in turn: each dtype comes with each
+    choice if the other choices are at least as many. For tests of what does not depend on all at once."""
+    dtypes = list(dtypes)
+    return [
+        (*(value for _, value in combination), dtypes[(sum(i for i, _ in combination) + k) % len(dtypes)])
+        for combination in itertools.product(*map(enumerate, choices))
+        for k in range(each)
+    ]
+
+
 def shared(factory: pytest.TempPathFactory, *flags: str) -> Path:
-    """A build with LAYOUTS, by one of the processes of the run for all its test files; or that of LIBRARY."""
+    """A build with some flags, by one of the processes of the run for all its test files; or that of LIBRARY."""
     if built := os.environ.get(LIBRARY):
         return Path(built)
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_host"
     folder.mkdir(exist_ok=True)
-    library = folder / f"kernels{''.join(flags)}.so"
+    library = folder / f"kernels{zlib.crc32(' '.join(flags).encode())}.so"
     with locks.turn(library.with_suffix(".lock")):
         if not library.exists():
-            build(library.with_suffix(".new"), "-DLAYOUTS", *flags).rename(library)
+            build(library.with_suffix(".new"), *flags).rename(library)
     return library
 
 
@@ -86,7 +100,7 @@ def unit_strides(tensor: Tensor, groups: int) -> UnitStrides:
 
 
 class Host:
-    """The kernels of one build; arguments as in the operator's schema. In a build with LAYOUTS, offsets and masks and
+    """The kernels of one build; arguments as in the operator's schema. With LAYOUTS, offsets and masks and
     their gradients may be all that `unit_strides` takes."""
 
     def __init__(self, library: Path) -> None:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels on a CPU, as a shared library for ctypes. Passes return "" or an error message. With LAYOUTS, there
-// are kernels of all layouts, three times as many; with HALF_ONLY, those of float16 alone.
+// are kernels of all layouts, three times as many; with LAYOUTS_OF_HALF, of float16 alone, and none of bfloat16.
 #include "cuda_host.h"
 // last, as it needs the names above
 #include "../../csrc/cuda/gather/kernels.cuh"
@@ -15,6 +15,7 @@
 #include <map>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -28,10 +29,10 @@ constexpr bool kAllLayouts = true;
 #else
 constexpr bool kAllLayouts = false;
 #endif
-#ifdef HALF_ONLY
-constexpr bool kAllTypes = false;
+#ifdef LAYOUTS_OF_HALF
+constexpr bool kHalfLayouts = true;
 #else
-constexpr bool kAllTypes = true;
+constexpr bool kHalfLayouts = false;
 #endif
 
 // The name of a template instantiation, as in "forward_kernel<__half, 16, 9, true, unsigned int>".
@@ -63,9 +64,10 @@ void remember(const std::string& name, Kernel* kernel, int width, std::index_seq
   };
 }
 
+template <typename S>
 struct Launch {
   static constexpr bool kHasVariants = true;
-  static constexpr bool kHasLayouts = kAllLayouts;
+  static constexpr bool kHasLayouts = kAllLayouts || (kHalfLayouts && std::is_same<S, __half>::value);
   template <typename Kernel, typename... A>
   void operator()(Kernel name, int64_t threads, A... arguments) const {
     if (!message.empty()) return;
@@ -86,19 +88,17 @@ const char* with_dtype(const char* dtype, const Run& run) {
   kernels.clear();
   if (name == "float16") {
     run(__half());
-    return message.c_str();
-  }
-  if constexpr (kAllTypes) {
-    if (name == "float32")
-      run(float());
-    else if (name == "float64")
-      run(double());
-    else if (name == "bfloat16")
+  } else if (name == "float32") {
+    run(float());
+  } else if (name == "float64") {
+    run(double());
+  } else if constexpr (!kHalfLayouts) {
+    if (name == "bfloat16")
       run(__nv_bfloat16());
     else
       message = "no such dtype";
   } else {
-    message = "this build has float16 alone";
+    message = "not in this build";
   }
   return message.c_str();
 }
@@ -124,7 +124,7 @@ const char* forward(const char* dtype, const internimage::Problem* p, const void
   return with_dtype(dtype, [&](auto zero) {
     using S = decltype(zero);
     internimage::cuda::forward(*p, (const S*)input, (const S*)offset, (const S*)mask, (S*)output, wide, variants,
-                               Launch());
+                               Launch<S>());
   });
 }
 
@@ -138,7 +138,7 @@ const char* backward(const char* dtype, const internimage::Problem* p, const voi
       memory.resize(internimage::cuda::fixed_elements<S>(*p, deterministic, variants));
     internimage::cuda::backward(*p, (const S*)grad_output, (const S*)input, (const S*)offset, (const S*)mask,
                                 (internimage::cuda::Compute<S>*)grad_input, (S*)grad_offset, (S*)grad_mask,
-                                deterministic, memory.data(), wide, variants, Launch());
+                                deterministic, memory.data(), wide, variants, Launch<S>());
   });
 }
 
