@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from internimage.cli import main
 
 # clip_grad is small, so that gradients are clipped; drop path, mixing and averaging are on
-LR = 0.001
+LR, STEPS = 0.001, 10
 SETTINGS = [
     "model=internimage_atto", "pretrained=false", "img_size=32", "epochs=2", "batch_size=8", "workers=0", f"lr={LR}",
     "warmup_epochs=1", "drop_path=0.2", "mixup=0.4", "cutmix=0.5", "clip_grad=0.5", "device=cpu", "report=false",
@@ -27,8 +27,8 @@ SHARDED = ["parallel=fsdp", "grad_checkpointing=true"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """81 images to train on, of which some cannot be read, ten steps an epoch; 17 to validate."""
-    folder = write_noise(tmp_path_factory.mktemp("noise"), train=(27, 27, 27), val=(5, 5, 7))
+    """42 images to train on, of which some cannot be read, five steps an epoch; 17 to validate."""
+    folder = write_noise(tmp_path_factory.mktemp("noise"), train=(14, 14, 14), val=(5, 5, 7))
     for file in damaged(folder):
         file.write_bytes(b"nothing")
     return folder
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 def damaged(folder):
     """So many that each of two processes meets some."""
-    return [folder / "train" / str(label) / f"{i}.png" for label in range(3) for i in (3, 11, 20)]
+    return [folder / "train" / str(label) / f"{i}.png" for label in range(3) for i in (3, 6, 10)]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def runs(data, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(runs, kind):
-    assert len(losses(runs / "one")) == 20
-    np.testing.assert_allclose(losses(runs / kind), losses(runs / "one"), rtol=0, atol=bound(20, LR))
+    assert len(losses(runs / "one")) == STEPS
+    np.testing.assert_allclose(losses(runs / kind), losses(runs / "one"), rtol=0, atol=bound(STEPS, LR))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -66,7 +66,7 @@ def test_two_processes_end_with_the_weights_of_one(runs, kind):
     for key in one:
         assert one[key].dtype in (torch.float64, torch.int64), key
         torch.testing.assert_close(
-            two[key], one[key], rtol=0, atol=bound(20, LR), msg=lambda text, key=key: f"{key}: {text}"
+            two[key], one[key], rtol=0, atol=bound(STEPS, LR), msg=lambda text, key=key: f"{key}: {text}"
         )
     configs = [json.loads((runs / name / "config.json").read_text()) for name in ("one", kind)]
     assert configs[0] == configs[1]
@@ -145,23 +145,25 @@ from internimage.cli import main
 from internimage.engine import trainer
 run = trainer.Trainer.run
 trainer.Trainer.run = lambda self, stop, progress=True: run(
-    self, lambda: self.world.rank == 1 and self.progress.step + 1 >= 13, progress
+    self, lambda: self.world.rank == 1 and self.progress.step + 1 >= 7, progress
 )
 with in_double():
     sys.exit(main(sys.argv[1:]))
 """.replace("TESTS", repr(str(Path(__file__).parent)))
 
 
+@pytest.mark.slow
 def test_a_sharded_run_stops_and_resumes_bitwise(data, runs, tmp_path):
-    """One of the processes is asked to stop: both save their shards, and go on from them."""
+    """One of the processes is asked to stop: both save their shards, and go on from them. In float32 and bfloat16 the
+    sharded runs of test_faults.py do so."""
     (tmp_path / "stop.py").write_text(STOP)
     arguments = ["finetune", f"data={data}", *SETTINGS, f"output={tmp_path / 'run'}", *SHARDED]
     result = torchrun(2, tmp_path / "stop.py", *arguments)
-    assert "saved after step 13 of 20" in result.stdout
-    saved = tmp_path / "run" / "checkpoints" / "step-000000013"
+    assert f"saved after step 7 of {STEPS}" in result.stdout
+    saved = tmp_path / "run" / "checkpoints" / "step-000000007"
     assert {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"} == {file.name for file in saved.iterdir()}
     result = torchrun(2, double.__file__, *arguments)
-    assert "step 13 of 20" in result.stderr
+    assert f"step 7 of {STEPS}" in result.stderr
     assert losses(tmp_path / "run") == losses(runs / "fsdp")
     whole, parts = (load_file(run / "model.safetensors") for run in (runs / "fsdp", tmp_path / "run"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

@@ -3,17 +3,13 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import launched
 import pytest
 
 from internimage import extension
 from internimage.cli import main
 from internimage.extension import CAPABILITIES, backend, has_kernel
-
-ROOT = Path(__file__).resolve().parent.parent
 
 compiled = pytest.mark.skipif(
     not has_kernel("dcnv3", "cpu"),
@@ -23,12 +19,11 @@ compiled = pytest.mark.skipif(
 
 @compiled
 def test_info_names_the_instruction_set():
-    """In a process for each, as the variable is read once."""
+    """In a process for each that has not called the kernels yet, as the variable is read once."""
     printed = {}
     for wish in CAPABILITIES:
-        environment = dict(os.environ, INTERNIMAGE_CPU_CAPABILITY=wish)
-        command = [sys.executable, "-m", "internimage", "info"]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        variables = os.environ | {"INTERNIMAGE_CPU_CAPABILITY": wish}
+        result = launched.python("-m", "internimage", "info", variables=variables)
         assert result.returncode == 0 and "RuntimeWarning" not in result.stderr
         printed[wish] = result.stdout
     (best,) = [c for c in CAPABILITIES if f"compiled kernel, {c} instructions" in printed[CAPABILITIES[-1]]]

@@ -116,6 +116,8 @@ def test_a_damaged_sharded_checkpoint_is_passed_over_and_its_step_saved_again(fa
     assert "step-000000004' cannot be read and is skipped: its '__1_0.distcp' has 1000 bytes" in passed
     assert "the run resumes from '" in going and "step-000000003'" in going and "is skipped" not in second["err"]
     run, again = faults[0] / "layered", faults[0] / "damaged shards"
+    newest = again / "checkpoints" / "step-000000006"
+    assert {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"} == {file.name for file in newest.iterdir()}
     assert losses(run) == losses(again) and epochs(run) == epochs(again) and same_weights(run, again)
 
 
