@@ -90,9 +90,9 @@ def copy(stopped, tmp_path):
 # Files that take more than half a minute, longest first. With several workers, each file runs in one of them; long ones
 # start first, so that no worker has one left at the end while the others are idle.
 LONG = [
-    "test_faults", "test_training", "test_cuda_host", "test_cuda_variants", "test_models_goldens", "test_cuda_compile",
-    "test_cpu_kernels", "test_hub", "test_models", "test_convert", "test_load", "test_setup", "test_distributed",
-    "test_nvrtc", "test_start", "test_cuda_layouts", "test_dcn_resnet", "test_nodes", "test_saliency",
+    "test_faults", "test_nvrtc", "test_cuda_host", "test_training", "test_cuda_variants", "test_cuda_compile",
+    "test_benchmark", "test_cpu_kernels", "test_models", "test_models_goldens", "test_cuda_build", "test_gpu_check",
+    "test_hub", "test_distributed", "test_dcnv3", "test_dcn_resnet", "test_setup", "test_nodes", "test_saliency",
 ]  # fmt: skip
 
 

@@ -8,7 +8,9 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import launched
 import pytest
 import timm
 import torch
@@ -210,8 +212,11 @@ def test_the_logits_that_are_compared_depend_on_the_blocks():
 
 
 @pytest.mark.skipif(not (CAN_PACK and has_kernel("fingerprint", "cpu")), reason="nothing is packed on this machine")
-def test_memory_has_the_packed_weights():
-    """With a small image, whose activations are few, the copies of the blocks' weights are most of it."""
+def test_memory_has_the_packed_weights(monkeypatch):
+    """With a small image, whose activations are few, the copies of the blocks' weights are most of it. The processes
+    are forked with everything imported; those of the next test are its own."""
+    forked = SimpleNamespace(run=lambda command, env, **_: launched.python(*command[1:], variables=env))
+    monkeypatch.setattr(memory, "subprocess", forked)
     contender = models.Contender("internimage_tiny", img_size=32)
     packed, unpacked = (memory.peak(replace(contender, packed=value), 1, training=False) for value in (True, False))
     weights = sum(

@@ -217,7 +217,8 @@ def test_what_is_not_stable(symbol):
 def test_the_library_loads_where_torch_has_cuda(library):
     """Under a CUDA build of torch, with or without a GPU, it registers the kernels; else it does not load."""
     code = (
-        "import sys, torch\nfrom internimage import extension\n"
+        "import internimage_command\ninternimage_command.starting = True\n"  # the models take seconds more to import
+        "import sys, torch\nimport internimage.ops\nfrom internimage import extension\n"
         "has = lambda name: torch._C._dispatch_has_kernel_for_dispatch_key(f'internimage::{name}', 'CUDA')\n"
         "extension._FOLDER = extension.Path(sys.argv[1])\nextension.load()\n"
         "print(has('dcnv3'), has('dcnv3_backward'), extension.cuda_note())"
