@@ -166,29 +166,27 @@ def test_failures_of_several_processes_stand_in_the_order_of_the_images(faults, 
 # ---- signals
 
 
-def test_sigterm_to_a_launch_of_two_processes(faults, data, tmp_path):
-    """To the launch script, then to torchrun, which sends it to loader workers too; the end is bitwise the same."""
+@pytest.mark.parametrize("by", ["script", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_sigterm_to_a_launch_of_two_processes(by, faults, data, tmp_path):
+    """To the launch script, or to torchrun, which sends it to loader workers too, as the next test does to those of one
+    process; the end is bitwise the same."""
     arguments = [
         f"{k}={v}" for k, v in vars(settings(data, tmp_path / "run", epochs=20, workers=1)).items() if v is not None
     ]
     env = environment() | {"GPUS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    commands = (
-        [str(ROOT / "scripts" / "launch" / "train_one_machine.sh"), *arguments],
-        torchrun_command(2, "-m", "internimage", "finetune", *arguments),
-    )
-    done = 0
-    for command, status in zip(commands, (0, 1)):  # torchrun calls being stopped a failure
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        )
-        wait_for_checkpoint(tmp_path / "run", process, done)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == status, out + err
-        assert out.count("asked to stop: saved after step") == 1, out + err
-        done = int(re.search(r"saved after step (\d+) of 60", out)[1])
-        assert "error:" not in err and "DataLoader" not in err, err
-    assert done < 60
+    command, status = {
+        "script": ([str(ROOT / "scripts" / "launch" / "train_one_machine.sh"), *arguments], 0),
+        # it calls being stopped a failure
+        "torchrun": (torchrun_command(2, "-m", "internimage", "finetune", *arguments), 1),
+    }[by]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    wait_for_checkpoint(tmp_path / "run", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    assert out.count("asked to stop: saved after step") == 1, out + err
+    assert int(re.search(r"saved after step (\d+) of 60", out)[1]) < 60
+    assert "error:" not in err and "DataLoader" not in err, err
     torchrun(2, "-m", "internimage", "finetune", *arguments)
     assert losses(tmp_path / "run") == losses(faults[0] / "long")
     assert same_weights(tmp_path / "run", faults[0] / "long")
