@@ -26,6 +26,7 @@ _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # accepted everywhere; the long names are printed
 NAMES = tuple(SHORT.values())  # that models run in
 DTYPE = Choice(NAMES, SHORT)
+FILE_DTYPE = Choice(("float32", "float16"), {"fp32": "float32", "fp16": "float16"})  # that models are exported in
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -13,7 +13,19 @@ from PIL import Image
 
 from internimage import cli
 from internimage.cli import main, parser, verbs
-from internimage.cli.options import Group, KeyValue, Option, OutputFile, Parser, PictureFile, Pixel, Size, WordOr, Words
+from internimage.cli.options import (
+    Group,
+    KeyValue,
+    Option,
+    OutputFile,
+    Parser,
+    PictureFile,
+    Pixel,
+    Sides,
+    Size,
+    WordOr,
+    Words,
+)
 from internimage.errors import UserError
 from internimage.values import Choice, Number, Text, Whole
 
@@ -26,6 +38,7 @@ REQUIRED = {
     "finetune": ["data=d", "output=o"],
     "convert": ["a", "b"],
     "push": ["folder", "me/mine"],
+    "export": ["--model", "m", "--output", "m.onnx"],
 }
 
 
@@ -52,7 +65,14 @@ def sample(option) -> str:
         return str(kind.allowed[0])
     if isinstance(kind, PictureFile):
         return "points.png"
-    samples = {Number: "0.5", Size: "2GB", KeyValue: "depths=[1, 2]", OutputFile: "out.file", Pixel: "7,9"}
+    samples = {
+        Number: "0.5",
+        Size: "2GB",
+        KeyValue: "depths=[1, 2]",
+        OutputFile: "out.file",
+        Pixel: "7,9",
+        Sides: "64x96",
+    }
     if isinstance(kind, Words):
         return ",".join(kind.allowed)
     return samples.get(type(kind), "cpu" if option.name == "--device" else "text")
@@ -102,6 +122,8 @@ def wrong(kind) -> list[str]:
         return GARBAGE
     if isinstance(kind, Words):
         return [*GARBAGE, ",", f"{kind.allowed[0]},", f"{kind.allowed[0]} {kind.allowed[1]}", kind.allowed[0].upper()]
+    if isinstance(kind, Sides):
+        return [*GARBAGE, "5x", "x5", "5x5x5", "0x5", "5x99999", "-5x5", "5*5", "5,5"]
     if isinstance(kind, Pixel):
         return [*GARBAGE, "5", "5,", ",5", "1,2,3", "a,b", "nan,1", "1;2"]
     assert isinstance(kind, Text), f"a kind that this test does not know: {kind}"

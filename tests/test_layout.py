@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "data": {"models"},
     "engine": {"layers", "weights", "models", "data"},
     "analysis": {"ops", "layers", "models"},
+    "export": {"ops", "models"},
     "benchmark": {"ops", "layers", "models"},
     "convert": {"weights", "models"},
     "tasks": {"weights", "models", "data", "engine", "analysis"},
-    "cli": {"ops", "weights", "models", "data", "engine", "analysis", "benchmark", "convert", "tasks"},
+    "cli": {"ops", "weights", "models", "data", "engine", "analysis", "benchmark", "convert", "export", "tasks"},
 }
 # modules that the command line imports before it has checked its arguments
 WITHOUT_TORCH = [

@@ -204,6 +204,21 @@ class Pixel(Kind):
 
 
 @dataclass(frozen=True)
+class Sides(Kind):
+    """HxW: the height and width of an image in pixels, or one number for both."""
+
+    words = "HxW, the height and width in pixels from 1 to 16384, such as 224x320, or one number for both"
+
+    def parse(self, text: str) -> tuple[int, int]:
+        height, cross, width = text.partition("x")
+        side = Whole(1, 16384)
+        try:
+            return side.parse(height), side.parse(width if cross else height)
+        except BadValue as error:
+            raise BadValue(self.words) from error
+
+
+@dataclass(frozen=True)
 class KeyValue(Kind):
     """KEY=VALUE with a value in YAML, parsed to a pair; `known` has the kinds of the values of some keys."""
 

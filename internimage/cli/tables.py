@@ -5,9 +5,9 @@ import dataclasses
 
 from ..benchmark import CORES, MODEL_PEERS, MODELS, OPS_PEERS, THREADS
 from ..data.variants import VARIANTS
-from ..dtypes import DTYPE
+from ..dtypes import DTYPE, FILE_DTYPE
 from ..values import Choice, Number, Text, Whole
-from .options import Group, KeyValue, Option, OutputFile, PictureFile, Pixel, Size, Threads, WordOr, Words
+from .options import Group, KeyValue, Option, OutputFile, PictureFile, Pixel, Sides, Size, Threads, WordOr, Words
 
 _BATCH, _WORKERS, _PIXELS, _CLASSES = Whole(1), Whole(0, 1024), Whole(1, 16384), Whole(1, 10**7)
 _HUB_NAME = Text(r"[\w.-]+/[\w.-]+", "OWNER/NAME")
@@ -145,6 +145,7 @@ PREDICT = (
     ),
 )
 
+_FORMATS = ("onnx", "pt2", "aoti")  # of `internimage.export`, which imports torch
 _VIEWS = ("erf", "points", "saliency")  # of `internimage.analysis.study`, which imports torch
 
 ANALYZE = (
@@ -267,6 +268,68 @@ CONVERT = (
                 nargs="+",
             ),
         ),
+    ),
+)
+
+_BY_NAME = {option.name: option for option in MODEL.options}
+
+EXPORT = (
+    Group(
+        "model",
+        tuple(
+            _BY_NAME[name]
+            for name in (
+                "--model",
+                "--checkpoint",
+                "--use-ema",
+                "--num-classes",
+                "--img-size",
+                "--crop-pct",
+                "--device",
+            )
+        ),
+    ),
+    Group(
+        "file",
+        (
+            Option("--output", "file to write: .onnx, or .pt2", Text(), metavar="FILE", required=True),
+            Option("--format", "by default that of the suffix; aoti is an AOTInductor package", Choice(_FORMATS)),
+            Option(
+                "--size", "image size to trace at, and of a static file (default: the model's)", Sides(), metavar="HxW"
+            ),
+            Option("--static", "fix batch (2), height and width, which are open otherwise"),
+            Option("--dtype", "dtype of the weights, also as fp32 or fp16", FILE_DTYPE, default="float32"),
+            Option("--features", "export the maps of the stages instead of the logits"),
+            Option("--overwrite", "replace a file that is there"),
+            Option("--no-verify", "do not read the file back and compare it"),
+        ),
+    ),
+    Group(
+        "ONNX",
+        (
+            Option(
+                "--operator",
+                "how deformable layers are written; grid-sample is for TensorRT and OpenVINO",
+                Choice(("deform-conv", "grid-sample")),
+                default="deform-conv",
+            ),
+            Option("--opset", "opset (default: 20; 18 of grid-sample)", Whole(7, 99)),
+            Option("--external-data", "write the weights to a file beside it; always beyond 2 GB"),
+            Option("--quantize", "int8: dynamic needs no images", Choice(("dynamic", "static"))),
+            Option(
+                "--calibrate",
+                "folder of images to calibrate with",
+                Text(),
+                metavar="FOLDER",
+                requires={"--quantize": None},
+            ),
+            Option("--images", "how many of them", Whole(2), default=128, requires={"--calibrate": None}),
+            Option("--with-preprocess", "images as bytes in, probabilities out", excludes=("--features",)),
+        ),
+    ),
+    Group(
+        "pt2 and aoti",
+        (Option("--decompose", "write our operators in plain torch, so that it runs without internimage"),),
     ),
 )
 

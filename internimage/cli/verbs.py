@@ -25,7 +25,15 @@ from .options import Group, Option, Parser, UsageError, add_options
 # ---- checks of combinations, beyond those of the tables
 
 
+_EXPORTED = (".onnx", ".pt2")  # suffixes of `internimage.export.runtime`, which imports torch
+
+
 def _check_model(arguments: argparse.Namespace, prog: str) -> None:
+    if arguments.model.lower().endswith(_EXPORTED):
+        options = {"--checkpoint": "checkpoint", "--use-ema": "use_ema", "--num-classes": "num_classes"}
+        for option, name in options.items():
+            if getattr(arguments, name):
+                raise UsageError(f"{option} has no effect with an exported file, which has its own weights", prog)
     by_name = ":" not in arguments.model and not Path(arguments.model).is_dir()
     if arguments.use_ema and arguments.checkpoint is None and by_name:
         raise UsageError("--use-ema has no effect without --checkpoint: released weights have no EMA", prog)
@@ -77,6 +85,12 @@ def _check_analyze(arguments: argparse.Namespace, prog: str) -> None:
         raise UsageError(f"--layer is given once, or once for each model, got {len(arguments.layer)} of them", prog)
     for name in models:
         _check_model(argparse.Namespace(**{**vars(arguments), "model": name}), prog)
+
+
+def _check_export(arguments: argparse.Namespace, prog: str) -> None:
+    _check_model(arguments, prog)
+    if arguments.quantize == "static" and arguments.calibrate is None:
+        raise UsageError("--quantize static needs --calibrate FOLDER, images to calibrate with", prog)
 
 
 def _check_finetune(arguments: argparse.Namespace, prog: str) -> None:
@@ -174,6 +188,17 @@ VERBS = (
         internimage convert mine.pth mine/ --model internimage_atto --model-kwargs channels=16
         """,
         _check_convert,
+    ),
+    Verb(
+        "export",
+        "Write a model as a file for onnxruntime, TensorRT, OpenVINO, torch.export or AOTInductor.",
+        tables.EXPORT,
+        """
+        internimage export --model internimage_tiny.ogvl_in1k --output tiny.onnx
+        internimage export --model runs/mine --output mine-int8.onnx --quantize dynamic
+        internimage export --model runs/mine --output mine.pt2 --decompose
+        """,
+        _check_export,
     ),
     Verb(
         "push",

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""`internimage export`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from ..data.datasets import EvaluationTransform
+from ..data.images import DataError, ImageError
+from ..engine.create import pick_device
+from ..export.export import FORMATS, Request, check, export_model
+from ..models.attributes import pretrained_cfg
+from ..progress import message
+from ..tasks.classification.predict import find_images, read_image
+from ..terminal import say
+from .arguments import load_model
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.output)
+    request = Request(
+        format=arguments.format or _format_of(path),
+        operator=arguments.operator,
+        opset=arguments.opset,
+        dtype=arguments.dtype,
+        features=arguments.features,
+        quantize=arguments.quantize or "",
+        preprocess=arguments.with_preprocess,
+        decompose=arguments.decompose,
+        dynamic=not arguments.static,
+        size=arguments.size,
+        external_data=arguments.external_data,
+        verify=not arguments.no_verify,
+        overwrite=arguments.overwrite,
+    )
+    check(path, request)
+    images = _find(arguments)
+    arguments.dtype = "float32"  # of the model; the file's is the request's
+    model, config, _, _ = load_model(arguments)
+    device = pick_device(arguments.device if request.format == "aoti" else "cpu")
+    if arguments.checkpoint is not None:
+        pretrained_cfg(model).pop("license", None)  # of timm's own weights
+    source = arguments.checkpoint or pretrained_cfg(model).get("tag") or arguments.model
+    calibration = _calibration(images, config) if images else []
+    found = export_model(model.to(device), config, str(source), path, request, calibration)
+    for file in found.files:
+        say(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    if found.verification is not None:
+        say(f"verified in another process; {found.verification.text}")
+    else:
+        message("not verified")
+    if found.description.operator == "internimage":
+        say("it needs `import internimage` before it is loaded; --decompose makes one that does not", sys.stdout)
+    return 0
+
+
+def _format_of(path: Path) -> str:
+    """By the suffix: of the formats that share one, the first."""
+    return next((name for name, suffix in FORMATS.items() if suffix == path.suffix.lower()), "onnx")
+
+
+def _find(arguments: argparse.Namespace) -> list[Path]:
+    """The images to calibrate with."""
+    if arguments.calibrate is None:
+        return []
+    found = find_images([arguments.calibrate])
+    if len(found) < 2:
+        raise DataError(f"calibration needs at least 2 images, and '{arguments.calibrate}' has {len(found)}")
+    step = max(len(found) // arguments.images, 1)  # spread over classes, whose folders follow each other
+    return found[::step][: arguments.images]
+
+
+def _calibration(files: list[Path], config: dict[str, object]) -> list[Tensor]:
+    transform = EvaluationTransform(config)
+    mode = "L" if config["input_size"][0] == 1 else "RGB"  # type: ignore[index]
+    images = []
+    for file in files:
+        try:
+            images.append(transform(read_image(file, str(file), mode))[None])
+        except ImageError as error:
+            raise DataError(f"'{file}' cannot be read: {error}") from error
+    return images

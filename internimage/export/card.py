@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""The card beside an exported file: what it is, its inputs and outputs, and how to run it."""
+
+from .description import Description
+
+_ONNX = """```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{file}")
+image = np.{example}
+{outputs} = session.run(None, {{"image": image}})
+```
+"""
+
+_PROGRAM = """```python
+import torch
+{imports}
+model = torch.export.load("{file}").module()
+{outputs} = model(torch.randn({shape}){cast})
+```
+"""
+
+_PACKAGE = """```python
+import os
+import torch
+{imports}
+os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"  # without it an image of a wrong shape is answered from foreign memory
+model = torch._inductor.aoti_load_package("{file}")
+{outputs} = model(torch.randn({shape}){cast})
+```
+"""
+
+
+def card(description: Description, file: str, size: int) -> str:
+    """The text of the card.
+
+    Args:
+        description: Of the file.
+        file: Its name.
+        size: Its bytes, with external data.
+    """
+    parts = [
+        f"# {file}",
+        f"{description.architecture}, weights `{description.weights}`, exported by internimage "
+        f"{description.versions.get('internimage', '')}.",
+        _facts(description, size),
+        f"## Input and output\n\n{_inputs(description)}\n\n{_outputs(description)}",
+        f"## Run it\n\n{_code(description, file)}\n{_runtimes(description, file)}",
+        f"## Verification\n\n{_verification(description)}",
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _facts(description: Description, size: int) -> str:
+    rows = {
+        "format": description.format + (f", opset {description.opset}" if description.opset else ""),
+        "operator": {
+            "deform-conv": "ONNX DeformConv",
+            "grid-sample": "ONNX GridSample",
+            "internimage": "internimage::dcnv3",
+            "decomposed": "plain torch",
+        }.get(description.operator, "none that is deformable"),
+        "precision": description.dtype + (f", int8 ({description.quantization})" if description.quantization else ""),
+        "size": f"{size / 2**20:.1f} MiB",
+        "classes": str(len(description.classes)) if description.classes else "none: maps of the stages",
+        "license of the weights": description.license or "not stated",
+        "SHA-256 of the weights": f"`{description.checksum}`",
+        "made with": ", ".join(f"{name} {version}" for name, version in sorted(description.versions.items())),
+    }
+    if description.device:
+        rows["built for"] = description.device
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _shape(description: Description) -> tuple[int, ...]:
+    return (1, *description.input_size)
+
+
+def _inputs(description: Description) -> str:
+    channels, height, width = description.input_size
+    if description.preprocessed:
+        return (
+            "`image`: uint8, (batch, height, width, 3), RGB, of any size. The file resizes, crops and normalizes it by "
+            "itself."
+        )
+    shape = f"(batch, {channels}, height, width)" if description.dynamic else f"{_shape(description)}"
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (description.mean, description.std))
+    dtype = description.dtype if description.format == "onnx" else "float32"
+    resized = round(height / description.crop_pct)
+    return (
+        f"`image`: {dtype}, {shape}, made for {height} x {width}. Preprocessing: resize the shorter side to {resized} "
+        f"({description.interpolation}), crop {height} x {width} from the middle, divide by 255, subtract ({mean}), "
+        f"divide by ({std})."
+    )
+
+
+def _outputs(description: Description) -> str:
+    if description.features:
+        return f"{', '.join(f'`{name}`' for name in description.features)}: the maps of the stages, NCHW."
+    what = "probabilities" if description.preprocessed else "logits"
+    return f"`{what}`: (batch, {len(description.classes)}), in the order of the classes in the file's metadata."
+
+
+def _code(description: Description, file: str) -> str:
+    names = ", ".join(description.features) or ("probabilities" if description.preprocessed else "logits")
+    shape = ", ".join(map(str, _shape(description)))
+    imports = "import internimage  # its operator\n" if description.operator == "internimage" else ""
+    half = description.dtype == "float16"
+    if description.format == "onnx":
+        outputs = names if description.features else f"({names},)"
+        example = f"zeros(({shape}), np.{'float16' if half else 'float32'})"
+        if description.preprocessed:
+            example = "zeros((1, 480, 640, 3), np.uint8)"
+        return _ONNX.format(file=file, example=example, outputs=outputs)
+    template = _PACKAGE if description.format == "aoti" else _PROGRAM
+    return template.format(file=file, imports=imports, outputs=names, shape=shape, cast=".half()" if half else "")
+
+
+def _runtimes(description: Description, file: str) -> str:
+    if description.format != "onnx":
+        needs = "needs `pip install internimage`" if description.operator == "internimage" else "needs torch alone"
+        return f"It {needs}; made with torch {description.versions.get('torch', '')}, which a newer one reads."
+    if description.operator == "deform-conv":
+        return (
+            "onnxruntime runs DeformConv from 1.25 on, and fast from 1.27 on. TensorRT has it, but slowly and with "
+            "coordinates rounded to half in fp16, and OpenVINO has not: for these export with `--operator grid-sample`."
+        )
+    channels, height, width = description.input_size
+    shapes = f"image:1x{channels}x{height}x{width}"
+    dynamic = f" --minShapes={shapes} --optShapes={shapes} --maxShapes=image:8x{channels}x{height}x{width}"
+    precision = "" if description.dtype == "float32" else " --stronglyTyped"
+    return (
+        f"TensorRT (not run where this was made):\n\n```\ntrtexec --onnx={file}{dynamic if description.dynamic else ''}"
+        f"{precision}\n```\n\nOpenVINO:\n\n```python\nimport openvino\n\n"
+        f'model = openvino.compile_model("{file}")\n```'
+    )
+
+
+def _verification(description: Description) -> str:
+    found = description.verification
+    if not found:
+        return "This file was NOT verified (`--no-verify`)."
+    if "equal" in found:
+        return f"{100 * found['equal']:.1f} % of {found['images']} images get the same class as in float64."
+    inputs = " and ".join("x".join(map(str, shape)) for shape in found["inputs"])
+    return (
+        f"Read in another process and run on inputs of {inputs}. Largest difference to {found['reference']}: "
+        f"{found['largest_difference']:.2g}; of the model in eager torch: {found['eager']:.2g}; the outputs span "
+        f"{found['range']:.3g}."
+    )

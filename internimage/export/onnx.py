@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""A model as an ONNX file: traced, with readable names, dynamic sizes, and its description inside."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import operator_form
+from .description import Description, ExportError, cause_of
+from .packages import required
+
+FORMS = ("deform-conv", "grid-sample")
+DEFAULT_OPSET = {"deform-conv": 20, "grid-sample": 18, "": 20}
+_LEAST_OPSET = {"deform-conv": 19, "grid-sample": 18, "": 18}
+_MOST_BYTES = 2 * 10**9  # of a file without external data; protobuf's limit is 2 GiB
+_FOLD = 1 << 40  # bytes: constants of any size are computed before they are stored
+
+
+def check_opset(opset: int, operator: str) -> None:
+    """Check an opset before anything is traced.
+
+    Args:
+        opset: Of ONNX.
+        operator: A form of the operator; empty for a model without deformable layers.
+
+    Raises:
+        ExportError: The operator does not exist in it, or means something else there, or it is not known here.
+    """
+    import onnx
+
+    if operator == "deform-conv" and opset < 19:
+        raise ExportError(
+            f"the operator DeformConv is in opset 19 and later, got {opset}: torch would write an invalid file without "
+            f"an error; --operator grid-sample is for opset 18"
+        )
+    if operator == "grid-sample" and opset > 19:
+        raise ExportError(
+            f"--operator grid-sample is for opset 18 and 19, got {opset}: TensorRT reads GridSample of opset 20 as "
+            f"nearest-neighbor, without an error"
+        )
+    if opset < _LEAST_OPSET[operator]:
+        raise ExportError(f"opset must be at least {_LEAST_OPSET[operator]}, got {opset}")
+    if opset > onnx.defs.onnx_opset_version():
+        raise ExportError(
+            f"opset must be at most {onnx.defs.onnx_opset_version()}, which onnx {onnx.__version__} knows"
+        )
+
+
+def trace(model: nn.Module, image: Tensor, operator: str, opset: int, outputs: tuple[str, ...], dynamic: bool) -> Any:
+    """The ONNX program of a model, as torch's exporter makes it.
+
+    Args:
+        model: In eval mode.
+        image: An example of the input.
+        operator: A form of the operator; empty for a model without deformable layers.
+        opset: As `check_opset` allows.
+        outputs: Names of the outputs.
+        dynamic: Whether batch, height and width are open; they are named so.
+
+    Raises:
+        ExportError: torch cannot export the model.
+    """
+    required("onnx", "onnxscript")
+    batched = (
+        {0: "batch", 1: "height", 2: "width"} if image.dtype == torch.uint8 else {0: "batch", 2: "height", 3: "width"}
+    )
+    with contextlib.ExitStack() as stack:
+        if operator:
+            stack.enter_context(operator_form(operator))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_quiet())
+        try:
+            program = torch.onnx.export(
+                model,
+                (image,),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=["image"],
+                output_names=list(outputs),
+                dynamic_shapes=(batched,) if dynamic else None,
+            )
+        except Exception as error:  # torch's own errors have no common type
+            raise ExportError(f"torch cannot export this model to ONNX opset {opset}: {cause_of(error)}") from error
+    assert program is not None
+    _fold(program)
+    return program
+
+
+def _fold(program: Any) -> None:
+    """Compute what depends on weights alone: the exporter stops at small constants."""
+    import onnxscript
+
+    onnxscript.optimizer.optimize_ir(program.model, input_size_limit=_FOLD, output_size_limit=_FOLD)
+
+
+def save(program: Any, path: Path, description: Description, external_data: bool) -> list[str]:
+    """Write an ONNX program with its description.
+
+    Args:
+        program: From `trace`.
+        path: The file.
+        description: Is stored in the file's metadata.
+        external_data: Write weights to a file beside it; larger ones than 2 GB are in any case.
+
+    Returns:
+        The names of the files that were written, the ONNX file last.
+    """
+    program.model.metadata_props.update(description.properties())
+    program.model.producer_name = "internimage"
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
+    external = external_data or size > _MOST_BYTES
+    program.save(str(path), external_data=external)
+    data = path.with_name(f"{path.name}.data")
+    return [data.name, path.name] if external else [path.name]
+
+
+def check_file(path: Path) -> None:
+    """ONNX's own check of a file, with the shapes of all values.
+
+    Raises:
+        ExportError: It is not valid.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise ExportError(f"the exported file is not valid ONNX: {cause_of(error)}") from error
+
+
+def redescribe(path: Path, description: Description) -> None:
+    """Replace the description in an ONNX file; external data stays where it is."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, description.properties())
+    path.write_bytes(model.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter prints its progress, and warns of what it decides by itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)

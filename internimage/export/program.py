@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""A model as a file of torch.export, or as an AOTInductor package."""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..ops import dcnv3_reference, deform_columns_reference
+from .description import Description, ExportError, cause_of
+from .runtime import EXTRA_FILE
+
+LEAST_SIDE = 33  # torch's convolutions ask whether the last map, which is 32 times smaller, has one pixel
+
+
+def trace(model: nn.Module, image: Tensor, dynamic: bool, decompose: bool) -> ExportedProgram:
+    """The program of a model, as torch.export makes it.
+
+    Args:
+        model: In eval mode.
+        image: An example of the input.
+        dynamic: Whether batch, height and width are open: any batch, and sides of at least 33.
+        decompose: Write our operators out in plain torch, so that the program runs where internimage is not installed.
+
+    Raises:
+        ExportError: torch cannot export the model, or an open side is too small.
+    """
+    if dynamic and min(image.shape[2:]) < LEAST_SIDE:
+        raise ExportError(
+            f"torch.export keeps sides open from {LEAST_SIDE} pixels on, and this model is traced at "
+            f"{image.shape[2]} x {image.shape[3]}: take --static, or a larger --size"
+        )
+    shapes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic else None
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(model, (image,), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
+            if decompose:
+                operators = torch.ops.internimage
+                program = program.run_decompositions(
+                    {
+                        operators.dcnv3.default: dcnv3_reference.dcnv3,
+                        operators.deform_columns.default: deform_columns_reference.forward,
+                    }
+                )
+    except ExportError:
+        raise
+    except Exception as error:  # torch's own errors have no common type
+        raise ExportError(f"torch cannot export this model: {cause_of(error)}") from error
+    return program
+
+
+def own_operators(program: ExportedProgram) -> list[str]:
+    """The operators of this package that a program calls."""
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    return sorted(name for name in names if name.startswith("internimage."))
+
+
+def save(program: ExportedProgram, path: Path, description: Description) -> None:
+    """Write a program with its description."""
+    with quiet():
+        torch.export.save(program, str(path), extra_files={EXTRA_FILE: json.dumps(description.properties())})
+
+
+def save_package(program: ExportedProgram, path: Path, description: Description) -> None:
+    """Compile a program by AOTInductor, for the device of its weights, and write the package with its description.
+
+    Raises:
+        ExportError: AOTInductor cannot compile it, such as without a C++ compiler.
+    """
+    configs = {
+        "aot_inductor.metadata": description.properties(),
+        "aot_inductor.check_lowerbound": False,  # else its check of inputs refuses a batch of 1
+    }
+    try:
+        with torch.no_grad(), quiet():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+    except Exception as error:  # torch's own errors have no common type
+        raise ExportError(f"AOTInductor cannot compile this model: {cause_of(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch warns of what it decides by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
