@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampling import CONVOLUTION, DCNV3, Geometry, Order, Pair, accumulate_dtype, num_points
+from .sampling import CONVOLUTION, Geometry, Order, Pair, accumulate_dtype, num_points
 
 # DeformConv's first: as DeformConv-22, which adds a type, it could not be written at opset 19 to 21
 _VERSION = 19
