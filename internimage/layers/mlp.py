@@ -64,7 +64,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.fc2(self.act(self.fc1(x)))
-        if not use_fast_path(x, self.fc1.weight, self.fc2.weight):
+        if not use_fast_path(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias):
             return self.fc2(self.act(self.fc1(x)))
         rows = x.reshape(-1, x.shape[-1])
         size = chunk_rows(len(rows), self.fc1.out_features, x.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..extension import has_kernel
 from ..layers.activation import GELU
 from ..layers.dcnv3 import DCNv3
-from ..layers.fast_path import has_hooks
+from ..layers.fast_path import PLAIN_TYPES, has_hooks
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp, chunk_rows
 from ..layers.norm import LayerNorm, layer_norm_of
@@ -99,8 +99,7 @@ class FusedBlock:
         self._require(dcn.dw_conv.parts() is not None)
         self._collect(block)
         self._require(all(has_kernel(name, "cpu") for name in _KERNELS))
-        # a subclass of tensors, such as a quantized one, has no memory that can be read
-        self._require(all(type(t) in (Tensor, nn.Parameter) for t in self._tensors))
+        self._require(all(type(t) in PLAIN_TYPES for t in self._tensors))
         self._require(all(t.dtype == x.dtype and t.is_cpu and t.is_contiguous() for t in self._tensors))
         # torch does not count the changes of tensors that were made in inference mode
         self._is_counted = not any(t.is_inference() for t in self._tensors)
