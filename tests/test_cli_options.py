@@ -275,7 +275,7 @@ def needed(name, option) -> list[str]:
     words = []
     for other, value in option.requires.items():
         (needs,) = [o for o in options_of(VERBS[name]) if o.name == other]
-        words += [other, str(value if value is not None else sample(needs))]
+        words += [*needed(name, needs), other, str(value if value is not None else sample(needs))]
     return words
 
 
@@ -312,7 +312,8 @@ def test_the_table_has_the_known_ones():
         ("--batch", "--quick"), ("--batches", "--quick"), ("--img-size", "--quick"),
     }  # fmt: skip
     assert {(option.name, other) for _, option, other, _ in REQUIRING} == {
-        ("--draw-layer", "--draw-points"), ("--real-labels", "--variant"),
+        ("--draw-layer", "--draw-points"), ("--real-labels", "--variant"), ("--calibrate", "--quantize"),
+        ("--images", "--calibrate"),
     }  # fmt: skip
 
 

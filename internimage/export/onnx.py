@@ -2,10 +2,6 @@
 """A model as an ONNX file: traced, with readable names, dynamic sizes, and its description inside."""
 
 import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 from . import operator_form
 from .description import Description, ExportError, cause_of
 from .packages import required
+from .silence import silence
 
 FORMS = ("deform-conv", "grid-sample")
 DEFAULT_OPSET = {"deform-conv": 20, "grid-sample": 18, "": 20}
@@ -75,7 +72,7 @@ def trace(model: nn.Module, image: Tensor, operator: str, opset: int, outputs: t
         if operator:
             stack.enter_context(operator_form(operator))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_quiet())
+        stack.enter_context(silence())
         try:
             program = torch.onnx.export(
                 model,
@@ -144,19 +141,3 @@ def redescribe(path: Path, description: Description) -> None:
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, description.properties())
     path.write_bytes(model.SerializeToString())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter prints its progress, and warns of what it decides by itself."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before):
-            logger.setLevel(level)

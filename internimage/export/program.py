@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A model as a file of torch.export, or as an AOTInductor package."""
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 from ..ops import dcnv3_reference, deform_columns_reference
 from .description import Description, ExportError, cause_of
 from .runtime import EXTRA_FILE
+from .silence import silence
 
 LEAST_SIDE = 33  # torch's convolutions ask whether the last map, which is 32 times smaller, has one pixel
 
@@ -37,7 +35,7 @@ def trace(model: nn.Module, image: Tensor, dynamic: bool, decompose: bool) -> Ex
         )
     shapes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic else None
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), silence():
             program = torch.export.export(model, (image,), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
             if decompose:
                 operators = torch.ops.internimage
@@ -62,7 +60,7 @@ def own_operators(program: ExportedProgram) -> list[str]:
 
 def save(program: ExportedProgram, path: Path, description: Description) -> None:
     """Write a program with its description."""
-    with quiet():
+    with silence():
         torch.export.save(program, str(path), extra_files={EXTRA_FILE: json.dumps(description.properties())})
 
 
@@ -77,15 +75,7 @@ def save_package(program: ExportedProgram, path: Path, description: Description)
         "aot_inductor.check_lowerbound": False,  # else its check of inputs refuses a batch of 1
     }
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), silence():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except Exception as error:  # torch's own errors have no common type
         raise ExportError(f"AOTInductor cannot compile this model: {cause_of(error)}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """torch warns of what it decides by itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

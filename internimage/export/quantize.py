@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: MIT
 """int8 versions of an ONNX file, by onnxruntime.quantization."""
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from torch import Tensor
 
 from .description import ExportError, cause_of
 from .packages import required
+from .silence import silence
 
 KINDS = ("dynamic", "static")
 LEAST_IMAGES = 2  # of calibration: one image has no range of activations to speak of
@@ -40,7 +38,7 @@ def quantize(source: Path, target: Path, kind: str, images: Sequence[Tensor]) ->
         raise ExportError(f"calibration needs at least {LEAST_IMAGES} images, got {len(images)}")
     prepared = target.with_name(f"prepared-{target.name}")
     try:
-        with _quiet():
+        with silence():
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             if kind == "dynamic":
                 quantization.quantize_dynamic(
@@ -69,15 +67,3 @@ class _Reader:
         """The next input; None at the end."""
         image = next(self._images, None)
         return None if image is None else {"image": image.numpy()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxruntime advises on the root logger to do what has been done."""
-    before = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.root.setLevel(before)

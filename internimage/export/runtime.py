@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .description import Description, ExportError, cause_of
 from .packages import required
 from .run_file import is_package
+from .silence import silence
 
 SUFFIXES = (".onnx", ".pt2")
 EXTRA_FILE = "internimage.json"  # the description in a .pt2 file
@@ -125,9 +126,12 @@ def _open_program(file: Path) -> tuple[Description, Any]:
 def _open_exported_program(file: Path) -> tuple[Description, Any]:
     extra = {EXTRA_FILE: ""}
     try:
-        program = torch.export.load(str(file), extra_files=extra)
+        with silence():  # torch prints a traceback, and refers to it
+            program = torch.export.load(str(file), extra_files=extra)
     except Exception as error:  # torch's own errors have no common type
-        raise ExportError(f"'{file}' cannot be read by torch {torch.__version__}: {cause_of(error)}") from error
+        raise ExportError(
+            f"'{file}' cannot be read by torch {torch.__version__}: it is damaged, or was made by another version"
+        ) from error
     properties = json.loads(extra[EXTRA_FILE]) if extra[EXTRA_FILE] else {}
     return Description.from_properties(properties, str(file)), torch.no_grad()(program.module())
 
