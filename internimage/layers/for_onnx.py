@@ -17,8 +17,9 @@ def _predict(
     dim: int,
 ) -> Tensor:  # fmt: skip
     """What a layer predicts, changed: in its parameters, if it is of the kind that computes `function` with these."""
-    # not its type: torch.export shows every module as one of a class of its own, which is derived from the module's
-    if not isinstance(layer, kind) or type(layer).forward is not kind.forward or has_hooks(layer):
+    # not by its type: torch.export shows every module as one of a class of its own, derived from the module's
+    is_known = isinstance(layer, kind) and type(layer).forward is kind.forward and not has_hooks(layer)
+    if not is_known:
         return outputs.of_map(layer(input), dim)
     return function(input, *outputs.of_parameters(layer.weight, layer.bias))
 

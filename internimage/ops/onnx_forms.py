@@ -25,17 +25,17 @@ _VERSION = 19
 
 
 class Outputs(NamedTuple):
-    """Which of a layer's output channels a form takes, and how it changes them: `output[index] * scale + shift`."""
+    """Which of a layer's output channels a form takes, and how it changes them: `output[channels] * scale + shift`."""
 
-    index: list[int] | None = None  # None: all, in their order
+    channels: list[int] | None = None  # None: all, in their order
     scale: float = 1.0
     shift: list[float] | None = None  # a number for each channel that is taken; None: zeros
 
     def followed_by(self, taken: int, unchanged: int) -> "Outputs":
         """These, `taken` in number, and then the next `unchanged` channels as they are; the scale must be 1."""
-        index = None if self.index is None else [*self.index, *range(taken, taken + unchanged)]
+        channels = None if self.channels is None else [*self.channels, *range(taken, taken + unchanged)]
         shift = None if self.shift is None else [*self.shift, *[0.0] * unchanged]
-        return Outputs(index, self.scale, shift)
+        return Outputs(channels, self.scale, shift)
 
     def of_parameters(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (channels, ...) and bias of a linear layer or convolution that has these outputs."""
@@ -46,8 +46,8 @@ class Outputs(NamedTuple):
         return self._changed(predicted, dim)
 
     def _changed(self, t: Tensor, dim: int, shifted: bool = True) -> Tensor:
-        if self.index is not None:
-            t = t.index_select(dim, torch.tensor(self.index, device=t.device))
+        if self.channels is not None:
+            t = t.index_select(dim, torch.tensor(self.channels, device=t.device))
         if self.scale != 1.0:
             t = t * self.scale
         if shifted and self.shift is not None and any(self.shift):
