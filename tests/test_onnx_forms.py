@@ -212,17 +212,18 @@ class Adapted(Linear):
 
 @on_forms
 def test_predictors_of_another_kind(form, tmp_path):
-    """A layer in place of `offset` and `mask`, and a hook: what they compute counts, not their parameters."""
-    layers = [DCNv3(8, groups=2, offset_scale=1.5) for _ in range(2)]
+    """A layer in place of `offset` and `mask`, one without a bias, and a hook: what they compute counts."""
+    layers = [DCNv3(8, groups=2, offset_scale=1.5) for _ in range(3)]
     layers.append(ModulatedDeformConv2d(8, 8, 3, padding=1, offset_groups=2))
     for layer in layers:
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.3)
     layers[0].offset, layers[0].mask = Adapted(8, 36), Adapted(8, 18)
     layers[1].offset.register_forward_hook(lambda module, inputs, output: output * 1.5 + 0.25)
-    layers[2].conv_offset.register_forward_hook(lambda module, inputs, output: output * 1.5 + 0.25)
+    layers[3].conv_offset.register_forward_hook(lambda module, inputs, output: output * 1.5 + 0.25)
+    layers[2].offset.bias = None
     x = torch.randn(2, 8, 8, 8)
-    _, outputs = export(layers, [(x,)] * 3, tmp_path, form)
+    _, outputs = export(layers, [(x,)] * 4, tmp_path, form)
     for layer, output in zip(layers, outputs, strict=True):
         with torch.no_grad():
             assert_close(output, layer.double()(x.double()), 1e-5)  # measured: 1e-6; without the change: 1e-1

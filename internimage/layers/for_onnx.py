@@ -19,7 +19,7 @@ def _predict(
     """What a layer predicts, changed: in its parameters, if it is of the kind that computes `function` with these."""
     # not by its type: torch.export shows every module as one of a class of its own, derived from the module's
     is_known = isinstance(layer, kind) and type(layer).forward is kind.forward and not has_hooks(layer)
-    if not is_known:
+    if not is_known or layer.bias is None:
         return outputs.of_map(layer(input), dim)
     return function(input, *outputs.of_parameters(layer.weight, layer.bias))
 

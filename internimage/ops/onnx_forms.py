@@ -37,9 +37,9 @@ class Outputs(NamedTuple):
         shift = None if self.shift is None else [*self.shift, *[0.0] * unchanged]
         return Outputs(channels, self.scale, shift)
 
-    def of_parameters(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def of_parameters(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (channels, ...) and bias of a linear layer or convolution that has these outputs."""
-        return self._changed(weight, 0, shifted=False), None if bias is None else self._changed(bias, 0)
+        return self._changed(weight, 0, shifted=False), self._changed(bias, 0)
 
     def of_map(self, predicted: Tensor, dim: int) -> Tensor:
         """The outputs themselves, whose channels are along `dim`; for layers of unknown kind."""
