@@ -97,7 +97,7 @@ LONG = [
     "test_faults", "test_nvrtc", "test_cuda_host", "test_training", "test_cuda_variants", "test_cuda_compile",
     "test_benchmark", "test_cpu_kernels", "test_models", "test_models_goldens", "test_cuda_build", "test_gpu_check",
     "test_hub", "test_distributed", "test_dcnv3", "test_dcn_resnet", "test_setup", "test_export", "test_nodes",
-    "test_saliency", "test_onnx_forms",
+    "test_saliency", "test_onnx_forms", "test_compile",
 ]  # fmt: skip
 
 
