@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__, list_models
+from ..export.packages import EXTRA, NEEDS, RUNTIMES, version
 from ..extension import backend, build_facts, capability_note, cpu_capability, cuda_note, devices
 from ..terminal import say
 
@@ -32,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         "kernels_built_with": {k: v for k, v in build_facts().items() if k not in ("reason", "cuda")} or None,
         "cuda_kernels": cuda_note(),
         "models": list_models(),
+        "export": {name: version(name) for name in RUNTIMES},
+        "export_needs": {form: [name for name in names if version(name) is None] for form, names in NEEDS.items()},
     }
     if arguments.json:
         print(json.dumps(facts, indent=2))
@@ -48,6 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"kernels built with torch {built['torch']}" if built else "no compiled kernels are installed")
     say(f"CUDA kernels: {facts['cuda_kernels']}")
     say(f"models: {', '.join(facts['models'])}")
+    installed = [f"{name} {found}" for name, found in facts["export"].items() if found]
+    say(f"export: {', '.join(installed) or 'no runtimes are installed'}")
+    for form, missing in facts["export_needs"].items():
+        if missing:
+            say(f"  {form} needs {', '.join(missing)}: {EXTRA}")
     return 0
 
 

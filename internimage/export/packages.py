@@ -7,6 +7,8 @@ from importlib import metadata
 from .description import ExportError
 
 EXTRA = "pip install 'internimage[export]'"
+RUNTIMES = ("onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt")
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "aoti": ()}  # beyond torch; to export and to verify
 
 
 def version(package: str) -> str | None:
