@@ -453,6 +453,8 @@ def test_info(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"][0]["device"] == "cpu"
     assert facts["models"] == internimage.list_models()
+    assert f"export: onnx {facts['export']['onnx']}, " in out
+    assert facts["export_needs"]["onnx"] == [name for name in ("onnx", "onnxscript") if not facts["export"][name]]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["finetune", "--help"], ["--version"]])
