@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`internimage export`: what is written, how it is verified, what takes it back, and what it says to bad input."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from internimage.cli import main
 from internimage.data.datasets import EvaluationTransform
 from internimage.engine.create import data_config
 from internimage.export import export as export_module
+from internimage.export import onnx as onnx_module
 from internimage.export import runtime
 from internimage.export.description import Description, ExportError, checksum, describe
 from internimage.export.export import Request, export_model
@@ -185,7 +187,8 @@ def test_the_other_form_has_its_weights_beside_it(model, exported):
     file = onnx.load(str(path), load_external_data=False)
     types = [node.op_type for node in file.graph.node]
     assert types.count("GridSample") == 4 and "DeformConv" not in types and file.opset_import[0].version == 18
-    assert path.with_name("grid.onnx.data").stat().st_size > 10**6 > path.stat().st_size
+    (data,) = path.parent.glob("grid.onnx.*.data")
+    assert data.stat().st_size > 10**6 > path.stat().st_size
     image = torch.randn(2, 3, 50, 81, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         exact = small_model().double()(image.double()).numpy()
@@ -390,11 +393,61 @@ def test_a_full_disk_leaves_what_was_there(model, config, tmp_path, monkeypatch)
 
 
 def test_the_weights_of_an_earlier_file_do_not_stay_beside_a_new_one(model, config, tmp_path):
-    for name in ("m.pt2", "m.pt2.data", "m.pt2.md"):
+    for name in ("m.pt2", "m.pt2.0123abcd.data", "m.pt2.md", "m.pt2.mine.data"):
         (tmp_path / name).write_bytes(b"old")
     request = Request("pt2", dynamic=False, verify=False, overwrite=True)
     found = export_model(model, config, "random", tmp_path / "m.pt2", request)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in found.files} == {"m.pt2", "m.pt2.md"}
+    there = {path.name for path in tmp_path.iterdir()}
+    assert (
+        there == {path.name for path in found.files} | {"m.pt2.mine.data"} == {"m.pt2", "m.pt2.md", "m.pt2.mine.data"}
+    )
+
+
+class Killed(BaseException):
+    """Nothing is cleaned up after a kill."""
+
+
+def writer(number):
+    """Instead of tracing a model: an ONNX file whose external data are one number."""
+
+    def write(traced, staged, description, *_):
+        weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [256], [number] * 256)
+        node = onnx.helper.make_node("Identity", ["w"], ["logits"])
+        output = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [256])
+        graph = onnx.helper.make_graph([node], "g", [], [output], [weights])
+        file = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+        name = onnx_module.data_name(staged, description)
+        onnx.save_model(file, str(staged), save_as_external_data=True, location=name, size_threshold=0)
+
+    return write
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_kill_leaves_a_file_beside_its_own_weights(after, model, config, tmp_path, monkeypatch):
+    """Between any two of the three moves that put a new file, its weights and its card in place of older ones."""
+    request = Request("onnx", dynamic=False, verify=False, overwrite=True, external_data=True)
+    path, moves, real = tmp_path / "m.onnx", [], os.replace
+    monkeypatch.setattr(export_module, "_write", writer(1.0))
+    export_model(model, config, "random", path, request)
+
+    def replace(source, target):
+        if os.path.dirname(target) == str(tmp_path):
+            moves.append(target)
+            if len(moves) > after:
+                raise Killed
+        return real(source, target)
+
+    other = small_model()
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    monkeypatch.setattr(export_module, "_write", writer(2.0))
+    monkeypatch.setattr(export_module.os, "replace", replace)
+    with contextlib.suppress(Killed):
+        export_model(other, config, "random", path, request)
+    assert len(moves) == min(after + 1, 3)
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {})
+    assert set(found.tolist()) == {1.0 if after < 2 else 2.0}
+    assert len(list(tmp_path.glob("*.data"))) == (1 if after in (0, 3) else 2)
 
 
 # ---- bad input

@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device if request.format == "aoti" else "cpu")
     if arguments.checkpoint is not None:
         pretrained_cfg(model).pop("license", None)  # of timm's own weights
-    source = arguments.checkpoint or pretrained_cfg(model).get("tag") or arguments.model
+    own = arguments.checkpoint or arguments.model
+    source = Path(own).name if Path(own).exists() else pretrained_cfg(model).get("tag") or own  # a name, and no path
     calibration = _calibration(images, config) if images else []
     found = export_model(model.to(device), config, str(source), path, request, calibration)
     for file in found.files:

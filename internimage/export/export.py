@@ -89,7 +89,7 @@ def check(path: Path, request: Request) -> None:
         raise ExportError(f"a file of format {request.format} ends in {suffix}, got '{path}'")
     if path.is_dir():
         raise ExportError(f"'{path}' is a folder; the result is a file")
-    present = [str(each) for each in _files(path) if each.exists()]
+    present = [each for each in (path, _card_of(path)) if each.exists()]
     if present and not request.overwrite:
         raise ExportError(f"'{present[0]}' exists; --overwrite replaces it")
     if request.format == "onnx":
@@ -104,9 +104,8 @@ def check(path: Path, request: Request) -> None:
         raise ExportError("preprocessing within the file ends in probabilities: omit --features")
 
 
-def _files(path: Path) -> list[Path]:
-    """What an export may write: the file, external data and the card."""
-    return [path, path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.md")]
+def _card_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.md")
 
 
 def export_model(
@@ -152,19 +151,21 @@ def export_model(
                 raise VerificationError(f"the exported file is not what the model is, and was removed: {found.text}")
             description = dataclasses.replace(description, verification=found.numbers)
             _redescribe(exported, staged, description, request)
-        written = [each for each in _files(staged) if each.exists()]
-        staged_card = _files(staged)[-1]
-        bytes_ = sum(each.stat().st_size for each in written)
-        staged_card.write_text(card(description, path.name, bytes_), encoding="utf-8")
-        written.append(staged_card)
-        for each in written:
+        data = onnx.data_files(staged)
+        size = sum(each.stat().st_size for each in (staged, *data))
+        _card_of(staged).write_text(card(description, path.name, size), encoding="utf-8")
+        files = [*data, staged, _card_of(staged)]  # the weights first: the file itself is always beside its own
+        for each in files:
             with each.open("rb") as file:
                 os.fsync(file.fileno())
-        for stale in set(_files(path)) - {parent / each.name for each in written}:
-            stale.unlink(missing_ok=True)  # such as the weights of an earlier file
-        for each in sorted(written, key=lambda each: each.name == path.name):  # the file itself comes last
+        before = onnx.data_files(path)
+        for each in files:
             os.replace(each, parent / each.name)
-    return Exported((path, *(parent / each.name for each in written if each.name != path.name)), description, found)
+        for each in before:
+            if each.name not in [kept.name for kept in data]:
+                each.unlink(missing_ok=True)
+    placed = [parent / each.name for each in (staged, *data, _card_of(staged))]
+    return Exported(tuple(placed), description, found)
 
 
 def _wrapped(model: nn.Module, config: Mapping[str, Any], request: Request) -> nn.Module:
@@ -227,7 +228,8 @@ def _write(
             plain = staged.with_name(f"float32-{staged.name}")
             os.replace(staged, plain)
             quantize(plain, staged, request.quantize, calibration)
-            plain.unlink()
+            for each in (plain, *onnx.data_files(staged)):  # an int8 file has its weights inside
+                each.unlink()
             onnx.redescribe(staged, description)
         onnx.check_file(staged)
         return found

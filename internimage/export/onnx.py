@@ -2,6 +2,8 @@
 """A model as an ONNX file: traced, with readable names, dynamic sizes, and its description inside."""
 
 import contextlib
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def _fold(program: Any) -> None:
     onnxscript.optimizer.optimize_ir(program.model, input_size_limit=_FOLD, output_size_limit=_FOLD)
 
 
-def save(program: Any, path: Path, description: Description, external_data: bool) -> list[str]:
+def save(program: Any, path: Path, description: Description, external_data: bool) -> None:
     """Write an ONNX program with its description.
 
     Args:
@@ -106,17 +108,27 @@ def save(program: Any, path: Path, description: Description, external_data: bool
         path: The file.
         description: Is stored in the file's metadata.
         external_data: Write weights to a file beside it; larger ones than 2 GB are in any case.
-
-    Returns:
-        The names of the files that were written, the ONNX file last.
     """
+    import onnx_ir
+
     program.model.metadata_props.update(description.properties())
     program.model.producer_name = "internimage"
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
     external = external_data or size > _MOST_BYTES
-    program.save(str(path), external_data=external)
-    data = path.with_name(f"{path.name}.data")
-    return [data.name, path.name] if external else [path.name]
+    onnx_ir.save(program.model, str(path), external_data=data_name(path, description) if external else None)
+
+
+def data_name(path: Path, description: Description) -> str:
+    """The file of the external data, named by what is in it: one that replaces another has another name, so that at
+    any time a file is beside its own weights."""
+    content = f"{description.checksum} {description.dtype} {description.operator} {description.opset}"
+    return f"{path.name}.{hashlib.sha256(content.encode()).hexdigest()[:8]}.data"
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files of external data beside an ONNX file, of this or an earlier export."""
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
+    return [each for each in path.parent.iterdir() if pattern.fullmatch(each.name)]
 
 
 def check_file(path: Path) -> None:

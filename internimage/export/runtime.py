@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,9 @@ def _reason(file: Path, error: Exception, version: str) -> str:
             f"'{file}' has the operator DeformConv, which onnxruntime has from 1.25 on, and this is {version}: pip "
             f"install -U onnxruntime, or export with --operator grid-sample"
         )
-    data = file.with_name(f"{file.name}.data")
-    if data.name in text and not data.exists():
-        return f"the weights of '{file}' are in '{data.name}', which is not beside it"
+    data = re.search(r"[^/\\\s\"']+\.data\b", text)
+    if data is not None and not file.with_name(data[0]).exists():
+        return f"the weights of '{file}' are in '{data[0]}', which is not beside it"
     return f"'{file}' cannot be read by onnxruntime {version}: {cause_of(error)}"
 
 
