@@ -411,7 +411,8 @@ def writer(number):
     """Instead of tracing a model: an ONNX file whose external data are one number."""
 
     def write(traced, staged, description, *_):
-        weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [256], [number] * 256)
+        data = np.full(256, number, np.float32).tobytes()  # raw: other numbers stay in the file
+        weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [256], data, raw=True)
         node = onnx.helper.make_node("Identity", ["w"], ["logits"])
         output = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [256])
         graph = onnx.helper.make_graph([node], "g", [], [output], [weights])
