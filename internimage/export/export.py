@@ -152,8 +152,8 @@ def export_model(
             description = dataclasses.replace(description, verification=found.numbers)
             _redescribe(exported, staged, description, request)
         data = onnx.data_files(staged)
-        size = sum(each.stat().st_size for each in (staged, *data))
-        _card_of(staged).write_text(card(description, path.name, size), encoding="utf-8")
+        bytes_ = sum(each.stat().st_size for each in (staged, *data))
+        _card_of(staged).write_text(card(description, path.name, bytes_), encoding="utf-8")
         files = [*data, staged, _card_of(staged)]  # the weights first: the file itself is always beside its own
         for each in files:
             with each.open("rb") as file:
