@@ -152,6 +152,17 @@ def test_a_file_of_standard_operators_with_open_sizes(model, exported):
         assert np.abs(logits - exact.numpy()).max() <= 1e-5 * spread
 
 
+def test_a_model_for_images_of_32_pixels_takes_larger_ones(model, tmp_path):
+    """Its last map has one pixel, which must not become a constant: the file is verified at 64 x 32 and 32 x 96."""
+    found = export_model(model, data_config(model, 32), "random", tmp_path / "m.onnx", Request("onnx"))
+    assert found.verification.numbers["inputs"] == [[1, 3, 64, 32], [3, 3, 32, 96]]
+    assert found.description.input_size == (3, 32, 32)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = small_model().double()(image.double()).numpy()
+    assert np.abs(run(tmp_path / "m.onnx", image)[0] - exact).max() <= 1e-5 * np.ptp(exact)
+
+
 def test_the_file_explains_itself(model, exported, config):
     found = description_of(exported("default.onnx"))
     assert found.architecture == "internimage_atto" and found.classes == tuple(CLASSES)

@@ -25,6 +25,7 @@ from .quantize import quantize
 from .verify import Verification, other_inputs, verify
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
+_LEAST_OPEN_SIDE = 64  # px, of what is traced
 _OPEN_BATCH, _FIXED_BATCH = 2, 1  # that are traced; an open one of 1 would be taken for fixed
 
 
@@ -212,7 +213,16 @@ def _example(description: Description) -> Tensor:
     if description.preprocessed:
         _, height, width = description.input_size
         return torch.zeros(batch, height + 32, width + 64, 3, dtype=torch.uint8)
-    return torch.zeros(batch, *description.input_size, dtype=getattr(torch, description.dtype))
+    channels, height, width = description.input_size
+    if description.format == "onnx" and description.dynamic:
+        height, width = _open(height), _open(width)
+    return torch.zeros(batch, channels, height, width, dtype=getattr(torch, description.dtype))
+
+
+def _open(side: int) -> int:
+    """A multiple of a side that is large enough to be open: where the last map, 32 times smaller, has one pixel, the
+    exporter takes that for fixed."""
+    return side * max(1, -(-_LEAST_OPEN_SIDE // side))
 
 
 def _write(
