@@ -145,11 +145,11 @@ def _explained(view: _View) -> str:
     return f"<h3>{view.title}</h3><p>{view.meaning} <i>What it does not mean:</i> {view.limits}</p>"
 
 
-def _legend(largest: float, unit: str) -> str:
-    """The logarithmic scale."""
+def _legend(end: str) -> str:
+    """The logarithmic scale, with what is at its end."""
     return (
         f'<div class="bar" style="background:{css_gradient()}"></div>'
-        f'<div class="ticks"><span>1 % and less</span><span>10 %</span><span>{largest:.3g} {unit}</span></div>'
+        f'<div class="ticks"><span>1 % and less</span><span>10 %</span><span>{end}</span></div>'
     )
 
 
@@ -180,7 +180,7 @@ def _field(one: Study, i: int, j: int, shown: dict[str, bytes]) -> str:
     field = node.field
     how = "exact" if field.projections is None else f"estimated by {field.projections} random projections"
     caption = (
-        _legend(float(field.sensitivity.max()), "per unit of the preprocessed image")
+        _legend(f"{float(field.sensitivity.max()):.3g} per unit of the preprocessed image")
         + f"<p><b>{escape(one.model)}</b>, {escape(node.node)}: 50 % of the energy in a square of "
         f"{field.square_side(0.5):.0f} pixels, 99 % in one of {field.square_side(0.99):.0f}; {how}.</p>"
     )
@@ -210,9 +210,8 @@ def _points(one: Study, i: int, j: int, shown: dict[str, bytes]) -> str:
     words = "exact" if how is None else f"estimated by {how} random projection{'s' * (how > 1)}"
     return (
         f'<figure><div class="many">{"".join(figures)}</div><figcaption>'
-        f'<div class="bar" style="background:{css_gradient()}"></div>'
-        '<div class="ticks"><span>1 % and less</span><span>10 %</span><span>the layer\'s largest</span></div>'
-        f"<p><b>{escape(one.model)}</b>, {escape(node.node)}; strengths are {words}.</p></figcaption>"
+        + _legend("the layer's largest")
+        + f"<p><b>{escape(one.model)}</b>, {escape(node.node)}; strengths are {words}.</p></figcaption>"
         f"<details><summary>All {len(node.points.layers)} layers</summary>"
         '<div class="scroll"><table><tr><th class="name">layer</th><th>points</th><th>with half of the strength</th>'
         f"<th>largest strength, per pixel</th></tr>{rows}</table></div></details></figure>"

@@ -14,6 +14,7 @@ from ..html_page import data_uri, escape, png
 from .canvas import dimmed, pixels_picture
 from .colors import css_gradient, scale
 from .drawing import draw_sampling
+from .maps import LayerMap
 from .study import LayerSampling, Study
 
 MOST_BYTES = 3 << 20  # of the locations of all layers but the first
@@ -158,12 +159,11 @@ def sampler(found: Study, at: tuple[float, float] | None) -> str:
     share = (x + 0.5) / width, (y + 0.5) / height
     layers = _kept(found.sampling)
     first = layers[0]
-    row, column = int(share[1] * first.locations.shape[0]), int(share[0] * first.locations.shape[1])
-    center = (
-        (column + 0.5) * width / first.locations.shape[1] - 0.5,
-        (row + 0.5) * height / first.locations.shape[0] - 0.5,
-    )
-    still = draw_sampling(found.pixels, first.locations[row, column], first.weights[row, column], center)
+    rows, columns, groups, _ = first.weights.shape
+    there = LayerMap(first.layer, groups, rows, columns, height, width)
+    column, row = there.from_image(x, y)
+    at = there.to_image(column, row)
+    still = draw_sampling(found.pixels, first.locations[row, column], first.weights[row, column], at)
     data = {
         "width": width,
         "height": height,

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..files import writing
 from .canvas import color_bar, draw_cross, fitted, to_pixels
 from .drawing import draw_sampling
+from .maps import LayerMap
 from .points import sampled_points
 
 _TILE = 224  # longest side of one picture in pixels
@@ -44,9 +45,9 @@ def point_tiles(
     transform = create_transform(**config, is_training=False)
     batch = torch.stack([transform(image) for image in images]).to(parameter.device, parameter.dtype)
     layer, locations, weights = sampled_points(model.eval(), batch, layer)
-    height, width = batch.shape[2:]
-    row, column = locations.shape[1] // 2, locations.shape[2] // 2
-    at = (column + 0.5) * width / locations.shape[2] - 0.5, (row + 0.5) * height / locations.shape[1] - 0.5
+    rows, columns, groups = locations.shape[1:4]
+    row, column = rows // 2, columns // 2
+    at = LayerMap(layer, groups, rows, columns, *batch.shape[2:]).to_image(column, row)
     return layer, [
         draw_sampling(
             to_pixels(batch[i], config["mean"], config["std"]),

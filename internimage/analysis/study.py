@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..models.parts import NoSuchParts, sampling_layers, sampling_layers_of_stage
 from .effective_points import EffectivePoints, effective_points
 from .inspection import inspected
-from .nodes import Node
+from .nodes import Node, OpenNode
 from .points import sampled_points
 from .receptive_field import ReceptiveField, effective_receptive_field
 from .recording import recorded
@@ -103,8 +103,11 @@ def supported_views(model: nn.Module, plain: bool) -> tuple[str, ...]:
         return tuple(view for view in VIEWS if view != "points")
 
 
-def check(model: nn.Module, image: Tensor, nodes: Iterable[Node], views: Sequence[str], plain: bool) -> None:
+def check(model: nn.Module, image: Tensor, nodes: Iterable[Node], views: Sequence[str], plain: bool) -> list[OpenNode]:
     """Check that a model has nodes and views, which takes a forward pass for each node.
+
+    Returns:
+        The nodes, open in the model and evaluated.
 
     Raises:
         UserError: It has no such node, or no layers for the points.
@@ -117,6 +120,7 @@ def check(model: nn.Module, image: Tensor, nodes: Iterable[Node], views: Sequenc
                 pass  # which names the views that work
         for each in opened:
             each.values(batch)
+    return opened
 
 
 def study(
@@ -147,8 +151,10 @@ def study(
         UserError: As `check`.
         NotFiniteView: There is NaN or infinity in the weights, in the image or in what comes of them.
     """
-    check(model, image, nodes, views, settings.plain)
-    found = tuple(_views(model, image, to_pixels, node, views, settings, progress or _silent) for node in nodes)
+    opened = check(model, image, nodes, views, settings.plain)
+    found = tuple(
+        _views(model, image, to_pixels, *pair, views, settings, progress or _silent) for pair in zip(nodes, opened)
+    )
     return Study(name, to_pixels(image), found, tuple(_sampling(model, image, layer)))
 
 
@@ -161,6 +167,7 @@ def _views(
     image: Tensor,
     to_pixels: Callable[[Tensor], Tensor],
     node: Node,
+    opened: OpenNode,
     views: Sequence[str],
     settings: Settings,
     progress: Progress,
@@ -180,9 +187,6 @@ def _views(
         )  # fmt: skip
         progress("saliency", settings.budget, settings.budget)
         masked = to_pixels(region.masked)
-    opened = node.open(model)
-    with inspected(model, image) as batch, torch.no_grad():
-        opened.values(batch)
     return NodeViews(opened.text(), opened.center(), field, points, region, masked)
 
 

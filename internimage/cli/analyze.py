@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,11 +25,10 @@ from ..analysis.page import page, pictures
 from ..analysis.results import arrays, numbers
 from ..analysis.study import VIEWS, Settings, Study
 from ..data.datasets import EvaluationTransform
-from ..data.images import DataError, ImageError
 from ..data.placement import Placement, placement
 from ..engine.create import create_model
 from ..progress import ProgressLines, message, progress_bar
-from ..tasks.classification.predict import read_image
+from ..tasks.classification.predict import image_mode, preprocess, read_image
 from ..terminal import say
 from .arguments import load_model
 
@@ -109,15 +107,9 @@ def _untrained(name: str, model: nn.Module, arguments: argparse.Namespace) -> nn
 def _seen(
     name: str, model: nn.Module, config: dict[str, Any], path: str, layer: str | int | None, control: bool
 ) -> _Seen:
-    image = read_image(Path(path), path, "L" if config["input_size"][0] == 1 else "RGB")
-    return _Seen(name, model, config, _preprocessed(config, image, path), placement(config, image), layer, control)
-
-
-def _preprocessed(config: dict[str, Any], image: Image.Image, path: str) -> Tensor:
-    try:
-        return EvaluationTransform(config)(image)
-    except ImageError as error:
-        raise DataError(f"'{path}' cannot be read: {error}") from error
+    image = read_image(Path(path), path, image_mode(config))
+    pixels = preprocess(EvaluationTransform(config), image, path)
+    return _Seen(name, model, config, pixels, placement(config, image), layer, control)
 
 
 def _layer(text: str) -> str | int:
@@ -171,8 +163,8 @@ def _views(seen: Sequence[_Seen], arguments: argparse.Namespace) -> tuple[list[s
 def _settings(one: _Seen, arguments: argparse.Namespace) -> Settings:
     fill: str | Tensor = arguments.fill
     if fill not in FILLS:
-        image = read_image(Path(arguments.fill), arguments.fill, "L" if one.config["input_size"][0] == 1 else "RGB")
-        fill = _preprocessed(one.config, image, arguments.fill)
+        image = read_image(Path(arguments.fill), arguments.fill, image_mode(one.config))
+        fill = preprocess(EvaluationTransform(one.config), image, arguments.fill)
     projections = None if arguments.projections == "exact" else arguments.projections
     return Settings(
         projections, arguments.seed, arguments.plain, arguments.bound, arguments.cell, fill, arguments.budget

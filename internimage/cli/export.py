@@ -4,16 +4,18 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..data.datasets import EvaluationTransform
-from ..data.images import DataError, ImageError
+from ..data.images import DataError
 from ..engine.create import pick_device
 from ..export.export import FORMATS, Request, check, export_model
+from ..export.quantize import LEAST_IMAGES
 from ..models.attributes import pretrained_cfg
 from ..progress import message
-from ..tasks.classification.predict import find_images, read_image
+from ..tasks.classification.predict import find_images, image_mode, preprocess, read_image
 from ..terminal import say
 from .arguments import load_model
 
@@ -67,19 +69,14 @@ def _find(arguments: argparse.Namespace) -> list[Path]:
     if arguments.calibrate is None:
         return []
     found = find_images([arguments.calibrate])
-    if len(found) < 2:
-        raise DataError(f"calibration needs at least 2 images, and '{arguments.calibrate}' has {len(found)}")
+    if len(found) < LEAST_IMAGES:
+        raise DataError(
+            f"calibration needs at least {LEAST_IMAGES} images, and '{arguments.calibrate}' has {len(found)}"
+        )
     step = max(len(found) // arguments.images, 1)  # spread over classes, whose folders follow each other
     return found[::step][: arguments.images]
 
 
-def _calibration(files: list[Path], config: dict[str, object]) -> list[Tensor]:
-    transform = EvaluationTransform(config)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"  # type: ignore[index]
-    images = []
-    for file in files:
-        try:
-            images.append(transform(read_image(file, str(file), mode))[None])
-        except ImageError as error:
-            raise DataError(f"'{file}' cannot be read: {error}") from error
-    return images
+def _calibration(files: list[Path], config: dict[str, Any]) -> list[Tensor]:
+    transform, mode = EvaluationTransform(config), image_mode(config)
+    return [preprocess(transform, read_image(file, str(file), mode), str(file))[None] for file in files]

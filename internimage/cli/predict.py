@@ -14,7 +14,7 @@ from PIL import Image
 from ..analysis.sheet import draw_points
 from ..data.images import DataError
 from ..engine.finite import NotFiniteError
-from ..tasks.classification.predict import Prediction, find_images, predict, read_image
+from ..tasks.classification.predict import Prediction, find_images, image_mode, predict, read_image
 from ..terminal import joined, say
 from .arguments import load_model
 
@@ -25,7 +25,7 @@ _MOST_DRAWN = 16  # images with sampling points
 def run(arguments: argparse.Namespace) -> int:
     files = find_images(path for path in arguments.images if path != "-")
     model, config, device, dtype = load_model(arguments)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    mode = image_mode(config)
     unreadable: list[str] = []
     not_finite: list[str] = []
     drawn: dict[str, Image.Image] = {}

@@ -297,7 +297,7 @@ EXPORT = (
             Option(
                 "--size", "image size to trace at, and of a static file (default: the model's)", Sides(), metavar="HxW"
             ),
-            Option("--static", "fix batch (2), height and width, which are open otherwise"),
+            Option("--static", "fix batch (1), height and width, which are open otherwise"),
             Option("--dtype", "dtype of the weights, also as fp32 or fp16", FILE_DTYPE, default="float32"),
             Option("--features", "export the maps of the stages instead of the logits"),
             Option("--overwrite", "replace a file that is there"),

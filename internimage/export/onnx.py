@@ -15,7 +15,6 @@ from .description import Description, ExportError, cause_of
 from .packages import required
 from .silence import silence
 
-FORMS = ("deform-conv", "grid-sample")
 DEFAULT_OPSET = {"deform-conv": 20, "grid-sample": 18, "": 20}
 _LEAST_OPSET = {"deform-conv": 19, "grid-sample": 18, "": 18}
 _MOST_BYTES = 2 * 10**9  # of a file without external data; protobuf's limit is 2 GiB

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Class probabilities of individual images."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
 from ...data import images as image_files
 from ...data.datasets import EvaluationTransform
@@ -77,6 +77,23 @@ def read_image(source: str | Path | BinaryIO, name: str, mode: str = "RGB") -> I
         raise DataError(f"'{name}' cannot be read: {error}") from error
 
 
+def image_mode(config: Mapping[str, Any]) -> str:
+    """Pillow's mode of the images that a model takes, by timm's preprocessing."""
+    return "L" if config["input_size"][0] == 1 else "RGB"
+
+
+def preprocess(transform: EvaluationTransform, image: Image.Image, name: str) -> Tensor:
+    """An image as the model takes it, (C, H, W).
+
+    Raises:
+        DataError: It is too long and narrow to be resized; the message has the name.
+    """
+    try:
+        return transform(image)
+    except ImageError as error:
+        raise DataError(f"'{name}' cannot be read: {error}") from error
+
+
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -108,11 +125,10 @@ def predict(
     names = label_names(model)
     for name, image in images:
         try:
-            x = transform(image).unsqueeze(0).to(device=device, dtype=dtype)
-        except ImageError as error:
-            unreadable = DataError(f"'{name}' cannot be read: {error}")
+            x = preprocess(transform, image, name).unsqueeze(0).to(device=device, dtype=dtype)
+        except DataError as unreadable:
             if failed is None:
-                raise unreadable from error
+                raise
             failed(name, unreadable)
             continue
         logits = model(x).float()
