@@ -267,6 +267,22 @@ def test_a_program_runs_in_another_process(name, imports, exported):
             run_in_another_process(exported(name), [image], False)
 
 
+def test_a_program_of_a_model_below_33_pixels_has_fixed_sides(folder, tmp_path, capsys):
+    """torch.export keeps sides open from 33 pixels on; the batch stays open."""
+    path = tmp_path / "m.pt2"
+    assert main(["export", "--model", str(folder), "--output", str(path), "--size", "32"]) == 0
+    assert "sides are fixed at 32 x 32: torch.export keeps them open from 33 pixels on" in capsys.readouterr().out
+    assert "`image`: float32, (batch, 3, 32, 32), made for 32 x 32" in path.with_name("m.pt2.md").read_text("utf-8")
+    found = open_exported(path)
+    assert found.description.verification["inputs"] == [[1, 3, 32, 32], [3, 3, 32, 32]]
+    image = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = small_model().double()(image.double())
+    assert float((found(image) - exact).abs().max()) <= 1e-5 * float(exact.max() - exact.min())
+    with pytest.raises(ExportError, match="cannot run on images"):
+        found(torch.zeros(2, 3, 64, 64))
+
+
 # ---- what takes a file back
 
 
@@ -322,7 +338,7 @@ def test_files_that_cannot_be_taken_back(exported, photos, tmp_path, capsys):
 
     assert "gives the maps of the stages" in said(saying(features=("stride4",)))
     assert "resizes and normalizes images by itself (--with-preprocess)" in said(saying(preprocessed=True))
-    assert "takes images of 64 x 64 only, got --img-size 96" in said(saying(dynamic=False), "--img-size", "96")
+    assert "takes images of 64 x 64 only, got --img-size 96" in said(saying(open=()), "--img-size", "96")
     assert "--num-classes has no effect with an exported file" in said(exported("default.onnx"), "--num-classes", "3")
     (tmp_path / "damaged.pt2").write_bytes(exported("ours.pt2").read_bytes()[:5000])
     assert "damaged.pt2' is damaged, or no file of torch.export" in said(tmp_path / "damaged.pt2")
@@ -386,7 +402,7 @@ def test_without_verification_the_card_says_so(folder, tmp_path, capsys):
     assert main(["export", "--model", str(folder), "--output", str(path), "--no-verify", "--static"]) == 0
     assert "not verified" in capsys.readouterr().err
     assert "This file was NOT verified" in (tmp_path / "m.pt2.md").read_text(encoding="utf-8")
-    assert not open_exported(path).description.dynamic
+    assert not open_exported(path).description.open
 
 
 def test_a_full_disk_leaves_what_was_there(model, config, tmp_path, monkeypatch):
@@ -488,7 +504,6 @@ def test_a_kill_leaves_a_file_beside_its_own_weights(after, model, config, tmp_p
         ),
         (["--output", "m.onnx", "--quantize", "static", "--calibrate", "none"], "there is no image at 'none'"),
         (["--output", "m.onnx", "--with-preprocess", "--features"], "--with-preprocess has no effect with --features"),
-        (["--output", "m.pt2", "--size", "32"], "sides open from 33 pixels on, and this model is traced at 32 x 32"),
     ],
 )
 def test_bad_input_is_one_line_and_no_file(folder, tmp_path, capsys, monkeypatch, options, words):

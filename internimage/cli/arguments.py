@@ -43,7 +43,7 @@ def _load_exported(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, 
         config["crop_pct"] = arguments.crop_pct
     if arguments.img_size is not None:
         size = (arguments.img_size, arguments.img_size)
-        if not model.description.dynamic and size != config["input_size"][1:]:
+        if "height" not in model.description.open and size != config["input_size"][1:]:
             fixed = " x ".join(map(str, config["input_size"][1:]))
             raise ExportError(f"'{arguments.model}' takes images of {fixed} only, got --img-size {arguments.img_size}")
         config["input_size"] = (config["input_size"][0], *size)

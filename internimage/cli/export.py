@@ -12,6 +12,7 @@ from ..data.datasets import EvaluationTransform
 from ..data.images import DataError
 from ..engine.create import pick_device
 from ..export.export import FORMATS, Request, check, export_model
+from ..export.program import LEAST_SIDE
 from ..export.quantize import LEAST_IMAGES
 from ..models.attributes import pretrained_cfg
 from ..progress import message
@@ -50,6 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = export_model(model.to(device), config, str(source), path, request, calibration)
     for file in found.files:
         say(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    if found.description.open == ("batch",):
+        fixed = " x ".join(map(str, found.description.input_size[1:]))
+        say(f"sides are fixed at {fixed}: torch.export keeps them open from {LEAST_SIDE} pixels on")
     if found.verification is not None:
         say(f"verified in another process; {found.verification.text}")
     else:

@@ -84,7 +84,8 @@ def _inputs(description: Description) -> str:
             "`image`: uint8, (batch, height, width, 3), RGB, of any size. The file resizes, crops and normalizes it by "
             "itself."
         )
-    shape = f"(batch, {channels}, height, width)" if description.dynamic else f"{_shape(description)}"
+    given = {"batch": 1, "channels": channels, "height": height, "width": width}
+    shape = f"({', '.join(name if name in description.open else str(value) for name, value in given.items())})"
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (description.mean, description.std))
     dtype = description.dtype if description.format == "onnx" else "float32"
     resized = round(height / description.crop_pct)
@@ -131,7 +132,7 @@ def _runtimes(description: Description, file: str) -> str:
     dynamic = f" --minShapes={shapes} --optShapes={shapes} --maxShapes=image:8x{channels}x{height}x{width}"
     precision = "" if description.dtype == "float32" else " --stronglyTyped"
     return (
-        f"TensorRT (not run where this was made):\n\n```\ntrtexec --onnx={file}{dynamic if description.dynamic else ''}"
+        f"TensorRT (not run where this was made):\n\n```\ntrtexec --onnx={file}{dynamic if description.open else ''}"
         f"{precision}\n```\n\nOpenVINO:\n\n```python\nimport openvino\n\n"
         f'model = openvino.compile_model("{file}")\n```'
     )

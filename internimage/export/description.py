@@ -18,6 +18,7 @@ from ..errors import UserError, one_line
 from ..models.attributes import label_names, pretrained_cfg
 
 PREFIX = "internimage."  # of the keys in a file's metadata
+OPEN = ("batch", "height", "width")
 
 
 def cause_of(error: BaseException) -> str:
@@ -60,7 +61,8 @@ class Description:
         quantization: "dynamic", "static" or empty.
         opset: Of ONNX; 0 for other formats.
         features: Names of the maps, such as "stride8"; empty for logits.
-        dynamic: Whether batch and size are open.
+        open: Which of the input's dimensions take any length: all of "batch", "height" and "width", the batch alone,
+            or none.
         preprocessed: Whether the file resizes, crops and normalizes images by itself.
         device: That an AOTI package was built for; empty otherwise.
         versions: Of the packages that made the file.
@@ -84,7 +86,7 @@ class Description:
     quantization: str = ""
     opset: int = 0
     features: tuple[str, ...] = ()
-    dynamic: bool = True
+    open: tuple[str, ...] = OPEN
     preprocessed: bool = False
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)

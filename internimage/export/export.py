@@ -17,7 +17,7 @@ from ..models.attributes import name_of
 from ..models.parts import check_image_size, sampling_layers
 from . import onnx, program
 from .card import card
-from .description import Description, ExportError, VerificationError, describe
+from .description import OPEN, Description, ExportError, VerificationError, describe
 from .features import Features
 from .packages import required, version
 from .preprocess import FromBytes
@@ -42,7 +42,7 @@ class Request:
         quantize: ONNX: "dynamic" or "static"; empty for neither.
         preprocess: ONNX: resize, crop and normalize within the file.
         decompose: pt2 and aoti: our operators in plain torch.
-        dynamic: Whether batch, height and width are open.
+        dynamic: Whether batch, height and width are open. torch.export fixes sides of less than 33.
         size: (height, width) to trace at; None for the model's.
         external_data: ONNX: weights in a file beside it.
         verify: Whether to run the file and compare it.
@@ -195,7 +195,7 @@ def _description(
     )
     found = describe(
         model, config, weights, format=request.format, operator=operator, dtype=request.dtype,
-        quantization=request.quantize, opset=opset, features=getattr(traced, "names", ()), dynamic=request.dynamic,
+        quantization=request.quantize, opset=opset, features=getattr(traced, "names", ()), open=_open(config, request),
         preprocessed=request.preprocess, device=device,
     )  # fmt: skip
     if request.format != "onnx":
@@ -204,8 +204,16 @@ def _description(
     return dataclasses.replace(found, versions={**found.versions, **made})
 
 
+def _open(config: Mapping[str, Any], request: Request) -> tuple[str, ...]:
+    """Which dimensions of the input are open."""
+    if not request.dynamic:
+        return ()
+    sides_too = request.format == "onnx" or min(config["input_size"][1:]) >= program.LEAST_SIDE
+    return OPEN if sides_too else OPEN[:1]
+
+
 def _batch(description: Description) -> int:
-    return _OPEN_BATCH if description.dynamic else _FIXED_BATCH
+    return _OPEN_BATCH if description.open else _FIXED_BATCH
 
 
 def _example(description: Description) -> Tensor:
@@ -214,12 +222,12 @@ def _example(description: Description) -> Tensor:
         _, height, width = description.input_size
         return torch.zeros(batch, height + 32, width + 64, 3, dtype=torch.uint8)
     channels, height, width = description.input_size
-    if description.format == "onnx" and description.dynamic:
-        height, width = _open(height), _open(width)
+    if description.format == "onnx" and description.open:
+        height, width = _large_enough(height), _large_enough(width)
     return torch.zeros(batch, channels, height, width, dtype=getattr(torch, description.dtype))
 
 
-def _open(side: int) -> int:
+def _large_enough(side: int) -> int:
     """A multiple of a side that is large enough to be open: where the last map, 32 times smaller, has one pixel, the
     exporter takes that for fixed."""
     return side * max(1, -(-_LEAST_OPEN_SIDE // side))
@@ -232,7 +240,7 @@ def _write(
     image = _example(description)
     if request.format == "onnx":
         outputs = description.features or ("probabilities" if description.preprocessed else "logits",)
-        found = onnx.trace(traced, image, description.operator, description.opset, outputs, description.dynamic)
+        found = onnx.trace(traced, image, description.operator, description.opset, outputs, bool(description.open))
         onnx.save(found, staged, description, request.external_data)
         if request.quantize:
             plain = staged.with_name(f"float32-{staged.name}")
@@ -246,7 +254,7 @@ def _write(
     parameter = next(traced.parameters(), None)
     if parameter is not None:
         image = image.to(parameter.device)
-    exported = program.trace(traced, image, description.dynamic, request.decompose)
+    exported = program.trace(traced, image, description.open, request.decompose)
     if request.decompose and (own := program.own_operators(exported)):
         raise ExportError(f"the decomposed program still calls {', '.join(own)}")
     if request.format == "pt2":
@@ -278,7 +286,7 @@ def _verified(
     if description.quantization and calibration:
         return verify(model, traced, staged, description, [torch.cat(list(calibration))])
     reference = Features(model) if request.features else model
-    inputs = other_inputs(model, description.input_size, description.dynamic, _batch(description))
+    inputs = other_inputs(model, description.input_size, description.open, _batch(description))
     return verify(reference, traced, staged, description, inputs)
 
 

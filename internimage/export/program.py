@@ -2,6 +2,7 @@
 """A model as a file of torch.export, or as an AOTInductor package."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -16,27 +17,22 @@ from .silence import silence
 LEAST_SIDE = 33  # torch's convolutions ask whether the last map, which is 32 times smaller, has one pixel
 
 
-def trace(model: nn.Module, image: Tensor, dynamic: bool, decompose: bool) -> ExportedProgram:
+def trace(model: nn.Module, image: Tensor, open_: Collection[str], decompose: bool) -> ExportedProgram:
     """The program of a model, as torch.export makes it.
 
     Args:
         model: In eval mode.
         image: An example of the input.
-        dynamic: Whether batch, height and width are open: any batch, and sides of at least 33.
+        open_: Which of "batch", "height" and "width" are open: any batch, and sides of at least `LEAST_SIDE`.
         decompose: Write our operators out in plain torch, so that the program runs where internimage is not installed.
 
     Raises:
-        ExportError: torch cannot export the model, or an open side is too small.
+        ExportError: torch cannot export the model.
     """
-    if dynamic and min(image.shape[2:]) < LEAST_SIDE:
-        raise ExportError(
-            f"torch.export keeps sides open from {LEAST_SIDE} pixels on, and this model is traced at "
-            f"{image.shape[2]} x {image.shape[3]}: take --static, or a larger --size"
-        )
-    shapes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic else None
+    shapes = {axis: Dim.DYNAMIC for axis, name in ((0, "batch"), (2, "height"), (3, "width")) if name in open_}
     try:
         with torch.no_grad(), silence():
-            program = torch.export.export(model, (image,), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
+            program = torch.export.export(model, (image,), dynamic_shapes=(shapes,), strict=False)
             if decompose:
                 operators = torch.ops.internimage
                 program = program.run_decompositions(
@@ -45,8 +41,6 @@ def trace(model: nn.Module, image: Tensor, dynamic: bool, decompose: bool) -> Ex
                         operators.deform_columns.default: deform_columns_reference.forward,
                     }
                 )
-    except ExportError:
-        raise
     except Exception as error:  # torch's own errors have no common type
         raise ExportError(f"torch cannot export this model: {cause_of(error)}") from error
     return program

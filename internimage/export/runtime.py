@@ -50,7 +50,7 @@ class ExportedModel(nn.Module):
         """(N, C, H, W) -> logits (N, classes), float32."""
         images = images.to("cpu", getattr(torch, self.description.dtype))
         try:
-            if self.description.dynamic:
+            if "batch" in self.description.open:
                 outputs: Tensor = self._call(images)
             else:  # made for a batch of one
                 outputs = torch.cat([self._call(image) for image in images.split(1)])

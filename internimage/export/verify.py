@@ -42,19 +42,20 @@ class Verification:
     numbers: dict[str, Any]
 
 
-def other_inputs(model: nn.Module, size: tuple[int, int, int], dynamic: bool, traced_batch: int) -> list[Tensor]:
-    """Inputs of two batches and two sizes that were not traced; of a static file, those that were.
+def other_inputs(model: nn.Module, size: tuple[int, int, int], open_: Sequence[str], traced_batch: int) -> list[Tensor]:
+    """Inputs of two batches and two sizes that were not traced; where a file is not open, those that were.
 
     Args:
         model: For the sizes that it takes.
         size: (channels, height, width) that was traced.
-        dynamic: Whether the file is open in batch and size.
+        open_: Which of "batch", "height" and "width" are open.
         traced_batch: Its batch.
     """
     channels, height, width = size
     generator = torch.Generator().manual_seed(0)
-    if not dynamic:
-        return [torch.randn(traced_batch, *size, generator=generator) for _ in range(2)]
+    batches = (1, traced_batch + 1) if "batch" in open_ else (traced_batch, traced_batch)
+    if "height" not in open_:
+        return [torch.randn(batch, *size, generator=generator) for batch in batches]
     sizes = []
     for more_height, more_width in ((32, 0), (0, 64), (96, 32), (0, 0)):
         sides = height + more_height, width + more_width
@@ -65,7 +66,7 @@ def other_inputs(model: nn.Module, size: tuple[int, int, int], dynamic: bool, tr
         sizes.append(sides)
     return [
         torch.randn(batch, channels, *sides, generator=generator)
-        for batch, sides in zip((1, traced_batch + 1), (sizes * 2)[:2])
+        for batch, sides in zip(batches, (sizes * 2)[:2])
     ]
 
 
