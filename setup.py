@@ -25,7 +25,8 @@ import build_cuda  # noqa: E402
 
 # The oldest torch that the binary runs on; it may be built with any newer one (LibTorch stable ABI).
 TORCH_TARGET, TORCH_TARGET_NAME = "0x020a000000000000ULL", "2.10"
-SOURCES = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))  # sorted: the same binary everywhere
+SCHEMA = "csrc/schema.cpp"  # a module of its own: csrc/schema.cpp says why
+SOURCES = sorted({path.as_posix() for path in Path("csrc").rglob("*.cpp")} - {SCHEMA})  # the same binary everywhere
 # what the CUDA kernels are compiled from at run time; a wheel has a copy, an editable installation reads csrc itself
 KERNEL_SOURCES = ["common.h", "cuda/mma.cuh", "cuda/storage.cuh", "cuda/types.h", "cuda/gather/*"]
 HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
@@ -44,28 +45,27 @@ def compiler_flags():
     return [*level, "-std=c++17", "-fvisibility=hidden", "-Wno-psabi"]
 
 
-def cpu_extension():
-    """The extension, or the reason why there is none."""
+def cpu_extensions():
+    """The kernels and the schemas, or why there are none."""
     if option == "0":
-        return None, "INTERNIMAGE_BUILD_CPU was 0 when the package was built"
+        return [], "INTERNIMAGE_BUILD_CPU was 0 when the package was built"
     if sys.platform == "win32" and shutil.which("clang-cl") is None:
-        return None, "there was no clang-cl on the PATH; MSVC lacks the vector extensions that the kernels use"
+        return [], "there was no clang-cl on the PATH; MSVC lacks the vector extensions that the kernels use"
     try:
         from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
-        return None, f"torch could not be imported when the package was built ({error})"
+        return [], f"torch could not be imported when the package was built ({error})"
     flags = [*compiler_flags(), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    extension = CppExtension(
-        "internimage._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": flags}, py_limited_api=True
-    )
-    return extension, ""
+    options = {"extra_compile_args": {"cxx": flags}, "py_limited_api": True}
+    kernels = CppExtension("internimage._C", SOURCES, depends=HEADERS, **options)
+    return [kernels, CppExtension("internimage._schema", [SCHEMA], **options)], ""
 
 
-extension, reason = cpu_extension()
-if option == "1" and extension is None:
+cpu, reason = cpu_extensions()
+if option == "1" and not cpu:
     sys.exit(f"INTERNIMAGE_BUILD_CPU=1, but the CPU kernels cannot be built: {reason}")
 cuda, cuda_reason = build_cuda.cuda_extension(TORCH_TARGET)
-if extension is None:
+if not cpu:
     base = build_ext
 else:
     from torch.utils.cpp_extension import BuildExtension
@@ -94,7 +94,7 @@ class BuildPackage(build_py):
             for source in (path for pattern in KERNEL_SOURCES for path in Path("csrc").glob(pattern)):
                 (folder / source).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, folder / source)
-        if extension is None and cuda is None:
+        if not cpu and cuda is None:
             write_facts(folder, {"reason": reason, "cuda": build_cuda.build_into(folder, None, cuda_reason)})
 
 
@@ -110,7 +110,7 @@ class BuildKernels(base):
         cuda_facts = build_cuda.build_into(folder, cuda, cuda_reason)
         facts = {"reason": reason}
         try:
-            if extension is not None:
+            if cpu:
                 import torch
 
                 facts = {"torch": torch.__version__, "oldest_torch": TORCH_TARGET_NAME, "reason": ""}
@@ -120,7 +120,7 @@ class BuildKernels(base):
                 raise
             facts = {"reason": f"building the CPU kernels failed: {' '.join(str(error).split())[:500]}"}
             self.inplace = inplace
-            for failed in self.extensions:  # a library of an earlier build is not from these sources
+            for failed in self.extensions:  # libraries of an earlier build are not from these sources
                 Path(self.get_ext_fullpath(failed.name)).unlink(missing_ok=True)
             print(f"internimage: {facts['reason']}\ninternimage: installing without them", file=sys.stderr)
         write_facts(folder, {**facts, "cuda": cuda_facts})
@@ -147,7 +147,7 @@ class BuildWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-extensions = [e for e in (extension, cuda) if e is not None]
+extensions = [*cpu, *([] if cuda is None else [cuda])]
 setup(
     ext_modules=extensions,
     cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels, "bdist_wheel": BuildWheel},

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs 
 def sources(tmp_path):
     """A copy of what setup.py works on."""
     folder = tmp_path / "sources"
-    ignored = shutil.ignore_patterns("__pycache__", "_C.*", "_build.json")
+    ignored = shutil.ignore_patterns("__pycache__", "_C.*", "_schema.*", "_build.json")
     for name in ("internimage", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "internimage_command.py"):
@@ -51,7 +51,7 @@ def build(sources, **variables):
 
 
 def is_pure(package) -> bool:
-    return (package / "ops" / "dcnv3.py").exists() and not list(package.glob("_C*"))
+    return (package / "ops" / "dcnv3.py").exists() and not list(package.glob("*.so"))
 
 
 def test_the_sources_of_the_cuda_kernels_are_installed(sources):
@@ -102,7 +102,7 @@ def test_1_stops(compiler, sources):
     result, package, _ = build(sources, INTERNIMAGE_BUILD_CPU="1", **NO_COMPILER[compiler])
     assert result.returncode != 0
     assert "installing without them" not in result.stderr
-    assert not list(package.glob("_C*"))
+    assert not list(package.glob("*.so"))
 
 
 def test_0_builds_nothing(sources):
@@ -133,12 +133,13 @@ def test_what_is_no_value_is_refused(sources):
 
 def test_a_module_of_older_sources_does_not_stay(sources):
     """A development install whose rebuild fails: the old module would not be what the sources say."""
-    module = sources / "internimage" / "_C.abi3.so"
-    module.write_bytes(b"old")
-    os.utime(module, (0, 0))
+    modules = [sources / "internimage" / f"{name}.abi3.so" for name in ("_C", "_schema")]
+    for module in modules:
+        module.write_bytes(b"old")
+        os.utime(module, (0, 0))
     result = setup(sources, "build_ext", "--inplace", INTERNIMAGE_BUILD_CPU="auto", **NO_COMPILER["failing"])
     assert result.returncode == 0, result.stderr
-    assert not module.exists()
+    assert not any(module.exists() for module in modules)
     assert json.loads((sources / "internimage" / "_build.json").read_text())["reason"].startswith(REASON)
 
 
@@ -153,7 +154,8 @@ def test_every_source_is_built():
     environment = dict(os.environ, INTERNIMAGE_BUILD_CPU="1")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     modules = json.loads(result.stdout.splitlines()[-1])
-    sources, headers = modules[0]
+    (sources, headers), (schema, _) = modules[:2]
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
-    assert sources == sorted(file for file in found if file.endswith(".cpp"))
+    assert schema == ["csrc/schema.cpp"]
+    assert sources == sorted(file for file in found if file.endswith(".cpp") and file not in schema)
     assert set(headers) == {file for file in found if file.endswith(".h")}

@@ -254,7 +254,8 @@ def _write(
     parameter = next(traced.parameters(), None)
     if parameter is not None:
         image = image.to(parameter.device)
-    exported = program.trace(traced, image, description.open, request.decompose)
+    table = program.decompositions(request.format, request.decompose)
+    exported = program.trace(traced, image, description.open, table)
     if request.decompose and (own := program.own_operators(exported)):
         raise ExportError(f"the decomposed program still calls {', '.join(own)}")
     if request.format == "pt2":

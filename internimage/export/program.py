@@ -2,14 +2,15 @@
 """A model as a file of torch.export, or as an AOTInductor package."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..ops import dcnv3_reference, deform_columns_reference
+from ..ops import dcnv3_reference, deform_columns_reference, deform_conv_reference
 from .description import Description, ExportError, cause_of
 from .runtime import EXTRA_FILE
 from .silence import silence
@@ -17,14 +18,35 @@ from .silence import silence
 LEAST_SIDE = 33  # torch's convolutions ask whether the last map, which is 32 times smaller, has one pixel
 
 
-def trace(model: nn.Module, image: Tensor, open_: Collection[str], decompose: bool) -> ExportedProgram:
+def decompositions(format: str, plain: bool) -> dict[Any, Callable[..., Any]]:
+    """What operators of this package are written out as.
+
+    Args:
+        format: "pt2" or "aoti".
+        plain: Whether in plain torch, so that the program runs where internimage is not installed. Without it a package
+            calls the operators that have compiled kernels, and so needs no Python.
+    """
+    operators = torch.ops.internimage
+    convolution = {operators.deform_conv2d.default: deform_conv_reference.forward_at_once}
+    if not plain:
+        return convolution if format == "aoti" else {}
+    return {
+        **convolution,
+        operators.dcnv3.default: dcnv3_reference.dcnv3,
+        operators.deform_columns.default: deform_columns_reference.forward,
+    }
+
+
+def trace(
+    model: nn.Module, image: Tensor, open_: Collection[str], decompositions: dict[Any, Callable[..., Any]]
+) -> ExportedProgram:
     """The program of a model, as torch.export makes it.
 
     Args:
         model: In eval mode.
         image: An example of the input.
         open_: Which of "batch", "height" and "width" are open: any batch, and sides of at least `LEAST_SIDE`.
-        decompose: Write our operators out in plain torch, so that the program runs where internimage is not installed.
+        decompositions: Operators, and what they are written out as.
 
     Raises:
         ExportError: torch cannot export the model.
@@ -33,14 +55,8 @@ def trace(model: nn.Module, image: Tensor, open_: Collection[str], decompose: bo
     try:
         with torch.no_grad(), silence():
             program = torch.export.export(model, (image,), dynamic_shapes=(shapes,), strict=False)
-            if decompose:
-                operators = torch.ops.internimage
-                program = program.run_decompositions(
-                    {
-                        operators.dcnv3.default: dcnv3_reference.dcnv3,
-                        operators.deform_columns.default: deform_columns_reference.forward,
-                    }
-                )
+            if decompositions:
+                program = program.run_decompositions(decompositions)
     except Exception as error:  # torch's own errors have no common type
         raise ExportError(f"torch cannot export this model: {cause_of(error)}") from error
     return program

@@ -64,10 +64,7 @@ def other_inputs(model: nn.Module, size: tuple[int, int, int], open_: Sequence[s
         except ValueError:
             continue
         sizes.append(sides)
-    return [
-        torch.randn(batch, channels, *sides, generator=generator)
-        for batch, sides in zip(batches, (sizes * 2)[:2])
-    ]
+    return [torch.randn(batch, channels, *sides, generator=generator) for batch, sides in zip(batches, (sizes * 2)[:2])]
 
 
 def run_in_another_process(file: Path, inputs: Sequence[Tensor], imports: bool) -> list[list[Tensor]]:

@@ -125,13 +125,22 @@ def forward(input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: T
     shape = _Shape.of(weight, arguments)
     given, dtype = input, _computed_in(input)
     input, offset, mask, weight, bias = (t.to(dtype) for t in (input, offset, mask, weight, bias))
-    outputs = []
-    for chunk in _chunks(shape, input):
-        columns = apply_deform_columns(
-            _last(input[chunk]), _last(offset[chunk]), _last(mask[chunk]), *shape.columns_arguments
-        )
-        outputs.append(shape.product(columns, weight, bias))
+    outputs = [
+        _forward_part(shape, input[chunk], offset[chunk], mask[chunk], weight, bias) for chunk in _chunks(shape, input)
+    ]
     return like(outputs[0] if len(outputs) == 1 else torch.cat(outputs), given)
+
+
+def forward_at_once(
+    input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, *arguments: Any
+) -> Tensor:
+    """The output, with the columns of all images at once: for exported programs, whose batch has no number."""
+    return like(_forward_part(_Shape.of(weight, arguments), input, offset, mask, weight, bias), input)
+
+
+def _forward_part(shape: _Shape, input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    columns = apply_deform_columns(_last(input), _last(offset), _last(mask), *shape.columns_arguments)
+    return shape.product(columns, weight, bias)
 
 
 def backward(

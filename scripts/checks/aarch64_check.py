@@ -52,11 +52,13 @@ def main() -> int:
     if fused == 0:
         sys.exit("aarch64_check: there are no vector multiply-adds")
     if arguments.torch:
-        module = arguments.work / "_C.abi3.so"
         folder = arguments.torch / "torch" / "lib"
-        link = [COMPILER, "-shared", *objects, f"-L{folder}", *LIBRARIES, "-Wl,--allow-shlib-undefined", "-o", module]
-        subprocess.run(link, check=True)
-        print(f"linked {os.path.relpath(module)}")
+        schema = [each for each in objects if each.name == "csrc_schema.o"]
+        for name, parts in (("_C", [each for each in objects if each not in schema]), ("_schema", schema)):
+            module = arguments.work / f"{name}.abi3.so"
+            link = [COMPILER, "-shared", *parts, f"-L{folder}", *LIBRARIES, "-Wl,--allow-shlib-undefined", "-o", module]
+            subprocess.run(link, check=True)
+            print(f"linked {os.path.relpath(module)}")
     return 0
 
 

@@ -56,7 +56,7 @@ TARGETS = {
         "@rpath/libtorch_cpu.dylib",
         re.compile(r"/usr/lib/libSystem\.B\.dylib"),
         link=("-Wl,-install_name,@rpath/libtorch_cpu.dylib",),
-        link_module=("-Wl,-install_name,@rpath/_C.abi3.so",),
+        link_module=("-Wl,-install_name,@rpath/{module}",),
     ),
     "aarch64-linux": Target(
         zig.LINUX["aarch64"],
@@ -84,8 +84,8 @@ def run(command: list[str | Path]) -> str:
     return result.stderr
 
 
-def build(target: Target, include: Path, work: Path) -> Path:
-    """The module for a target; exits if a source has a warning."""
+def build(target: Target, include: Path, work: Path) -> list[Path]:
+    """The modules for a target; exits if a source has a warning."""
     work.mkdir(parents=True, exist_ok=True)
     compiler = zig.command(target.triple)
     stand_in = work / "torch.c"
@@ -103,9 +103,12 @@ def build(target: Target, include: Path, work: Path) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile, sorted((ROOT / "csrc").rglob("*.cpp"))))
-    module = work / "_C.abi3.so"
-    run([*compiler, "-shared", *objects, *target.link_module, f"-L{work}", "-ltorch_cpu", "-o", module])
-    return module
+    schema = [each for each in objects if each.name == "csrc_schema.o"]
+    modules = {"_C.abi3.so": [each for each in objects if each not in schema], "_schema.abi3.so": schema}
+    for name, parts in modules.items():
+        options = [option.format(module=name) for option in target.link_module]
+        run([*compiler, "-shared", *parts, *options, f"-L{work}", "-ltorch_cpu", "-o", work / name])
+    return [work / name for name in modules]
 
 
 def audit(target: Target, needs: symbols.Needs) -> list[str]:
@@ -130,16 +133,17 @@ def main() -> int:
     failed = False
     for name in arguments.only:
         target = TARGETS[name]
-        module = build(target, include, arguments.work.resolve() / name)
-        needs = symbols.read(module)
-        problems = audit(target, needs)
-        glibc = f", glibc {'.'.join(map(str, needs.newest('GLIBC')))}" if target.glibc else ""
-        print(
-            f"{name}: {module.stat().st_size} bytes, {len(symbols.of_torch(needs))} functions of torch's stable ABI, "
-            f"{', '.join(sorted(needs.libraries))}{glibc}: {'; '.join(problems) or 'linked, not run'}",
-            flush=True,
-        )
-        failed |= bool(problems)
+        for module in build(target, include, arguments.work.resolve() / name):
+            needs = symbols.read(module)
+            problems = audit(target, needs)
+            glibc = f", glibc {'.'.join(map(str, needs.newest('GLIBC')))}" if target.glibc else ""
+            print(
+                f"{name}: {module.name}, {module.stat().st_size} bytes, {len(symbols.of_torch(needs))} functions of "
+                f"torch's stable ABI, {', '.join(sorted(needs.libraries))}{glibc}: "
+                f"{'; '.join(problems) or 'linked, not run'}",
+                flush=True,
+            )
+            failed |= bool(problems)
     return 1 if failed else 0
 
 

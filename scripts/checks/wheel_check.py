@@ -41,7 +41,8 @@ TESTS = [
 ]
 NEED_A_COMPILER = "test_compile"  # torch.compile does
 TORCH = ["libtorch.so", "libtorch_cpu.so", "libc10.so", "libtorch_cuda.so", "libc10_cuda.so", "libcudart.so.*"]
-MODULES = ["internimage/_C.abi3.so", "internimage/_C_cuda.abi3.so"]  # the second with INTERNIMAGE_BUILD_CUDA=1 only
+MODULES = ["internimage/_C.abi3.so", "internimage/_schema.abi3.so"]
+CUDA_MODULE = "internimage/_C_cuda.abi3.so"  # with INTERNIMAGE_BUILD_CUDA=1 only
 
 
 def check_tools() -> None:
@@ -106,14 +107,15 @@ def audit(wheel: Path, work: Path) -> None:
     tags = "-py3-none-manylinux_" if with_cuda() else f"-py3-none-manylinux_{zig.GLIBC.replace('.', '_')}_"
     if tags not in wheel.name:
         problems.append(f"its tags are not {tags.strip('-')}")
-    wanted = MODULES if with_cuda() else MODULES[:1]
+    wanted = [*MODULES, CUDA_MODULE] if with_cuda() else MODULES
     if missing := [name for name in wanted if name not in names]:
         problems.append(f"{', '.join(missing)} is not in it")
     elif not with_cuda():
-        needs = symbols.read(Path(zipfile.ZipFile(wheel).extract(MODULES[0], work / "module")))
-        glibc = ".".join(map(str, needs.newest("GLIBC")))
-        print(f"{MODULES[0]}: glibc {glibc}; {len(symbols.of_torch(needs))} functions of torch's stable ABI")
-        problems += symbols.problems(needs, zig.GLIBC)
+        for name in MODULES:
+            needs = symbols.read(Path(zipfile.ZipFile(wheel).extract(name, work / "module")))
+            glibc = ".".join(map(str, needs.newest("GLIBC")))
+            print(f"{name}: glibc {glibc}; {len(symbols.of_torch(needs))} functions of torch's stable ABI")
+            problems += symbols.problems(needs, zig.GLIBC)
     if bundled := [name for name in names if name.endswith(".so") and name not in wanted or ".libs/" in name]:
         problems.append(f"it contains libraries: {', '.join(bundled)}")
     if outside := [name for name in names if not name.startswith("internimage")]:
