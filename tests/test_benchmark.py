@@ -273,9 +273,9 @@ def test_models_that_this_package_does_not_have(capsys):
 def test_a_model_of_ours_that_does_not_run_at_a_size_is_told_in_one_line():
     contender = models.Contender("internimage_huge", img_size=47)
     error = "'internimage_huge' does not run at 47 pixels: sides must be multiples of 32"
-    with pytest.raises(timing.BenchmarkError, match=error), models._errors_of(contender):
+    with pytest.raises(timing.BenchmarkError, match=error), models.errors_of(contender):
         raise ValueError("sides must be multiples of 32")
-    with pytest.raises(RuntimeError), models._errors_of(contender):  # a bug
+    with pytest.raises(RuntimeError), models.errors_of(contender):  # a bug
         raise RuntimeError
 
 

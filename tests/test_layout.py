@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "engine": {"layers", "weights", "models", "data"},
     "analysis": {"ops", "layers", "models"},
     "export": {"ops", "models"},
-    "benchmark": {"ops", "layers", "models"},
+    "benchmark": {"ops", "layers", "models", "export"},
     "convert": {"weights", "models"},
     "tasks": {"weights", "models", "data", "engine", "analysis"},
     "cli": {"ops", "weights", "models", "data", "engine", "analysis", "benchmark", "convert", "export", "tasks"},

@@ -42,7 +42,7 @@ TOLERANCE = {"official": 1e-3, "bf16": 0.1}
 
 
 @contextlib.contextmanager
-def _errors_of(contender: Contender) -> Iterator[None]:
+def errors_of(contender: Contender) -> Iterator[None]:
     """Context in which errors of other models become messages; one may not support the image size, for example."""
     try:
         yield
@@ -100,7 +100,7 @@ def check(models: dict[Contender, nn.Module], model: str) -> None:
     """
     logits: dict[Contender, Tensor] = {}
     for contender, module in models.items():
-        with torch.inference_mode(), _errors_of(contender):
+        with torch.inference_mode(), errors_of(contender):
             logits[contender] = module(contender.images(2)).float()
     expected = next(value for c, value in logits.items() if c.ours and c.dtype == "fp32")
     for contender, value in logits.items():
@@ -265,13 +265,13 @@ def timings(
     """For each kind of work, batch size and clock what stands above the table, and the rows."""
     models: dict[Contender, nn.Module] = {}
     for contender in timed:
-        with _errors_of(contender):
+        with errors_of(contender):
             models[contender] = contender.build()
     check(models, model)
     fp32_models = {c: m for c, m in models.items() if c.dtype == "fp32"}
     if training_batch > 0:
         for contender, module in fp32_models.items():
-            with _errors_of(contender):  # before anything is timed
+            with errors_of(contender):  # before anything is timed
                 training_step(module.train(), contender.images(training_batch))()
     phases: list[tuple[str, int, dict[Contender, nn.Module], Callable[[nn.Module, Tensor], Callable[[], Tensor]]]] = [
         ("inference", batch, models, inference) for batch in batches

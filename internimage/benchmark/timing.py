@@ -2,8 +2,8 @@
 """Interleaved rounds of timed calls, facts about the machine, and rows as Markdown tables and CSV files.
 
 All functions to be compared run in turn in one process, round after round, so that a machine that slows down affects
-all of them. Two clocks: the CPU time of one thread, which other processes disturb least, and the wall time of several
-threads, where a round counts only if the rest of the machine was quiet.
+all of them. Other processes disturb CPU time least, of one thread or of a process with one for each runtime; of the
+wall time of several threads, a round counts only if the rest of the machine was quiet.
 """
 
 import csv
@@ -42,11 +42,13 @@ class BenchmarkError(UserError, ValueError):
 class Clock:
     """How calls are timed."""
 
-    name: str  # cpu: time.thread_time of the calling thread; wall: time.perf_counter
+    # cpu: time.thread_time of the calling thread; process: time.process_time, of all threads; wall: time.perf_counter
+    name: str
     threads: int
 
     def __call__(self) -> float:
-        return time.thread_time() if self.name == "cpu" else time.perf_counter()
+        clocks = {"cpu": time.thread_time, "process": time.process_time, "wall": time.perf_counter}
+        return clocks[self.name]()
 
 
 @dataclass
@@ -245,7 +247,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], names: int
 def describe(about: Mapping[str, object]) -> str:
     """One line on how the rows of a table were measured."""
     threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
-    how = f"CPU time of {threads}" if about["clock"] == "cpu" else f"wall time with {threads}"
+    how = f"wall time with {threads}" if about["clock"] == "wall" else f"CPU time of {threads}"
     rounds = f"{about['rounds']} round{'' if about['rounds'] == 1 else 's'}"
     others = float(str(about["others"] or "nan"))
     loud = f", other processes used {others:.2f} cores" if about["clock"] == "wall" else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..benchmark import MODEL_PEERS, OPS_PEERS
 from ..benchmark.deform import LAYERS, benchmark_deform
+from ..benchmark.export import benchmark_export
 from ..benchmark.models import benchmark_models
 from ..benchmark.ops import benchmark_ops
 from ..terminal import say
@@ -67,8 +68,22 @@ def _deform(arguments: argparse.Namespace) -> None:
     )
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    quick = arguments.quick
+    benchmark_export(
+        arguments.models,
+        arguments.peers,
+        [1] if quick else arguments.batches,
+        1 if quick else arguments.rounds,
+        arguments.threads,
+        64 if quick else arguments.img_size,
+        not (quick or arguments.no_aoti),
+        _path(arguments.csv),
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
-    {"ops": _ops, "deform": _deform, "models": _models}[arguments.what](arguments)
+    {"ops": _ops, "deform": _deform, "models": _models, "export": _export}[arguments.what](arguments)
     return 0
 
 

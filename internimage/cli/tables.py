@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from ..benchmark import CORES, MODEL_PEERS, MODELS, OPS_PEERS, THREADS
+from ..benchmark import CORES, EXPORT_PEERS, MODEL_PEERS, MODELS, OPS_PEERS, THREADS
 from ..data.variants import VARIANTS
 from ..dtypes import DTYPE, FILE_DTYPE
 from ..values import Choice, Number, Text, Whole
@@ -348,14 +348,14 @@ _QUICK = Option("--quick", "smoke test: one round with little work")
 _OFFICIAL = Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH")
 
 
-def _benchmark_options(rounds: int) -> tuple[Option, ...]:
+def _benchmark_options(rounds: int, threads: tuple[int, ...] = THREADS) -> tuple[Option, ...]:
     return (
         Option("--rounds", "timed calls per function", Whole(1), default=rounds, excludes=("--quick",)),
         Option(
             "--threads",
             "with how many threads to measure: 1 for its CPU time, more for the wall time of so many",
             Threads(1, CORES),
-            default=THREADS,
+            default=threads,
             nargs="+",
         ),
         Option("--csv", "append the rows to this file", OutputFile(), metavar="FILE"),
@@ -409,6 +409,37 @@ BENCHMARK_MODELS = (
     Option("--no-packed-weights", "time our models without the packed weights of inference"),
     Option("--no-bf16", "do not time bfloat16, which takes minutes on processors without its products"),
     Option("--no-memory", "do not measure peak memory"),
+)
+
+BENCHMARK_EXPORT = (
+    *_benchmark_options(rounds=12, threads=(1,)),
+    Option(
+        "--batches",
+        "images per call, one or more batch sizes",
+        _BATCH,
+        default=(1, 8),
+        nargs="+",
+        excludes=("--quick",),
+    ),
+    # torch.export keeps sides open from 33 pixels on
+    Option("--img-size", "image size", Whole(33, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
+    Option(
+        "--models",
+        "internimage_SIZE, one or more, each to export and to time against the peers",
+        Text(),
+        default=MODELS,
+        metavar="NAME",
+        nargs="+",
+    ),
+    Option(
+        "--peers",
+        "timm models to export to ONNX and to time them against",
+        Text(),
+        default=EXPORT_PEERS,
+        metavar="NAME",
+        nargs="*",
+    ),
+    Option("--no-aoti", "do not time an AOTInductor package, which takes minutes to compile", excludes=("--quick",)),
 )
 
 INFO = (Option("--json", "print JSON"),)

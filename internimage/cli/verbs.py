@@ -252,6 +252,17 @@ BENCHMARKS = (
         """,
         _check_benchmark,
     ),
+    Verb(
+        "export",
+        "Time exported models in their runtimes against eager torch and exported timm models.",
+        tables.BENCHMARK_EXPORT,
+        """
+        internimage benchmark export --quick
+        internimage benchmark export --no-aoti --csv export.csv
+        internimage benchmark export --models internimage_small --peers convnext_small --batches 1
+        """,
+        _check_benchmark,
+    ),
 )
 
 _BENCHMARK_HELP = "Time the operator and the models on this CPU against other implementations."
