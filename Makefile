@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # times slower
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi abi-wheel compilers asan aarch64 cross wheel publish gpu-check gpu-pack clean
+.PHONY: demo test test-machines test-slow timm-contract lint format docs docs-links bench overhead abi abi-wheel compilers asan aarch64 cross deploy-check wheel publish gpu-check gpu-pack clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -93,6 +93,10 @@ aarch64: $(VENV)/.installed-dev
 cross: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet $(ZIG)
 	$(BIN)/python scripts/checks/cross_check.py $(CHECK_ARGS)
+
+# exported files in OpenVINO and onnxruntime, in an environment in build/deploy that has neither torch nor this package
+deploy-check: $(VENV)/.installed-dev
+	$(BIN)/python scripts/checks/deploy_check.py $(CHECK_ARGS)
 
 # builds sdist and wheel in dist/, for every Linux with glibc 2.28 and every Python, and tests each in an empty
 # environment; with CUDA=1 also the CUDA kernels, which must then be buildable, for the glibc of this machine

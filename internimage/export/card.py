@@ -13,6 +13,19 @@ image = np.{example}
 ```
 """
 
+# without the hint OpenVINO computes in bfloat16 on a processor that has it, and is off by a hundredth of the range
+_OPENVINO = """OpenVINO, in float32; without the hint it takes bfloat16 where the processor has it:
+
+```python
+import numpy as np
+import openvino
+
+model = openvino.compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+image = np.{example}
+{outputs} = model({{"image": image}}).values()
+```
+"""
+
 _PROGRAM = """```python
 import torch
 {imports}
@@ -104,38 +117,70 @@ def _outputs(description: Description) -> str:
 
 
 def _code(description: Description, file: str) -> str:
-    names = ", ".join(description.features) or ("probabilities" if description.preprocessed else "logits")
+    if description.format == "onnx":
+        return _ONNX.format(file=file, example=_example(description), outputs=_unpacked(description))
+    names = ", ".join(description.features) or "logits"
     shape = ", ".join(map(str, _shape(description)))
     imports = "import internimage  # its operator\n" if description.operator == "internimage" else ""
-    half = description.dtype == "float16"
-    if description.format == "onnx":
-        outputs = names if description.features else f"({names},)"
-        example = f"zeros(({shape}), np.{'float16' if half else 'float32'})"
-        if description.preprocessed:
-            example = "zeros((1, 480, 640, 3), np.uint8)"
-        return _ONNX.format(file=file, example=example, outputs=outputs)
+    cast = ".half()" if description.dtype == "float16" else ""
     template = _PACKAGE if description.format == "aoti" else _PROGRAM
-    return template.format(file=file, imports=imports, outputs=names, shape=shape, cast=".half()" if half else "")
+    return template.format(file=file, imports=imports, outputs=names, shape=shape, cast=cast)
+
+
+def _example(description: Description) -> str:
+    """The call of numpy that makes an input."""
+    if description.preprocessed:
+        return "zeros((1, 480, 640, 3), np.uint8)"
+    return f"zeros(({', '.join(map(str, _shape(description)))}), np.{description.dtype})"
+
+
+def _unpacked(description: Description) -> str:
+    """What a sequence of the outputs is assigned to."""
+    if description.features:
+        return ", ".join(description.features)
+    return "(probabilities,)" if description.preprocessed else "(logits,)"
 
 
 def _runtimes(description: Description, file: str) -> str:
     if description.format != "onnx":
         needs = "needs `pip install internimage`" if description.operator == "internimage" else "needs torch alone"
         return f"It {needs}; made with torch {description.versions.get('torch', '')}, which a newer one reads."
+    found = []
     if description.operator == "deform-conv":
-        return (
-            "onnxruntime runs DeformConv from 1.25 on, and fast from 1.27 on. TensorRT has it, but slowly and with "
-            "coordinates rounded to half in fp16, and OpenVINO has not: for these export with `--operator grid-sample`."
+        found.append("onnxruntime runs DeformConv from 1.25 on, and fast from 1.27 on.")
+    if description.preprocessed:
+        found.append(
+            "OpenVINO resizes without the antialiasing, without an error, and TensorRT refuses it: for these export "
+            "with `--operator grid-sample` and without `--with-preprocess`."
         )
+    elif description.quantization == "static":
+        found.append(
+            "OpenVINO's answers from int8 activations are further off than onnxruntime's, and TensorRT takes no "
+            "unsigned ones: for these export with `--operator grid-sample` and without `--quantize`."
+        )
+    elif description.operator == "deform-conv":
+        found.append(
+            "TensorRT has it, but slowly and with coordinates rounded to half in fp16, and OpenVINO has not: for these "
+            "export with `--operator grid-sample`."
+        )
+    else:
+        found.append(_OPENVINO.format(file=file, example=_example(description), outputs=_unpacked(description)))
+        if description.quantization:
+            found.append("TensorRT has no dynamic quantization: for it export without `--quantize`.")
+        else:
+            found.append(_tensorrt(description, file))
+    return "\n".join(found)
+
+
+def _tensorrt(description: Description, file: str) -> str:
     channels, height, width = description.input_size
     shapes = f"image:1x{channels}x{height}x{width}"
     dynamic = f" --minShapes={shapes} --optShapes={shapes} --maxShapes=image:8x{channels}x{height}x{width}"
-    precision = "" if description.dtype == "float32" else " --stronglyTyped"
-    return (
-        f"TensorRT (not run where this was made):\n\n```\ntrtexec --onnx={file}{dynamic if description.open else ''}"
-        f"{precision}\n```\n\nOpenVINO:\n\n```python\nimport openvino\n\n"
-        f'model = openvino.compile_model("{file}")\n```'
-    )
+    command = f"trtexec --onnx={file}{dynamic if description.open else ''}"
+    after = "`--noTF32` computes in float32 and not in TF32."
+    if description.dtype != "float32":
+        command, after = f"{command} --stronglyTyped", "TensorRT 11 needs no `--stronglyTyped`."
+    return f"TensorRT (not run where this was made):\n\n```\n{command}\n```\n\n{after}"
 
 
 def _verification(description: Description) -> str:

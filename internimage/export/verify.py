@@ -126,13 +126,33 @@ def verify(
     eager = [_as_list((model if description.dtype == "float32" else exported)(each)) for each in cast]
     if description.quantization:
         return _compare_answers(answers, exact)
+    of_range = _PREPROCESSED if description.preprocessed else _OF_RANGE.get(description.dtype, 1e-2)
+    return compare(answers, eager, exact, [tuple(each.shape) for each in inputs], reference, of_range)
+
+
+def compare(
+    answers: Sequence[Sequence[Tensor]],
+    eager: Sequence[Sequence[Tensor]],
+    exact: Sequence[Sequence[Tensor]],
+    shapes: Sequence[tuple[int, ...]],
+    reference: str = "float64",
+    of_range: float = _OF_RANGE["float32"],
+) -> Verification:
+    """Compare outputs of an exported file with exact ones, by what eager torch is off.
+
+    Args:
+        answers: Of the file: for each input a list of outputs.
+        eager: Of the model in torch, likewise.
+        exact: Of the model in `reference`, likewise.
+        shapes: Of the inputs, for the text.
+        reference: Its name.
+        of_range: Share of the outputs' range within which a file is good in any case.
+    """
     spread = max(float(output.max() - output.min()) for outputs in exact for output in outputs)
     of_file = max(_difference(a, b) for a, b in zip(answers, exact))
     of_eager = max(_difference(a, b) for a, b in zip(eager, exact))
-    of_range = _PREPROCESSED if description.preprocessed else _OF_RANGE.get(description.dtype, 1e-2)
     limit = max(_TIMES_EAGER * of_eager, of_range * spread)
     good = of_file <= limit and all(bool(torch.isfinite(a).all()) for outputs in answers for a in outputs)
-    shapes = [tuple(each.shape) for each in inputs]
     text = (
         f"inputs {' and '.join('x'.join(map(str, shape)) for shape in shapes)}: largest difference to {reference} "
         f"{of_file:.2g}, of eager {of_eager:.2g}, of a range of {spread:.3g}: {'good' if good else 'NOT good'}"
