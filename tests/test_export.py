@@ -152,6 +152,27 @@ def test_a_file_of_standard_operators_with_open_sizes(model, exported):
         assert np.abs(logits - exact.numpy()).max() <= 1e-5 * spread
 
 
+def test_what_is_seen_in_the_file_is_named_by_modules(model, exported):
+    """Nodes by the module that they are of; weights that were not folded as in the state dict; and no lines or paths of
+    the source code, which the exporter writes beside each node."""
+    file = onnx.load(str(exported("default.onnx")))
+    nodes, modules = file.graph.node, {name for name, _ in model.named_modules()}
+    assert len({node.name for node in nodes}) == len(nodes)
+    for node in nodes:
+        module, _, name = node.name.rpartition("/")
+        assert module in modules and re.fullmatch(rf"{node.op_type}(_\d+)?", name)
+        assert all(name in ("", "logits") or name.startswith(f"{node.name}_output") for name in node.output)
+    assert [node.name for node in nodes if node.op_type == "DeformConv"] == [
+        f"levels.{i}.blocks.0.dcn/DeformConv" for i in range(4)
+    ]
+    state = model.state_dict()
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in file.graph.initializer}
+    weights.pop("conv_head.0.weight")  # times the factors of the batch norm after it
+    own = [name for name in weights if "/" not in name and "_input_" not in name]
+    assert len(own) > 20 and all(np.array_equal(weights[name], state[name].numpy()) for name in own)
+    assert b'.py", line ' not in exported("default.onnx").read_bytes()
+
+
 def test_a_model_for_images_of_32_pixels_takes_larger_ones(model, tmp_path):
     """Its last map has one pixel, which must not become a constant: the file is verified at 64 x 32 and 32 x 96."""
     found = export_model(model, data_config(model, 32), "random", tmp_path / "m.onnx", Request("onnx"))

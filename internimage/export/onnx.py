@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """A model as an ONNX file: traced, with readable names, dynamic sizes, and its description inside."""
 
+import ast
 import contextlib
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from .silence import silence
 DEFAULT_OPSET = {"deform-conv": 20, "grid-sample": 18, "": 20}
 _LEAST_OPSET = {"deform-conv": 19, "grid-sample": 18, "": 18}
 _MOST_BYTES = 2 * 10**9  # of a file without external data; protobuf's limit is 2 GiB
+_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's note at a node: the modules that it is in, and its name
+_NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"  # what torch says for a size of the input
 _FOLD = 1 << 40  # bytes: constants of any size are computed before they are stored
 
 
@@ -89,6 +93,8 @@ def trace(model: nn.Module, image: Tensor, operator: str, opset: int, outputs: t
             raise ExportError(f"torch cannot export this model to ONNX opset {opset}: {cause_of(error)}") from error
     assert program is not None
     _fold(program)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    _rename(program.model.graph, own)
     return program
 
 
@@ -97,6 +103,39 @@ def _fold(program: Any) -> None:
     import onnxscript
 
     onnxscript.optimizer.optimize_ir(program.model, input_size_limit=_FOLD, output_size_limit=_FOLD)
+
+
+def _rename(graph: Any, own: set[str]) -> None:
+    """Name nodes by the modules that they are of, and what they compute by the nodes, for those who look at the file.
+
+    The second MatMul of a module "levels.0.blocks.0.dcn" is "levels.0.blocks.0.dcn/MatMul_1", its output
+    "levels.0.blocks.0.dcn/MatMul_1_output"; weights that were folded are "levels.0.blocks.0.dcn/MatMul_1_input_1". What
+    torch has written beside each node goes: lines of source code, with the paths of this machine.
+
+    Args:
+        graph: Of onnx_ir.
+        own: The model's parameters and buffers, which keep their names.
+    """
+    counts: Counter[str] = Counter()
+    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    kept |= {id(value) for name, value in graph.initializers.items() if name in own}
+    for node in graph:
+        scopes = ["", *ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))]
+        scope = scopes[-2]
+        name = f"{scope}/{node.op_type}" if scope and scope != _NO_SCOPE else node.op_type
+        node.name = f"{name}_{counts[name]}" if counts[name] else name
+        counts[name] += 1
+        node.doc_string = None
+        node.metadata_props.clear()
+        several = len(node.outputs) > 1
+        names = [(value, f"{node.name}_output{f'_{i}' if several else ''}") for i, value in enumerate(node.outputs)]
+        names += [(value, f"{node.name}_input_{i}") for i, value in enumerate(node.inputs) if value is not None]
+        for value, name in names:
+            value.metadata_props.clear()
+            if id(value) not in kept:
+                value.name = name
+                kept.add(id(value))
+    graph.metadata_props.clear()
 
 
 def save(program: Any, path: Path, description: Description, external_data: bool) -> None:
