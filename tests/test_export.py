@@ -370,6 +370,31 @@ def test_files_that_cannot_be_taken_back(exported, photos, tmp_path, capsys):
     assert "is an exported file, which evaluate and predict take, and no others" in line
 
 
+@pytest.mark.parametrize(
+    "metadata, words",
+    [
+        ({"device": "cuda"}, "was built for cuda, and exported files are evaluated on the CPU"),
+        ({}, "cannot be read by torch"),  # there is no compiled model in it
+        (None, "says nothing of its model: it was not written by internimage export"),
+        ("{", "is damaged"),
+    ],
+)
+def test_packages_that_cannot_be_taken_back(metadata, words, model, config, photos, tmp_path, capsys):
+    """An AOTInductor package is recognized by its metadata, before its code is loaded, which may need its device."""
+    if isinstance(metadata, dict):
+        device = metadata.get("device", "cpu")
+        text = json.dumps(describe(model, config, "tag", format="aoti", operator="", device=device).properties())
+    else:
+        text = metadata
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data/aotinductor/model/abc.wrapper.so", b"nothing")
+        if text is not None:
+            archive.writestr("m/data/aotinductor/model/abc.wrapper_metadata.json", text)
+    assert words in fails(capsys, "predict", photos, "--model", path)
+    assert words in fails(capsys, "evaluate", "--model", path, "--data", photos, "--workers", "0")
+
+
 def test_an_older_onnxruntime_is_named(exported, monkeypatch):
     class Old:
         __version__, __spec__ = "1.24.4", onnxruntime.__spec__
@@ -525,6 +550,10 @@ def test_a_kill_leaves_a_file_beside_its_own_weights(after, model, config, tmp_p
         ),
         (["--output", "m.onnx", "--quantize", "static", "--calibrate", "none"], "there is no image at 'none'"),
         (["--output", "m.onnx", "--with-preprocess", "--features"], "--with-preprocess has no effect with --features"),
+        (["--output", "m.onnx", "--with-preprocess", "--size", "96"], "--with-preprocess has no effect with --size"),
+        (["--output", "m.onnx", "--decompose"], "--decompose has no effect on ONNX"),
+        (["--output", "m.pt2", "--operator", "deform-conv"], "--operator has no effect on .pt2"),
+        (["--output", "there.onnx/m.onnx"], "'there.onnx/m.onnx' cannot be written to: Not a directory"),
     ],
 )
 def test_bad_input_is_one_line_and_no_file(folder, tmp_path, capsys, monkeypatch, options, words):
@@ -544,6 +573,23 @@ def test_a_missing_package_is_named(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(packages, "version", lambda name: None if name == "onnxscript" else "1")
     line = fails(capsys, "export", "--model", folder, "--output", tmp_path / "m.onnx")
     assert "this needs onnxscript, which is not installed: pip install 'internimage[export]'" in line
+
+
+def test_an_opset_that_the_exporter_does_not_know(monkeypatch):
+    """torch then writes another, without an error."""
+    real = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **options: real(*a, **{**options, "opset_version": 18}))
+    with pytest.raises(ExportError, match="does not know opset 19, and wrote 18: take a lower --opset"):
+        onnx_module.trace(nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8), "", 19, ("maps",), False)
+
+
+def test_a_size_that_the_model_does_not_take(config, tmp_path):
+    """The attentive head halves the last map but one; nothing is traced before this is seen."""
+    model = timm.create_model("internimage_atto", **SMALL, attentive_head=True)
+    request = Request("onnx", size=(64, 48))
+    with pytest.raises(ExportError, match=r"ceil\(side / 16\) is even, got 64 x 48; multiples of 32 always fit"):
+        export_model(model, config, "random", tmp_path / "m.onnx", request)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_that_the_front_does_not_fit(config):

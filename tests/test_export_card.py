@@ -47,4 +47,4 @@ def test_the_runtimes_of_a_file(changes, runtimes, trtexec):
 
 
 def test_a_fixed_size_has_no_profile():
-    assert "trtexec --onnx=m.onnx\n" in text(dynamic=False)
+    assert "trtexec --onnx=m.onnx\n" in text(open=())

@@ -14,6 +14,7 @@ from ..engine.create import pick_device
 from ..export.export import FORMATS, Request, check, export_model
 from ..export.program import LEAST_SIDE
 from ..export.quantize import LEAST_IMAGES
+from ..files import check_writable
 from ..models.attributes import pretrained_cfg
 from ..progress import message
 from ..tasks.classification.predict import find_images, image_mode, preprocess, read_image
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output)
     request = Request(
         format=arguments.format or _format_of(path),
-        operator=arguments.operator,
+        operator=arguments.operator or "deform-conv",
         opset=arguments.opset,
         dtype=arguments.dtype,
         features=arguments.features,
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     check(path, request)
+    check_writable(path)
     images = _find(arguments)
     arguments.dtype = "float32"  # of the model; the file's is the request's
     model, config, _, _ = load_model(arguments)

@@ -309,9 +309,8 @@ EXPORT = (
         (
             Option(
                 "--operator",
-                "how deformable layers are written; grid-sample is for TensorRT and OpenVINO",
+                "how deformable layers are written (default: deform-conv); grid-sample is for TensorRT and OpenVINO",
                 Choice(("deform-conv", "grid-sample")),
-                default="deform-conv",
             ),
             Option("--opset", "opset (default: 20; 18 of grid-sample)", Whole(7, 99)),
             Option("--external-data", "write the weights to a file beside it; always beyond 2 GB"),
@@ -324,7 +323,7 @@ EXPORT = (
                 requires={"--quantize": None},
             ),
             Option("--images", "how many of them", Whole(2), default=128, requires={"--calibrate": None}),
-            Option("--with-preprocess", "images as bytes in, probabilities out", excludes=("--features",)),
+            Option("--with-preprocess", "images as bytes in, probabilities out", excludes=("--features", "--size")),
         ),
     ),
     Group(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import operator_form
 from .description import Description, ExportError, cause_of
-from .packages import required
+from .packages import required, version
 from .silence import silence
 
 DEFAULT_OPSET = {"deform-conv": 20, "grid-sample": 18, "": 20}
@@ -92,6 +92,11 @@ def trace(model: nn.Module, image: Tensor, operator: str, opset: int, outputs: t
         except Exception as error:  # torch's own errors have no common type
             raise ExportError(f"torch cannot export this model to ONNX opset {opset}: {cause_of(error)}") from error
     assert program is not None
+    if (written := program.model.opset_imports.get("")) != opset:  # without an error, at one that it does not know
+        raise ExportError(
+            f"the exporter of torch {torch.__version__} and onnxscript {version('onnxscript')} does not know opset "
+            f"{opset}, and wrote {written}: take a lower --opset, or update them"
+        )
     _fold(program)
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     _rename(program.model.graph, own)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,24 @@ def _open_exported_program(file: Path) -> tuple[Description, Any]:
 
 
 def _open_package(file: Path) -> tuple[Description, Any]:
+    description = Description.from_properties(_package_properties(file), str(file))
+    if description.device and description.device != "cpu":  # before it is loaded, which may need its device
+        raise ExportError(f"'{file}' was built for {description.device}, and exported files are evaluated on the CPU")
     os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"  # else a wrong shape is answered from foreign memory
     try:
-        package = torch._inductor.aoti_load_package(str(file))
+        with silence():
+            package = torch._inductor.aoti_load_package(str(file))
     except Exception as error:  # torch's own errors have no common type
         raise ExportError(f"'{file}' cannot be read by torch {torch.__version__}: {cause_of(error)}") from error
-    description = Description.from_properties(package.loader.get_metadata(), str(file))
-    if description.device and description.device != "cpu":
-        raise ExportError(f"'{file}' was built for {description.device}, and exported files are evaluated on the CPU")
     return description, torch.no_grad()(package)
+
+
+def _package_properties(file: Path) -> dict[str, str]:
+    """The metadata of an AOTInductor package: a file of JSON beside the compiled model."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("_metadata.json")), None)
+            found = {} if name is None else json.loads(archive.read(name))
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"'{file}' is damaged: {cause_of(error)}") from error
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}

@@ -7,7 +7,15 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-_LOGGERS = "", "torch.onnx", "torch.export", "onnxscript", "onnx_ir"  # the first is the root
+_LOGGERS = (
+    "",
+    "torch.onnx",
+    "torch.export",
+    "torch._inductor",
+    "torch.utils",
+    "onnxscript",
+    "onnx_ir",
+)  # the first is the root
 
 
 @contextlib.contextmanager
