@@ -28,8 +28,8 @@ INSTALLED = importlib.util.find_spec("onnx") is not None and importlib.util.find
 if sys.version_info < (3, 11) or not (INSTALLED or os.environ.get("INTERNIMAGE_FAIL_ON_SKIP")):
     # onnxruntime has DeformConv since 1.25, which is not for Python 3.10. Neither is in the folder of `make gpu-pack`
     collect_ignore = [
-        *("test_export.py", "test_export_environment.py", "test_export_names.py", "test_export_tensorrt.py"),
-        *("test_onnx_forms.py", "test_onnx_models.py"),
+        *("test_export.py", "test_export_environment.py", "test_export_names.py", "test_export_package.py"),
+        *("test_export_tensorrt.py", "test_onnx_forms.py", "test_onnx_models.py"),
     ]
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
