@@ -16,7 +16,9 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import views
 from PIL import Image
+from test_onnx_models import HUGE
 from torch import nn
 
 from internimage.cli import main
@@ -182,6 +184,18 @@ def test_a_model_for_images_of_32_pixels_takes_larger_ones(model, tmp_path):
     with torch.no_grad():
         exact = small_model().double()(image.double()).numpy()
     assert np.abs(run(tmp_path / "m.onnx", image)[0] - exact).max() <= 1e-5 * np.ptp(exact)
+
+
+def test_what_is_traced_is_of_a_size_that_the_model_takes():
+    """The attentive head needs an even number of sixteenths, rounded up: 4 of 50 pixels are, and 7 of 100 are not."""
+    attentive = views.model("internimage_atto", **HUGE)
+    for height, width in ((50, 50), (32, 64), (224, 160)):
+        sides = export_module._large_enough(attentive, height, width)
+        assert min(sides) >= 64 and sides[0] * width == sides[1] * height and not sides[0] % height
+        attentive.check_image_size(*sides)
+    with pytest.raises(ValueError):
+        attentive.check_image_size(100, 100)
+    assert export_module._large_enough(nn.Identity(), 32, 96) == (64, 192)
 
 
 def test_the_file_explains_itself(model, exported, config):
@@ -465,6 +479,29 @@ def test_a_full_disk_leaves_what_was_there(model, config, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"] and (tmp_path / "m.pt2").read_bytes() == b"old"
 
 
+def test_a_full_disk_is_an_error_while_torch_writes(model, config, tmp_path):
+    """torch alone would end the process."""
+    resource = pytest.importorskip("resource", reason="needs Unix's limits")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # bytes of a file; the model has 1.8 million
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export_model(model, config, "random", tmp_path / "m.pt2", Request("pt2", dynamic=False, verify=False))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_have_no_paths_of_this_machine(exported):
+    for name in ("default.onnx", "ours.pt2"):
+        path = exported(name)
+        whole = path.read_bytes()
+        if name.endswith(".pt2"):
+            with zipfile.ZipFile(path) as archive:
+                whole = b"".join(map(archive.read, archive.namelist()))
+        assert b"site-packages" not in whole and b"internimage/layers" not in whole
+
+
 def test_the_weights_of_an_earlier_file_do_not_stay_beside_a_new_one(model, config, tmp_path):
     for name in ("m.pt2", "m.pt2.0123abcd.data", "m.pt2.md", "m.pt2.mine.data"):
         (tmp_path / name).write_bytes(b"old")
@@ -483,7 +520,7 @@ class Killed(BaseException):
 def writer(number):
     """Instead of tracing a model: an ONNX file whose external data are one number."""
 
-    def write(traced, staged, description, *_):
+    def write(model, traced, staged, description, *_):
         data = np.full(256, number, np.float32).tobytes()  # raw: other numbers stay in the file
         weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [256], data, raw=True)
         node = onnx.helper.make_node("Identity", ["w"], ["logits"])

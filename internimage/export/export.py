@@ -144,7 +144,7 @@ def export_model(
     parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(parent) as folder:
         staged = folder / path.name
-        exported = _write(traced, staged, description, request, calibration)
+        exported = _write(model, traced, staged, description, request, calibration)
         found = None
         if request.verify:
             found = _verified(model, traced, exported, staged, description, request, calibration)
@@ -216,28 +216,39 @@ def _batch(description: Description) -> int:
     return _OPEN_BATCH if description.open else _FIXED_BATCH
 
 
-def _example(description: Description) -> Tensor:
+def _example(model: nn.Module, description: Description) -> Tensor:
     batch = _batch(description)
     if description.preprocessed:
         _, height, width = description.input_size
         return torch.zeros(batch, height + 32, width + 64, 3, dtype=torch.uint8)
     channels, height, width = description.input_size
     if description.format == "onnx" and description.open:
-        height, width = _large_enough(height), _large_enough(width)
+        height, width = _large_enough(model, height, width)
     return torch.zeros(batch, channels, height, width, dtype=getattr(torch, description.dtype))
 
 
-def _large_enough(side: int) -> int:
-    """A multiple of a side that is large enough to be open: where the last map, 32 times smaller, has one pixel, the
-    exporter takes that for fixed."""
-    return side * max(1, -(-_LEAST_OPEN_SIDE // side))
+def _large_enough(model: nn.Module, height: int, width: int) -> tuple[int, int]:
+    """Multiples of sides that a model takes, large enough to be open: where the last map, 32 times smaller, has one
+    pixel, the exporter takes that for fixed."""
+    for times in range(-(-_LEAST_OPEN_SIDE // min(height, width)), _LEAST_OPEN_SIDE):
+        try:
+            check_image_size(model, times * height, times * width)
+        except ValueError:
+            continue
+        return times * height, times * width
+    return height, width
 
 
 def _write(
-    traced: nn.Module, staged: Path, description: Description, request: Request, calibration: Sequence[Tensor]
+    model: nn.Module,
+    traced: nn.Module,
+    staged: Path,
+    description: Description,
+    request: Request,
+    calibration: Sequence[Tensor],
 ) -> Any:
     """Trace the model and write the file; returns the traced program."""
-    image = _example(description)
+    image = _example(model, description)
     if request.format == "onnx":
         outputs = description.features or ("probabilities" if description.preprocessed else "logits",)
         found = onnx.trace(traced, image, description.operator, description.opset, outputs, bool(description.open))

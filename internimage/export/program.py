@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A model as a file of torch.export, or as an AOTInductor package."""
 
+import io
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -57,6 +58,9 @@ def trace(
             program = torch.export.export(model, (image,), dynamic_shapes=(shapes,), strict=False)
             if decompositions:
                 program = program.run_decompositions(decompositions)
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # lines of source code, with the paths of this machine
     except Exception as error:  # torch's own errors have no common type
         raise ExportError(f"torch cannot export this model: {cause_of(error)}") from error
     return program
@@ -68,10 +72,32 @@ def own_operators(program: ExportedProgram) -> list[str]:
     return sorted(name for name in names if name.startswith("internimage."))
 
 
+class _File(io.FileIO):
+    """A file whose first error is kept: where a write fails, such as on a full disk, torch would end the process."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while self.error is None and rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+
 def save(program: ExportedProgram, path: Path, description: Description) -> None:
-    """Write a program with its description."""
-    with silence():
-        torch.export.save(program, str(path), extra_files={EXTRA_FILE: json.dumps(description.properties())})
+    """Write a program with its description.
+
+    Raises:
+        OSError: The disk is full, for example.
+    """
+    with silence(), _File(str(path), "w+") as file:
+        torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(description.properties())})
+    if file.error is not None:
+        raise file.error
 
 
 def save_package(program: ExportedProgram, path: Path, description: Description) -> None:
