@@ -87,14 +87,14 @@ def packages() -> str:
     picture.box(20, 156, 128, height, "data", "images, datasets")
     picture.box(184, 156, 128, height, "engine", "steps, checkpoints")
     picture.arrow((184, 179), (150, 179))
-    for x, title, *lines in (
-        (328, "analysis", "where layers", "sample"),
-        (436, "benchmark", "times and", "memory"),
-        (544, "convert", "folders for", "the Hub"),
-    ):
+    for x, title, *lines in ((328, "analysis", "where layers", "sample"), (544, "convert", "folders for", "the Hub")):
         picture.box(x, 88, 96, 114, title, *lines)
         picture.arrow((x + 48, 66), (x + 48, 86))
         picture.arrow((x + 48, 202), (x + 48, 222))
+    picture.box(436, 88, 96, height, "benchmark", "times, memory")
+    picture.box(436, 156, 96, height, "export", "ONNX, .pt2")
+    for y in (66, 134, 202):
+        picture.arrow((484, y), (484, y + 20))
     picture.arrow((312, 111), (327, 111))
     picture.arrow((166, 66), (166, 86))
     picture.arrow((84, 134), (84, 154))
