@@ -28,8 +28,9 @@ MAY_IMPORT = {
 }
 # modules that the command line imports before it has checked its arguments
 WITHOUT_TORCH = [
-    "internimage.cli.verbs", "internimage.cli.tables", "internimage.cli.options", "internimage.config",
-    "internimage.values", "internimage.dtypes", "internimage.errors", "internimage.malloc", "internimage.terminal",
+    "internimage.cli.verbs", "internimage.cli.tables", "internimage.cli.benchmark_tables", "internimage.cli.options",
+    "internimage.config", "internimage.values", "internimage.dtypes", "internimage.errors", "internimage.malloc",
+    "internimage.terminal",
     "internimage.engine.config", "internimage.data.variants", "internimage.tasks.classification.config",
 ]  # fmt: skip
 HEAVY = ["torch", "timm", "torchvision", "PIL", "numpy", "huggingface_hub", "safetensors"]

@@ -29,18 +29,7 @@ from . import EXPORT_PEERS as PEERS
 from . import MODELS, models
 from .contender import Contender, inference
 from .models import Row, errors_of, table
-from .timing import (
-    HOW,
-    BenchmarkError,
-    Clock,
-    Times,
-    append_csv,
-    check_csv,
-    describe,
-    facts,
-    interleave,
-    significant,
-)
+from .timing import HOW, BenchmarkError, Clock, Times, append_csv, check_csv, describe, facts, interleave, significant
 
 Bind = Callable[[Tensor], Callable[[], Tensor]]  # images -> a function that computes their logits
 Load = Callable[[Path, int], Bind]  # file, number of threads
@@ -119,10 +108,10 @@ def _onnx(**arguments: Any) -> Request:
     return Request("onnx", verify=False, **arguments)
 
 
-_DEFORM_CONV, _GRID_SAMPLE = "onnxruntime DeformConv", "onnxruntime GridSample"
+_DEFORM_CONV = "onnxruntime DeformConv"
 WAYS = (
     Way(_DEFORM_CONV, "fp32", _onnx(), _onnxruntime),
-    Way(_GRID_SAMPLE, "fp32", _onnx(operator="grid-sample"), _onnxruntime),
+    Way("onnxruntime GridSample", "fp32", _onnx(operator="grid-sample"), _onnxruntime),
     Way(_DEFORM_CONV, "int8 dynamic", _onnx(quantize="dynamic"), _onnxruntime),
     Way(_DEFORM_CONV, "int8 static", _onnx(quantize="static"), _onnxruntime),
     Way(_DEFORM_CONV, "fp16", _onnx(dtype="float16"), _onnxruntime),
@@ -179,19 +168,15 @@ class _Files:
             module = Contender(model, img_size=self.img_size).build()
             config = timm.data.resolve_model_data_config(module)
             config["input_size"] = (config["input_size"][0], self.img_size, self.img_size)
-            start = _cpu_seconds()
+            before = sum(os.times()[:4])  # user and system time, of child processes too
             export_model(module, config, "random", path, request, self._calibration(request))
-            self.written[key] = path, _cpu_seconds() - start
+            self.written[key] = path, sum(os.times()[:4]) - before
         return *self.written[key], new
 
     def _calibration(self, request: Request) -> list[Tensor]:
         number = _CALIBRATION if request.quantize == "static" else 0
         generator = torch.Generator().manual_seed(3)
         return [torch.randn(1, 3, self.img_size, self.img_size, generator=generator) for _ in range(number)]
-
-
-def _cpu_seconds() -> float:
-    return sum(os.times()[:4])
 
 
 @contextlib.contextmanager
@@ -411,5 +396,5 @@ def timings(
                 functions = {timed: bind(images) for timed, bind in binds.items()}
                 times = interleave(functions, rounds, clock, settle=False, name=f"{model} export")
                 entries = rows(times, model, batch, img_size, _facts(clock, times))
-                runtime = f"onnxruntime {entries[0]['onnxruntime']}"
-                yield f"inference, batch {batch}, {img_size} px: {describe(entries[0])}, {runtime}\n{HOW}", entries
+                how = f"{describe(entries[0])}, onnxruntime {entries[0]['onnxruntime']}"
+                yield f"inference, batch {batch}, {img_size} px: {how}\n{HOW}", entries

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The options of each verb, with their types and ranges, and which have no effect with or without others."""
+"""The options of each verb, with their types and ranges, and which have no effect with or without others.
+
+Those of benchmarks are in `benchmark_tables.py`.
+"""
 
 import dataclasses
 
-from ..benchmark import CORES, EXPORT_PEERS, MODEL_PEERS, MODELS, OPS_PEERS, THREADS
 from ..data.variants import VARIANTS
 from ..dtypes import DTYPE, FILE_DTYPE
 from ..values import Choice, Number, Text, Whole
-from .options import Group, KeyValue, Option, OutputFile, PictureFile, Pixel, Sides, Size, Threads, WordOr, Words
+from .options import Group, KeyValue, Option, OutputFile, PictureFile, Pixel, Sides, Size, WordOr, Words
 
 _BATCH, _WORKERS, _PIXELS, _CLASSES = Whole(1), Whole(0, 1024), Whole(1, 16384), Whole(1, 10**7)
 _HUB_NAME = Text(r"[\w.-]+/[\w.-]+", "OWNER/NAME")
@@ -339,106 +341,6 @@ PUSH = (
     Option("--private", "create a new repository as private"),
     Option("--message", "commit message", Text(), default="", metavar="TEXT"),
     Option("--dry-run", "print what would be uploaded, and upload nothing"),
-)
-
-_QUICK = Option("--quick", "smoke test: one round with little work")
-
-
-_OFFICIAL = Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH")
-
-
-def _benchmark_options(rounds: int, threads: tuple[int, ...] = THREADS) -> tuple[Option, ...]:
-    return (
-        Option("--rounds", "timed calls per function", Whole(1), default=rounds, excludes=("--quick",)),
-        Option(
-            "--threads",
-            "with how many threads to measure: 1 for its CPU time, more for the wall time of so many",
-            Threads(1, CORES),
-            default=threads,
-            nargs="+",
-        ),
-        Option("--csv", "append the rows to this file", OutputFile(), metavar="FILE"),
-        _QUICK,
-    )
-
-
-BENCHMARK_OPS = (
-    _OFFICIAL,
-    *_benchmark_options(rounds=9),
-    Option("--batch", "images per call", _BATCH, default=8, excludes=("--quick",)),
-    Option("--peers", "implementations to time", Choice(OPS_PEERS), default=OPS_PEERS, nargs="*"),
-)
-
-BENCHMARK_DEFORM = (
-    *_benchmark_options(rounds=9),
-    Option("--batch", "images per call of a layer", _BATCH, default=4, excludes=("--quick",)),
-    Option("--no-models", "time the layers alone, not a whole model"),
-    Option("--no-memory", "do not measure peak memory", excludes=("--no-models",)),
-)
-
-BENCHMARK_MODELS = (
-    _OFFICIAL,
-    *_benchmark_options(rounds=7),
-    Option(
-        "--batches",
-        "images per call of inference, one or more batch sizes",
-        _BATCH,
-        default=(8, 1),
-        nargs="+",
-        excludes=("--quick",),
-    ),
-    Option("--training-batch", "images per training step; 0 skips training", Whole(0), default=4),
-    Option("--img-size", "image size", Whole(32, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
-    Option(
-        "--models",
-        "internimage_SIZE, one or more, each to time against the peers",
-        Text(),
-        default=MODELS,
-        metavar="NAME",
-        nargs="+",
-    ),
-    Option(
-        "--peers",
-        "models to time them against: official, and names of timm models",
-        Text(),
-        default=MODEL_PEERS,
-        metavar="NAME",
-        nargs="*",
-    ),
-    Option("--no-packed-weights", "time our models without the packed weights of inference"),
-    Option("--no-bf16", "do not time bfloat16, which takes minutes on processors without its products"),
-    Option("--no-memory", "do not measure peak memory"),
-)
-
-BENCHMARK_EXPORT = (
-    *_benchmark_options(rounds=12, threads=(1,)),
-    Option(
-        "--batches",
-        "images per call, one or more batch sizes",
-        _BATCH,
-        default=(1, 8),
-        nargs="+",
-        excludes=("--quick",),
-    ),
-    # torch.export keeps sides open from 33 pixels on
-    Option("--img-size", "image size", Whole(33, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
-    Option(
-        "--models",
-        "internimage_SIZE, one or more, each to export and to time against the peers",
-        Text(),
-        default=MODELS,
-        metavar="NAME",
-        nargs="+",
-    ),
-    Option(
-        "--peers",
-        "timm models to export to ONNX and to time them against",
-        Text(),
-        default=EXPORT_PEERS,
-        metavar="NAME",
-        nargs="*",
-    ),
-    Option("--no-aoti", "do not time an AOTInductor package, which takes minutes to compile", excludes=("--quick",)),
 )
 
 INFO = (Option("--json", "print JSON"),)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The verbs of the command line: their help, and checks of combinations of options.
 
-`tables.py` has the options of each verb. What a verb does is in the module of its name, which is imported after the
-arguments have been checked.
+`tables.py` and `benchmark_tables.py` have the options of each verb. What a verb does is in the module of its name, which
+is imported after the arguments have been checked.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ..config import load_config, split_arguments
 from ..engine.config import settings_of
 from ..tasks.classification.config import FinetuneConfig
 from ..values import Number, Whole
-from . import tables
+from . import benchmark_tables, tables
 from .options import Group, Option, Parser, UsageError, add_options
 
 # ---- checks of combinations, beyond those of the tables
@@ -229,7 +229,7 @@ BENCHMARKS = (
     Verb(
         "ops",
         "Time DCNv3 against the reference, torchvision and the official function.",
-        tables.BENCHMARK_OPS,
+        benchmark_tables.OPS,
         """
         internimage benchmark ops
         internimage benchmark ops --official ../InternImage --rounds 21 --csv ops.csv
@@ -239,7 +239,7 @@ BENCHMARKS = (
     Verb(
         "deform",
         "Time deformable convolution v2 and a ResNet-50 that has it against torchvision's operator.",
-        tables.BENCHMARK_DEFORM,
+        benchmark_tables.DEFORM,
         """
         internimage benchmark deform --quick
         internimage benchmark deform --threads 1 --csv deform.csv
@@ -249,7 +249,7 @@ BENCHMARKS = (
     Verb(
         "models",
         "Time models of this package against the official ones and timm models.",
-        tables.BENCHMARK_MODELS,
+        benchmark_tables.MODELS,
         """
         internimage benchmark models --quick
         internimage benchmark models --peers convnext_tiny --batches 1 16 --threads 1 --no-memory
@@ -260,7 +260,7 @@ BENCHMARKS = (
     Verb(
         "export",
         "Time exported models in their runtimes against eager torch and exported timm models.",
-        tables.BENCHMARK_EXPORT,
+        benchmark_tables.EXPORT,
         """
         internimage benchmark export --quick
         internimage benchmark export --no-aoti --csv export.csv
