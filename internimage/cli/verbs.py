@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The verbs of the command line: their help, and checks of combinations of options.
 
-`tables.py` and `benchmark_tables.py` have the options of each verb. What a verb does is in the module of its name, which
-is imported after the arguments have been checked.
+`tables.py` and `benchmark_tables.py` have the options of each verb. What a verb does is in the module of its name,
+which is imported after the arguments have been checked.
 """
 
 import argparse
