@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": {"models"},
     "engine": {"layers", "weights", "models", "data"},
     "analysis": {"ops", "layers", "models"},
-    "export": {"ops", "models"},
+    "export": {"ops", "layers", "models"},
     "benchmark": {"ops", "layers", "models", "export"},
     "convert": {"weights", "models"},
     "tasks": {"weights", "models", "data", "engine", "analysis"},

@@ -16,7 +16,7 @@ from internimage import ops  # noqa: F401  (defines the operators)
 from internimage.extension import has_kernel
 from internimage.layers import conv as conv_module
 from internimage.layers.conv import Conv2d
-from internimage.layers.packing import Snapshot, set_weight_packing
+from internimage.layers.packing import Snapshot, set_weight_packing, weights_not_packed
 from internimage.ops import onednn
 
 needs_kernel = pytest.mark.skipif(not has_kernel("fingerprint", "cpu"), reason="needs the compiled CPU kernels")
@@ -206,6 +206,14 @@ def test_turning_packing_off(conv):
     assert_close(conv(x), expected, 1e-6)
     assert conv._packed is None
     set_weight_packing(conv, True)
+    assert torch.equal(conv(x), expected)
+    other = Conv2d(6, 6, 3).eval()
+    set_weight_packing(other, False)
+    with pytest.raises(KeyError), weights_not_packed(nn.ModuleList([conv, other])):
+        conv(x)
+        assert conv._packed is None
+        raise KeyError
+    assert conv.pack_weights and not other.pack_weights
     assert torch.equal(conv(x), expected)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import one_line
+from ..layers.packing import weights_not_packed
 from ..models.parts import check_image_size
 from .description import Description, ExportError, VerificationError
 
@@ -121,9 +122,13 @@ def verify(
     dtype = next((parameter.dtype for parameter in exported.parameters()), torch.float32)
     cast = [each.to(dtype) if each.is_floating_point() else each for each in inputs]
     answers = run_in_another_process(file, cast, description.operator == "internimage")
-    exact, reference = _reference(model, inputs)
-    # in float32 it is the model itself: what was traced is what is in question
-    eager = [_as_list((model if description.dtype == "float32" else exported)(each)) for each in cast]
+    in_float32 = description.dtype == "float32"
+    with weights_not_packed(model), weights_not_packed(exported):  # packed ones would take the memory of the weights
+        exact, reference = _reference(model, inputs)
+        # in float32 it is the model itself: what was traced is what is in question
+        eager = exact
+        if not (in_float32 and reference == "float32"):
+            eager = [_as_list((model if in_float32 else exported)(each)) for each in cast]
     if description.quantization:
         return _compare_answers(answers, exact)
     of_range = _PREPROCESSED if description.preprocessed else _OF_RANGE.get(description.dtype, 1e-2)

@@ -7,7 +7,8 @@ quarters for few. The copies take as much memory as the weights. They are made i
 dropped by `train()` and `to()`, and neither copied nor saved with a model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -80,3 +81,15 @@ def set_weight_packing(model: nn.Module, enabled: bool) -> None:
         if isinstance(module, PacksWeights):
             module.pack_weights = enabled
             module.clear_packed()
+
+
+@contextmanager
+def weights_not_packed(model: nn.Module) -> Iterator[None]:
+    """Context in which no layer of a model keeps packed weights; afterwards they are kept or not as before."""
+    before = [(module, module.pack_weights) for module in model.modules() if isinstance(module, PacksWeights)]
+    set_weight_packing(model, False)
+    try:
+        yield
+    finally:
+        for module, enabled in before:
+            module.pack_weights = enabled
