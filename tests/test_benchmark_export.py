@@ -81,8 +81,9 @@ def check_rows(path, ways):
     assert len(value) == len(rows) and all(found > 0 for key, found in value.items() if key[0] != "export")
     written = {*((f"{ATTO}, {runtime}", dtype) for runtime, dtype in ways), (f"{PEER}, onnxruntime", "fp32")}
     eager = {(f"{ATTO}, eager", "fp32"), (f"{ATTO}, eager", "bf16"), (f"{PEER}, eager", "fp32")}
-    for what in ("file", "export"):
-        assert {key[1:3] for key in value if key[0] == what} == written
+    for what in ("file", "export"):  # OpenVINO reads a file of onnxruntime's
+        files = {(who, dtype) for who, dtype in written if "OpenVINO" not in who}
+        assert {key[1:3] for key in value if key[0] == what} == files
     for of in ("min", "median"):
         speeds = {key[1:3]: found for key, found in value.items() if key[0] == "inference" and key[3] == of}
         assert {key for key in speeds if "/" not in key[0]} == written | eager
@@ -118,9 +119,9 @@ def test_it_runs_with_every_file(tmp_path, capsys):
     rows = check_rows(path, there)
     size = {(row["who"], row["dtype"]): float(row["value"]) for row in rows if row["what"] == "file"}
     whole = size[f"{ATTO}, onnxruntime DeformConv", "fp32"]
-    # half as many bits, and a quarter, and the graph, which is 0.3 MB
-    for dtype, share in (("fp16", 1 / 2), ("int8 dynamic", 1 / 4)):
-        assert size[f"{ATTO}, onnxruntime DeformConv", dtype] == pytest.approx(share * whole, rel=0.6)
+    # half as many bits, and a quarter but for convolutions; and the graph, a twentieth
+    for dtype, least, most in (("fp16", 1 / 2, 3 / 5), ("int8 dynamic", 1 / 4, 1 / 2)):
+        assert least < size[f"{ATTO}, onnxruntime DeformConv", dtype] / whole < most
 
 
 def test_ratios():
