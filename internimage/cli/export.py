@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     calibration = _calibration(images, config) if images else []
     found = export_model(model.to(device), config, str(source), path, request, calibration)
     for file in found.files:
-        say(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+        size = file.stat().st_size
+        say(f"{file}: {size / 2**20:.1f} MiB" if size >= 2**20 else f"{file}: {size / 2**10:.1f} KiB")
     if found.description.open == ("batch",):
         fixed = " x ".join(map(str, found.description.input_size[1:]))
         say(f"sides are fixed at {fixed}: torch.export keeps them open from {LEAST_SIDE} pixels on")
