@@ -230,7 +230,7 @@ def _example(model: nn.Module, description: Description) -> Tensor:
 def _large_enough(model: nn.Module, height: int, width: int) -> tuple[int, int]:
     """Multiples of sides that a model takes, large enough to be open: where the last map, 32 times smaller, has one
     pixel, the exporter takes that for fixed."""
-    for times in range(-(-_LEAST_OPEN_SIDE // min(height, width)), _LEAST_OPEN_SIDE):
+    for times in range(-(-_LEAST_OPEN_SIDE // min(height, width)), 2 * _LEAST_OPEN_SIDE):
         try:
             check_image_size(model, times * height, times * width)
         except ValueError:
