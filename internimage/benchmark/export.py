@@ -28,7 +28,7 @@ from ..progress import message
 from . import EXPORT_PEERS as PEERS
 from . import MODELS, models
 from .contender import Contender, inference
-from .models import Row, errors_of, table
+from .models import Row, check_names, compare_logits, errors_of, table
 from .timing import HOW, BenchmarkError, Clock, Times, append_csv, check_csv, describe, facts, interleave, significant
 
 Bind = Callable[[Tensor], Callable[[], Tensor]]  # images -> a function that computes their logits
@@ -236,13 +236,7 @@ def check(binds: dict[Timed, Bind], images: Tensor) -> None:
         with _named(timed):
             logits = bind(images)().float()
         right = expected.setdefault(timed.model, logits)  # eager torch in float32 is the first of each model
-        deviation = ((logits - right).abs().max() / right.abs().max()).item()
-        allowed = TOLERANCE[timed.dtype]
-        if not deviation <= allowed:  # also NaN
-            raise BenchmarkError(
-                f"{timed.who} {timed.dtype}: the logits deviate from eager float32 by {deviation:.1e} of the largest, "
-                f"allowed {allowed:.0e}; the times would not be comparable"
-            )
+        compare_logits(f"{timed.who} {timed.dtype}", logits, right, "eager float32", TOLERANCE[timed.dtype])
 
 
 # ---- rows
@@ -253,6 +247,11 @@ COLUMNS = [*models.COLUMNS, "onnx", "onnxruntime", "openvino"]
 def _facts(clock: Clock, times: Times[Any] | None = None) -> Row:
     versions = {name: version(name) or "none" for name in ("onnx", "onnxruntime", "openvino")}
     return {**facts(clock, times), **versions}
+
+
+def _row(values: Row) -> Row:
+    """A row with its columns in order, and its value rounded."""
+    return {column: values[column] for column in COLUMNS} | {"value": significant(values["value"])}
 
 
 def rows(times: Times[Timed], model: str, batch: int, img_size: int, about: Row) -> list[Row]:
@@ -270,8 +269,7 @@ def rows(times: Times[Timed], model: str, batch: int, img_size: int, about: Row)
         def add(timed: Timed, who: str, dtype: str, value: float, unit: str, of: str = how) -> None:
             named = {"what": "inference", "who": who, "dtype": dtype, "batch": batch, "img_size": img_size, "of": of}
             format = "channels_last" if timed.channels_last else "default"
-            row = {**named, "value": significant(value), "unit": unit, "memory_format": format, **about}
-            result.append({column: row[column] for column in COLUMNS})
+            result.append(_row({**named, "value": value, "unit": unit, "memory_format": format, **about}))
 
         for seconds, timed in fastest.values():
             add(timed, timed.who, timed.dtype, batch / seconds, "images/s")
@@ -294,26 +292,13 @@ def file_rows(written: dict[Timed, tuple[float, float]], img_size: int, about: R
     for timed, values in written.items():
         named = {"who": timed.who, "dtype": timed.dtype, "batch": "", "img_size": img_size, "of": "once"}
         for what, unit, value in zip(("file", "export"), ("MiB", "s"), values):
-            row = {
-                "what": what,
-                **named,
-                "value": significant(value),
-                "unit": unit,
-                "memory_format": "default",
-                **about,
-            }
-            result.append({column: row[column] for column in COLUMNS})
+            result.append(
+                _row({"what": what, **named, "value": value, "unit": unit, "memory_format": "default", **about})
+            )
     return result
 
 
 # ---- the benchmark
-
-
-def check_names(own: Sequence[str], peers: Sequence[str]) -> None:
-    """Like `models.check_names`, without the official models."""
-    if unknown := [name for name in peers if not timm.is_model(name)]:
-        raise BenchmarkError(f"timm has no model {', '.join(map(repr, unknown))}; --peers takes timm models")
-    models.check_names(own, peers, None)
 
 
 def benchmark_export(
@@ -350,7 +335,7 @@ def benchmark_export(
             of rows has other columns.
     """
     required("onnx", "onnxscript", "onnxruntime")
-    check_names(models, peers)
+    check_names(models, peers, None, has_official=False)
     if csv is not None:
         check_csv(csv, COLUMNS)
     ways = [way for way in WAYS if aoti or way.request.format != "aoti"]

@@ -56,8 +56,8 @@ def errors_of(contender: Contender) -> Iterator[None]:
         raise BenchmarkError(f"'{contender.who}' does not run at {size}: {reason}") from error
 
 
-def check_names(models: Sequence[str], peers: Sequence[str], checkout: Path | None) -> None:
-    """Check that there are all models.
+def check_names(models: Sequence[str], peers: Sequence[str], checkout: Path | None, has_official: bool = True) -> None:
+    """Check that there are all models; `has_official`: whether "official" may be a peer.
 
     Raises:
         BenchmarkError: This package has no such model, or timm no such peer; a model is its own peer; or "official" is
@@ -70,10 +70,9 @@ def check_names(models: Sequence[str], peers: Sequence[str], checkout: Path | No
         )
     if same := [name for name in models if name in peers]:
         raise BenchmarkError(f"'{same[0]}' is among both --models and --peers: omit it from one of them")
-    if unknown := [name for name in peers if name != "official" and not timm.is_model(name)]:
-        raise BenchmarkError(
-            f"timm has no model {', '.join(map(repr, unknown))}; --peers takes 'official' and timm models"
-        )
+    if unknown := [name for name in peers if not (has_official and name == "official") and not timm.is_model(name)]:
+        taken = "'official' and timm models" if has_official else "timm models"
+        raise BenchmarkError(f"timm has no model {', '.join(map(repr, unknown))}; --peers takes {taken}")
     if "official" in peers and checkout is None:
         raise BenchmarkError(NO_CHECKOUT)
 
@@ -105,13 +104,19 @@ def check(models: dict[Contender, nn.Module], model: str) -> None:
     expected = next(value for c, value in logits.items() if c.ours and c.dtype == "fp32")
     for contender, value in logits.items():
         if contender.model == model:
-            deviation = ((value - expected).abs().max() / expected.abs().max()).item()
             allowed = TOLERANCE["bf16" if contender.ours else "official"]
-            if not deviation <= allowed:
-                raise BenchmarkError(
-                    f"{contender.who} {contender.dtype}: the logits deviate from ours in float32 by {deviation:.1e} "
-                    f"of the largest, allowed {allowed:.0e}; the times would not be comparable"
-                )
+            compare_logits(f"{contender.who} {contender.dtype}", value, expected, "ours in float32", allowed)
+
+
+def compare_logits(name: str, logits: Tensor, expected: Tensor, whose: str, allowed: float) -> None:
+    """Raise BenchmarkError if logits deviate from expected ones, which are `whose`, by more than a share of the
+    largest."""
+    deviation = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if not deviation <= allowed:  # also NaN
+        raise BenchmarkError(
+            f"{name}: the logits deviate from {whose} by {deviation:.1e} of the largest, allowed {allowed:.0e}; the "
+            f"times would not be comparable"
+        )
 
 
 # ---- rows

@@ -6,9 +6,6 @@ from ..values import Choice, Text, Whole
 from .options import Option, OutputFile, Threads
 
 _BATCH = Whole(1)
-_QUICK = Option("--quick", "smoke test: one round with little work")
-
-
 _OFFICIAL = Option("--official", "your checkout of OpenGVLab/InternImage, to time its code", Text(), metavar="PATH")
 
 
@@ -23,8 +20,26 @@ def _benchmark_options(rounds: int, threads: tuple[int, ...] = benchmark.THREADS
             nargs="+",
         ),
         Option("--csv", "append the rows to this file", OutputFile(), metavar="FILE"),
-        _QUICK,
+        Option("--quick", "smoke test: one round with little work"),
     )
+
+
+def _batches(what: str, default: tuple[int, ...]) -> Option:
+    help = f"images per call{what}, one or more batch sizes"
+    return Option("--batches", help, _BATCH, default=default, nargs="+", excludes=("--quick",))
+
+
+def _img_size(least: int) -> Option:
+    return Option("--img-size", "image size", Whole(least, 16384), default=224, metavar="PIXELS", excludes=("--quick",))
+
+
+def _models(what: str) -> Option:
+    help = f"internimage_SIZE, one or more, each to {what} against the peers"
+    return Option("--models", help, Text(), default=benchmark.MODELS, metavar="NAME", nargs="+")
+
+
+def _peers(help: str, default: tuple[str, ...]) -> Option:
+    return Option("--peers", help, Text(), default=default, metavar="NAME", nargs="*")
 
 
 OPS = (
@@ -44,32 +59,11 @@ DEFORM = (
 MODELS = (
     _OFFICIAL,
     *_benchmark_options(rounds=7),
-    Option(
-        "--batches",
-        "images per call of inference, one or more batch sizes",
-        _BATCH,
-        default=(8, 1),
-        nargs="+",
-        excludes=("--quick",),
-    ),
+    _batches(" of inference", (8, 1)),
     Option("--training-batch", "images per training step; 0 skips training", Whole(0), default=4),
-    Option("--img-size", "image size", Whole(32, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
-    Option(
-        "--models",
-        "internimage_SIZE, one or more, each to time against the peers",
-        Text(),
-        default=benchmark.MODELS,
-        metavar="NAME",
-        nargs="+",
-    ),
-    Option(
-        "--peers",
-        "models to time them against: official, and names of timm models",
-        Text(),
-        default=benchmark.MODEL_PEERS,
-        metavar="NAME",
-        nargs="*",
-    ),
+    _img_size(32),
+    _models("time"),
+    _peers("models to time them against: official, and names of timm models", benchmark.MODEL_PEERS),
     Option("--no-packed-weights", "time our models without the packed weights of inference"),
     Option("--no-bf16", "do not time bfloat16, which takes minutes on processors without its products"),
     Option("--no-memory", "do not measure peak memory"),
@@ -77,31 +71,9 @@ MODELS = (
 
 EXPORT = (
     *_benchmark_options(rounds=12, threads=(1,)),
-    Option(
-        "--batches",
-        "images per call, one or more batch sizes",
-        _BATCH,
-        default=(1, 8),
-        nargs="+",
-        excludes=("--quick",),
-    ),
-    # torch.export keeps sides open from 33 pixels on
-    Option("--img-size", "image size", Whole(33, 16384), default=224, metavar="PIXELS", excludes=("--quick",)),
-    Option(
-        "--models",
-        "internimage_SIZE, one or more, each to export and to time against the peers",
-        Text(),
-        default=benchmark.MODELS,
-        metavar="NAME",
-        nargs="+",
-    ),
-    Option(
-        "--peers",
-        "timm models to export to ONNX and to time them against",
-        Text(),
-        default=benchmark.EXPORT_PEERS,
-        metavar="NAME",
-        nargs="*",
-    ),
+    _batches("", (1, 8)),
+    _img_size(33),  # torch.export keeps sides open from 33 pixels on
+    _models("export and to time"),
+    _peers("timm models to export to ONNX and to time them against", benchmark.EXPORT_PEERS),
     Option("--no-aoti", "do not time an AOTInductor package, which takes minutes to compile", excludes=("--quick",)),
 )

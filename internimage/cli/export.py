@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.datasets import EvaluationTransform
 from ..data.images import DataError
 from ..engine.create import pick_device
-from ..export.export import FORMATS, Request, check, export_model
+from ..export.export import Request, check, export_model
 from ..export.program import LEAST_SIDE
 from ..export.quantize import LEAST_IMAGES
 from ..files import check_writable
@@ -25,7 +25,7 @@ from .arguments import load_model
 def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output)
     request = Request(
-        format=arguments.format or _format_of(path),
+        format=arguments.format,
         operator=arguments.operator or "deform-conv",
         opset=arguments.opset,
         dtype=arguments.dtype,
@@ -64,11 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     if found.description.operator == "internimage":
         say("it needs `import internimage` before it is loaded; --decompose makes one that does not", sys.stdout)
     return 0
-
-
-def _format_of(path: Path) -> str:
-    """By the suffix: of the formats that share one, the first."""
-    return next((name for name, suffix in FORMATS.items() if suffix == path.suffix.lower()), "onnx")
 
 
 def _find(arguments: argparse.Namespace) -> list[Path]:

@@ -91,10 +91,11 @@ def _check_export(arguments: argparse.Namespace, prog: str) -> None:
     _check_model(arguments, prog)
     if arguments.quantize == "static" and arguments.calibrate is None:
         raise UsageError("--quantize static needs --calibrate FOLDER, images to calibrate with", prog)
-    onnx = arguments.format == "onnx" or (arguments.format is None and arguments.output.lower().endswith(".onnx"))
-    if onnx and arguments.decompose:
+    if arguments.format is None:
+        arguments.format = "pt2" if arguments.output.lower().endswith(".pt2") else "onnx"
+    if arguments.format == "onnx" and arguments.decompose:
         raise UsageError("--decompose has no effect on ONNX, which has no operators of ours: it is for .pt2", prog)
-    if arguments.operator is not None and not onnx:
+    if arguments.operator is not None and arguments.format != "onnx":
         raise UsageError("--operator has no effect on .pt2: it is for ONNX", prog)
 
 

@@ -7,15 +7,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-_LOGGERS = (
-    "",
-    "torch.onnx",
-    "torch.export",
-    "torch._inductor",
-    "torch.utils",
-    "onnxscript",
-    "onnx_ir",
-)  # the first is the root
+_ROOT = ""
+_LOGGERS = _ROOT, "torch.onnx", "torch.export", "torch._inductor", "torch.utils", "onnxscript", "onnx_ir"
 
 
 @contextlib.contextmanager

@@ -19,14 +19,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
-import internimage  # noqa: F401  # registers the models
+from internimage.benchmark.contender import Contender
 from internimage.engine.create import data_config
 from internimage.export.verify import Verification, compare
-from internimage.layers.dcnv3 import DCNv3
 from internimage.models.timm_folder import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,18 +74,6 @@ def code_of(card: Path, runtime: str) -> str:
     return found
 
 
-def random_model() -> nn.Module:
-    """With offsets of about a pixel, so that a mistake in their order shows."""
-    torch.manual_seed(0)
-    model = timm.create_model(MODEL).eval()
-    for module in model.modules():
-        if isinstance(module, DCNv3):
-            nn.init.normal_(module.offset.bias)
-            nn.init.normal_(module.offset.weight, std=0.05)
-            nn.init.normal_(module.mask.weight, std=0.2)
-    return model
-
-
 def export(folder: Path, path: Path, operator: str) -> None:
     """Export the model in a folder by the command that a user would type."""
     command = ["export", "--model", folder, "--output", path, "--operator", operator, "--overwrite"]
@@ -119,7 +105,7 @@ def main() -> int:
     versions = "from importlib.metadata import version as v; print(*[f'{n} {v(n)}' for n in ('%s', '%s', 'numpy')])"
     print(f"{work / 'environment'}: {run(python, '-c', versions % RUNTIMES).strip()}; not {', '.join(ABSENT)}")
 
-    model = random_model()
+    model = Contender(MODEL).build()  # with offsets of about a pixel, so that a mistake in their order shows
     folder = work / "model"
     folder.mkdir(exist_ok=True)
     save_model(model, folder, [f"class {i}" for i in range(model.num_classes)], data_config(model))
